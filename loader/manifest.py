@@ -1,0 +1,128 @@
+"""THE CONTRACT: what a dataset folder is. manifest.json, and the .idx and .xxh3 beside each shard; torch-free.
+
+`manifest.json` is written last and by rename: a folder that has one is complete. It names every shard with its bucket
+and the xxh3_128 of its three files, holds no timestamps, and is the only file a reader needs in order to know the
+sequence of samples of any epoch.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import xxhash
+
+from loader.sample import FORMAT_VERSION, Bucket, split_member_name
+
+MANIFEST_FILE = "manifest.json"
+Split = Literal["train", "val"]
+
+
+class DatasetError(ValueError):
+    """A dataset folder or shard that can't be used; the message names the file, the fault and the way out."""
+
+
+class ShardInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One shard. `name` has no suffix ("train-1280x704x49-000000"); `bytes` is the size of the .tar."""
+
+    name: str
+    bucket: str
+    num_samples: int
+    bytes: int
+    tar_xxh3: str
+    idx_xxh3: str
+    xxh3_xxh3: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """manifest.json. `recipe` is what decided the bytes (models, rules, shapes); `recipe_id` is its xxh3_128."""
+
+    recipe: dict[str, Any]
+    recipe_id: str
+    splits: dict[Split, list[ShardInfo]]
+    format_version: int = FORMAT_VERSION
+
+
+class Member(NamedTuple):
+    """Where a member's bytes lie inside the .tar."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def shard_name(split: str, bucket: Bucket, number: int) -> str:
+    """SPLIT-WIDTHxHEIGHTxFRAMES-NUMBER; the split is in the name because caches go by file name."""
+    return f"{split}-{bucket}-{number:06d}"
+
+
+def recipe_id(recipe: dict[str, Any]) -> str:
+    """xxh3_128 hex of the recipe as compact JSON with sorted keys."""
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(recipe, order="sorted"))
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """manifest.json as stored: indented UTF-8 JSON with a final newline."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def read_manifest(dataset: Path) -> Manifest:
+    """Read and check `dataset`/manifest.json. Raises DatasetError."""
+    path = dataset / MANIFEST_FILE
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: no manifest; a dataset is complete once `shardgen build` has written one. For "
+                           f"foreign shards run `python -m tools.index` first") from error
+    except (OSError, msgspec.MsgspecError) as error:
+        raise DatasetError(f"{path}: {error}") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise DatasetError(f"{path}: format_version {manifest.format_version}, this is version {FORMAT_VERSION}; "
+                           f"update newsreel, or build the dataset anew")
+    if manifest.recipe_id != recipe_id(manifest.recipe):
+        raise DatasetError(f"{path}: recipe_id does not match the recipe: the file was edited or damaged")
+    for shards in manifest.splits.values():
+        for shard in shards:
+            Bucket.parse(shard.bucket)
+    return manifest
+
+
+def encode_index(samples: list[list[Member]]) -> bytes:
+    """The .idx of a shard: DALI's "v1.2" text, a line per sample of `ext offset size name` quadruples."""
+    lines = [f"v1.2 {len(samples)}"]
+    for members in samples:
+        lines.append(" ".join(f"{split_member_name(m.name)[1]} {m.offset} {m.size} {m.name}" for m in members))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def decode_index(data: bytes, name: str) -> list[list[Member]]:
+    """Read a .idx: per sample its members in tar order. `name` is for messages. Raises DatasetError."""
+    lines = data.decode("utf-8", errors="replace").splitlines()
+    header = lines[0].split() if lines else []
+    if len(header) != 2 or header[0] != "v1.2" or header[1] != str(len(lines) - 1):
+        raise DatasetError(f"{name}: not a complete DALI index of version v1.2; its first line is {lines[:1]} and "
+                           f"{max(len(lines) - 1, 0)} lines follow")
+    samples = []
+    for number, line in enumerate(lines[1:], start=2):
+        words = line.split(" ")
+        try:
+            samples.append([Member(words[i + 3], int(words[i + 1]), int(words[i + 2]))
+                            for i in range(0, len(words), 4)])
+        except (ValueError, IndexError) as error:
+            raise DatasetError(f"{name}: line {number} is damaged: {line[:80]!r}") from error
+    return samples
+
+
+def encode_hashes(hashes: list[tuple[str, str]]) -> bytes:
+    """The .xxh3 of a shard: per member in tar order "xxh3_64-hex  name", as `xxhsum` prints it."""
+    return "".join(f"{digest}  {name}\n" for digest, name in hashes).encode()
+
+
+def decode_hashes(data: bytes, name: str) -> dict[str, str]:
+    """Read a .xxh3: member name -> xxh3_64 hex of its stored bytes. Raises DatasetError."""
+    hashes: dict[str, str] = {}
+    for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), start=1):
+        digest, separator, member = line.partition("  ")
+        if not separator or len(digest) != 16 or member in hashes:
+            raise DatasetError(f"{name}: line {number} is damaged: {line[:80]!r}")
+        hashes[member] = digest
+    return hashes

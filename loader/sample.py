@@ -1,0 +1,172 @@
+"""THE CONTRACT: what one sample is. Names, metadata, key and tensor codec; torch-free, so that any tool can use it.
+
+A sample is a run of adjacent members in a tar, all named by one key:
+
+    KEY.json         SampleMeta, first
+    KEY.latent.zst   fp16 [48, (F-1)/4+1, H/16, W/16], posterior mean of the Wan2.2 VAE, normalised
+    KEY.text.zst     fp16 [num_tokens, 4096], UMT5 rows of the real tokens
+    KEY.jpg          the first frame at the bucket's size (videos)
+    KEY.mp4          the transcoded clip, only where the recipe asks for it
+
+Tensors are stored as two byte planes (all high bytes, then all low bytes) because the high bytes of fp16 noise are
+far more alike than its low ones: zstd then packs better and decodes faster. `decode_planes` hands the planes over as
+they are, to be merged on the device; `decode_tensor` merges them here.
+"""
+
+import re
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import xxhash
+import zstandard
+
+FORMAT_VERSION = 1
+JSON, LATENT, TEXT, JPG, MP4 = "json", "latent.zst", "text.zst", "jpg", "mp4"
+MEMBERS = (JSON, LATENT, TEXT, JPG, MP4)  # their order inside a sample
+MAX_TEXT_TOKENS = 512
+LATENT_CHANNELS = 48
+EMPTY_PROMPT_FILE = "empty_prompt.text.zst"
+
+_BUCKET = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})x([1-9]\d{0,4})")
+_KEY = re.compile(r"[0-9a-f]{32}")
+
+
+class SampleError(ValueError):
+    """A member that is damaged, missing or not what its metadata says; the message names key and member."""
+
+
+class Bucket(msgspec.Struct, frozen=True, order=True):
+    """A shape that samples share: WIDTHxHEIGHTxFRAMES, in pixels and frames."""
+
+    width_px: int
+    height_px: int
+    num_frames: int
+
+    def __str__(self) -> str:
+        return f"{self.width_px}x{self.height_px}x{self.num_frames}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        """Read "1280x704x49". Raises ValueError for what TI2V-5B can't take, with the nearest shape that it can."""
+        match = _BUCKET.fullmatch(text)
+        if match is None:
+            raise ValueError(f"shape {text!r}: expected WIDTHxHEIGHTxFRAMES, for example 1280x704x49")
+        width, height, frames = map(int, match.groups())
+        if width % 32 or height % 32 or frames % 4 != 1:
+            near = f"{max(width // 32, 1) * 32}x{max(height // 32, 1) * 32}x{(frames - 1) // 4 * 4 + 1}"
+            raise ValueError(f"shape {text}: Wan2.2-TI2V-5B takes width and height in multiples of 32 (A14B: of 16) "
+                             f"and 4n+1 frames; the next smaller shape is {near}")
+        return cls(width, height, frames)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """[48, (F-1)/4+1, H/16, W/16]."""
+        return LATENT_CHANNELS, (self.num_frames - 1) // 4 + 1, self.height_px // 16, self.width_px // 16
+
+    @property
+    def num_tokens(self) -> int:
+        """Transformer tokens: the latent in patches of (1, 2, 2)."""
+        _, frames, height, width = self.latent_shape
+        return frames * (height // 2) * (width // 2)
+
+
+class TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a tensor member holds: numpy dtype name (always "float16" in version 1) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SampleMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """KEY.json. `label` is the label file's path relative to the label root; `shot` is 0-based in time order."""
+
+    format_version: int = FORMAT_VERSION
+    key: str
+    clip_id: str
+    label: str
+    media_type: Literal["video", "image"]
+    category: str
+    programme: str
+    split: Literal["train", "val"]
+    prompt: str
+    width_px: int
+    height_px: int
+    num_frames: int
+    fps: float
+    start_ms: int
+    shot: int
+    media_xxh3: str
+    latent: TensorInfo
+    text: TensorInfo
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket(self.width_px, self.height_px, self.num_frames)
+
+
+def sample_key(media_xxh3: str, clip_id: str, shot: int, start_ms: int, bucket: Bucket, fps: float) -> str:
+    """xxh3_128 hex of "media_xxh3/clip_id/shot/start_ms/WxHxF/fps", numbers as KEY.json writes them (24 fps: 24.0)."""
+    fps_text = msgspec.json.encode(float(fps)).decode()
+    return xxhash.xxh3_128_hexdigest(f"{media_xxh3}/{clip_id}/{shot}/{start_ms}/{bucket}/{fps_text}".encode())
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """"KEY.latent.zst" -> ("KEY", "latent.zst"): at the first dot, as webdataset does."""
+    key, _, extension = name.partition(".")
+    return key, extension
+
+
+def encode_meta(meta: SampleMeta) -> bytes:
+    """KEY.json as stored: one line of UTF-8 JSON, keys in the Struct's order."""
+    return msgspec.json.encode(meta)
+
+
+_meta_decoder = msgspec.json.Decoder(SampleMeta)
+
+
+def decode_meta(data: bytes | memoryview) -> SampleMeta:
+    """Read KEY.json. Raises SampleError if it is not version 1 of the format."""
+    try:
+        meta = _meta_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise SampleError(f"{JSON} member: {error}") from error
+    if meta.format_version != FORMAT_VERSION or _KEY.fullmatch(meta.key) is None:
+        raise SampleError(f"{meta.key}.{JSON}: format_version {meta.format_version} and this key are not of version "
+                          f"{FORMAT_VERSION}; update newsreel, or build the dataset anew")
+    return meta
+
+
+def encode_tensor(array: np.ndarray[Any, Any], level: int = 3) -> bytes:
+    """Pack a float16 array of any shape into one zstd frame of two byte planes, with content size and checksum.
+
+    The bytes are a function of (array, level, zstandard version). Raises SampleError for another dtype or for values
+    that are not finite.
+    """
+    if array.dtype != np.float16:
+        raise SampleError(f"tensor members hold float16, not {array.dtype}")
+    if not np.isfinite(array).all():
+        raise SampleError("a tensor holds inf or NaN: the encoder overflowed float16")
+    planes = np.ascontiguousarray(array.reshape(-1).astype("<f2", copy=False).view(np.uint8).reshape(-1, 2).T[::-1])
+    compressor = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=True)
+    return compressor.compress(memoryview(planes).cast("B"))
+
+
+def decode_planes(data: bytes | memoryview, info: TensorInfo) -> bytes:
+    """Unpack a tensor member to 2*n bytes: n high bytes, then n low bytes. Raises SampleError when it is damaged."""
+    num_bytes = 2 * int(np.prod(info.shape, dtype=np.int64))
+    if info.dtype != "float16":
+        raise SampleError(f"a tensor member says dtype {info.dtype}; version {FORMAT_VERSION} holds float16 only")
+    try:
+        if zstandard.frame_content_size(data) != num_bytes:
+            raise SampleError(f"a tensor member of shape {list(info.shape)} must hold {num_bytes} bytes, its zstd frame "
+                              f"says {zstandard.frame_content_size(data)}")
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=num_bytes)
+    except zstandard.ZstdError as error:
+        raise SampleError(f"a tensor member does not decompress: {error}") from error
+
+
+def decode_tensor(data: bytes | memoryview, info: TensorInfo) -> np.ndarray[Any, Any]:
+    """Unpack a tensor member to a float16 array of `info.shape`. Raises SampleError when it is damaged."""
+    planes = np.frombuffer(decode_planes(data, info), np.uint8).reshape(2, -1)
+    return np.ascontiguousarray(planes[::-1].T).view("<f2").reshape(info.shape).astype(np.float16, copy=False)

@@ -1,0 +1,1 @@
+"""OFFLINE: labels and footage in, shards out."""

@@ -1,0 +1,1 @@
+"""ONE trainer: torchrun train/main.py CONFIG.toml."""
