@@ -147,9 +147,10 @@ def encode_tensor(array: np.ndarray[Any, Any], level: int = 3) -> bytes:
         raise SampleError(f"tensor members hold float16, not {array.dtype}")
     if not np.isfinite(array).all():
         raise SampleError("a tensor holds inf or NaN: the encoder overflowed float16")
-    planes = np.ascontiguousarray(array.reshape(-1).astype("<f2", copy=False).view(np.uint8).reshape(-1, 2).T[::-1])
+    bytes_N2 = array.reshape(-1).astype("<f2", copy=False).view(np.uint8).reshape(-1, 2)
+    planes = bytes_N2.T[::-1].tobytes()  # little-endian: the high byte is the second
     compressor = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=True)
-    return compressor.compress(memoryview(planes).cast("B"))
+    return compressor.compress(planes)
 
 
 def decode_planes(data: bytes | memoryview, info: TensorInfo) -> bytes:
@@ -158,9 +159,10 @@ def decode_planes(data: bytes | memoryview, info: TensorInfo) -> bytes:
     if info.dtype != "float16":
         raise SampleError(f"a tensor member says dtype {info.dtype}; version {FORMAT_VERSION} holds float16 only")
     try:
-        if zstandard.frame_content_size(data) != num_bytes:
-            raise SampleError(f"a tensor member of shape {list(info.shape)} must hold {num_bytes} bytes, its zstd frame "
-                              f"says {zstandard.frame_content_size(data)}")
+        size = zstandard.frame_content_size(data)
+        if size != num_bytes:
+            raise SampleError(f"a tensor member of shape {list(info.shape)} must hold {num_bytes} bytes, its zstd "
+                              f"frame says {size}")
         return zstandard.ZstdDecompressor().decompress(data, max_output_size=num_bytes)
     except zstandard.ZstdError as error:
         raise SampleError(f"a tensor member does not decompress: {error}") from error
