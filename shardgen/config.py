@@ -13,39 +13,35 @@ from loader.config import ConfigError
 from loader.sample import Bucket
 
 
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table of the TOML file; unknown keys are errors."""
-
-
-class LabelsConfig(Section):
+class LabelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the labels lie and which of them to take."""
 
     root: str  # folder of label files, read recursively, never written
-    limit: int | None = None  # take the first N label files in path order
+    limit: int = 0  # take the first N label files in path order; 0: all
     sample_fraction: float = 1.0  # take this share, chosen by a hash of the clip id
     max_bytes: int = 1 << 20  # a larger label file is refused unread
     workers: int = 0  # parser processes; 0: one per CPU
 
 
-class FiltersConfig(Section):
-    """Thresholds of quality.py. None switches a rule off. Durations are of the whole clip, captions of all its shots."""
+class FiltersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Thresholds of quality.py; 0 switches a rule off. Durations are the clip's, captions those of all its shots."""
 
     score_only: bool = False  # compute everything, reject nothing that can be encoded
     media_types: list[Literal["video", "image"]] = ["video", "image"]
-    min_duration_s: float | None = 3.0
-    max_duration_s: float | None = 30.0
-    min_caption_chars: int | None = 1
-    max_caption_chars: int | None = None
-    max_word_run: int | None = 9  # the same word ten times in a row is a reason
-    max_char_run: int | None = 14
-    max_special_share: float | None = 0.3  # of the caption's characters: neither letter, digit, space nor .,!?'"()
+    min_duration_s: float = 3.0
+    max_duration_s: float = 30.0
+    min_caption_chars: int = 1
+    max_caption_chars: int = 0
+    max_word_run: int = 9  # the same word ten times in a row is a reason
+    max_char_run: int = 14
+    max_special_share: float = 0.3  # of the caption's characters: neither letter, digit, space nor .,!?'"()
     require_resolution: bool = True  # the label must declare a readable resolution
     wrong_timecodes: Literal["reject", "whole_clip"] = "reject"  # reversed, impossible, or past the probed end
-    min_short_side_px: int | None = None  # of the probed picture
-    max_upscale: float | None = None  # resize factor from the source to the bucket
+    min_short_side_px: int = 0  # of the probed picture
+    max_upscale: float = 0  # resize factor from the source to the bucket
 
 
-class PromptConfig(Section):
+class PromptConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which sentences make the prompt of a window, in this order."""
 
     scene: bool = True
@@ -55,7 +51,7 @@ class PromptConfig(Section):
     application: bool = False
 
 
-class SplitConfig(Section):
+class SplitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Programme groups go to val by a hash of (seed, group): stable when data is added."""
 
     val_share: float = 0.102
@@ -63,7 +59,7 @@ class SplitConfig(Section):
     seed: int = 0
 
 
-class WindowsConfig(Section):
+class WindowsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which stretches of a clip become samples. A clip takes the bucket of the nearest aspect ratio and most frames."""
 
     buckets: list[str]  # WIDTHxHEIGHTxFRAMES; those of one frame are for images
@@ -73,7 +69,7 @@ class WindowsConfig(Section):
     fit: Literal["letterbox", "crop"] = "letterbox"
 
 
-class FetchConfig(Section):
+class FetchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Media lie beside their label or behind its URL. Local files are read in place, never copied."""
 
     schemes: list[Literal["http", "https"]] = ["https", "http"]
@@ -86,7 +82,7 @@ class FetchConfig(Section):
     max_file_gib: float = 8.0
 
 
-class EncodeConfig(Section):
+class EncodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The models and number formats that decide a shard's bytes."""
 
     model: str  # folder of Wan2.2-TI2V-5B in diffusers layout
@@ -102,7 +98,7 @@ class EncodeConfig(Section):
     mp4_encoder: Literal["auto", "libx264", "h264_nvenc"] = "auto"
 
 
-class ExecutorConfig(Section):
+class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who runs the shards."""
 
     kind: Literal["local", "ray"] = "local"
@@ -110,7 +106,7 @@ class ExecutorConfig(Section):
     address: str = ""  # of a Ray cluster; empty: start one here
 
 
-class ShardgenConfig(Section):
+class ShardgenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole build: `shardgen build CONFIG.toml`."""
 
     output: str  # the dataset folder
