@@ -1,0 +1,319 @@
+"""Footage in, pixels out: probe a file, decode windows of it to constant rate at a bucket's size, encode JPEG and MP4.
+
+Frames are chosen by timestamp, never by number: output frame i of a window is the source frame on the screen at
+`start + i / fps`, so 29.97, 25 and variable rates all come out at the right speed. Each chosen frame is scaled once,
+from the source straight to its final size, with the pixel aspect ratio, the rotation, the YUV matrix and the range that
+the file states (unstated: BT.601 up to 576 lines and BT.709 above, narrow range, as players assume).
+
+`probe` decodes the whole file. That is a second decode next to the one that feeds the encoder, and it is deliberate:
+shards are planned from what the probe saw, so rot has to be found before the plan, not in the middle of a shard.
+Decoders hide damage by default; here they are told to fail, and packets and frames are counted against the header.
+
+Left out: seeking (a clip is at most some 45 s, all its windows come out of one pass, and a seek can be wrong where a
+pass can't) and tone mapping (HDR is refused by name).
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import msgspec
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.Image import DecompressionBombError
+
+from loader.sample import Bucket
+
+Frames = np.ndarray[Any, Any]  # uint8 RGB, full range: [H, W, 3] or [F, H, W, 3]
+Fitting = Literal["letterbox", "crop"]
+START_TOLERANCE_S = 0.001      # start_ms is rounded to whole milliseconds; a frame may begin up to 0.5 ms after it
+_IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_HDR = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
+_SCALER = 512 | 8192 | 16384 | 262144 | 524288  # lanczos, full chroma in and out, accurate rounding, bit-exact
+_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # AVColorSpace -> swscale's matrix
+_BT709, _BT601, _MPEG, _JPEG = 1, 5, 1, 2
+
+
+class MediaError(ValueError):
+    """A file that can't be used. `reason` is a stable code, `detail` says what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)  # both, so that it survives pickling between processes
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """What a file really is. `width_px` x `height_px` as stored, before SAR and rotation; `rotation_deg` is
+    anticlockwise, as the display matrix states it; `fps`, `num_frames` and `duration_s` from the decoded timestamps.
+    An image has fps 0.0, one frame and no duration."""
+
+    media_type: Literal["video", "image"]
+    width_px: int
+    height_px: int
+    sar_num: int
+    sar_den: int
+    rotation_deg: int
+    fps: float
+    num_frames: int
+    duration_s: float
+    codec: str
+    pix_fmt: str
+    bit_depth: int
+    color_range: str
+    variable_frame_rate: bool
+    color_matrix: str = "unspecified"
+    interlaced: bool = False
+    has_audio: bool = False
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """Where the scaled picture lies on the bucket's canvas: its size, and its offset (negative: cropped). `factor` is
+    the larger of the two scale factors against stored pixels; above 1 the picture was enlarged."""
+
+    width_px: int
+    height_px: int
+    x_px: int
+    y_px: int
+    factor: float
+
+
+def fit(width_px: int, height_px: int, sar: Fraction, rotation_deg: int, bucket: Bucket, fitting: Fitting) -> Fit:
+    """The one resize from stored pixels to the bucket: letterbox keeps everything, crop fills everything."""
+    turned = rotation_deg % 180 != 0
+    shown_w, shown_h = Fraction(width_px) * sar, Fraction(height_px)
+    stored_w, stored_h = (height_px, width_px) if turned else (width_px, height_px)
+    if turned:
+        shown_w, shown_h = shown_h, shown_w
+    choose = min if fitting == "letterbox" else max
+    scale = choose(bucket.width_px / shown_w, bucket.height_px / shown_h)
+    width, height = max(round(shown_w * scale), 1), max(round(shown_h * scale), 1)
+    return Fit(width, height, (bucket.width_px - width) // 2, (bucket.height_px - height) // 2,
+               max(width / stored_w, height / stored_h))
+
+
+def probe(path: Path) -> Probe:
+    """Decode the whole file and say what it is. Raises MediaError (media_empty, media_undecodable, media_truncated,
+    media_no_video, media_hdr, media_timestamps, media_rotation)."""
+    if _is_image(path):
+        return _probe_image(path)
+    first: Any = None
+    starts_s: list[float] = []
+    end_s = 0.0
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        sar = stream.sample_aspect_ratio or Fraction(1)
+        for frame, begin_s, end_s in _frames(container, path):
+            first = first or frame
+            starts_s.append(begin_s)
+        if first is None:
+            raise MediaError("media_undecodable", "no frame could be decoded")
+        if stream.codec_context.color_trc in _HDR:
+            raise MediaError("media_hdr", f"transfer {_HDR[stream.codec_context.color_trc]}; convert it to BT.709")
+        intervals_s = np.diff(starts_s)
+        return Probe(
+            media_type="video", width_px=first.width, height_px=first.height,
+            sar_num=sar.numerator, sar_den=sar.denominator, rotation_deg=_rotation(first),
+            fps=round(float(1 / intervals_s.mean()), 4) if len(intervals_s) else float(stream.average_rate or 0),
+            num_frames=len(starts_s), duration_s=round(end_s, 6), codec=stream.codec_context.name,
+            pix_fmt=first.format.name, bit_depth=first.format.components[0].bits,
+            color_range={1: "tv", 2: "pc"}.get(int(first.color_range), "unspecified"),
+            variable_frame_rate=bool(len(intervals_s)) and bool(np.ptp(intervals_s) > 0.002),  # ms clocks jitter by 1
+            color_matrix={1: "bt709", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}.get(
+                int(first.colorspace), "unspecified"),
+            interlaced=first.interlaced_frame, has_audio=bool(container.streams.audio))
+
+
+def decode_window(path: Path, start_ms: int, fps: float, bucket: Bucket, fitting: Fitting = "letterbox") -> Frames:
+    """One window of a file: uint8 RGB [F, H, W, 3]. Raises MediaError."""
+    return next(decode_windows(path, [start_ms], fps, bucket, fitting))[1]
+
+
+def decode_windows(path: Path, starts_ms: Sequence[int], fps: float, bucket: Bucket,
+                   fitting: Fitting = "letterbox") -> Iterator[tuple[int, Frames]]:
+    """All windows of one file from one pass: yields (index into starts_ms, uint8 RGB [F, H, W, 3]) as each is complete.
+
+    Times count from the first frame. Raises MediaError (media_truncated when the footage ends before a window does).
+    """
+    shape = bucket.num_frames, bucket.height_px, bucket.width_px, 3
+    if _is_image(path):
+        for index in range(len(starts_ms)):
+            yield index, np.broadcast_to(_fit_image(_load_image(path), bucket, fitting), shape)
+        return
+    slots = sorted((start_ms / 1000 + i / fps, index, i)
+                   for index, start_ms in enumerate(starts_ms) for i in range(bucket.num_frames))
+    windows: dict[int, Frames] = {}
+    done = 0
+    with _open(path) as container:
+        sar = container.streams.video[0].sample_aspect_ratio or Fraction(1)
+        for frame, _, end_s in _frames(container, path):
+            picture = None
+            while slots[done][0] + START_TOLERANCE_S < end_s:
+                _, index, i = slots[done]
+                if picture is None:
+                    picture = _fit_frame(frame, sar, _rotation(frame), bucket, fitting)
+                windows.setdefault(index, np.empty(shape, np.uint8))[i] = picture
+                if i == bucket.num_frames - 1:
+                    yield index, windows.pop(index)
+                done += 1
+                if done == len(slots):
+                    return
+    raise MediaError("media_truncated", f"the footage ends at {end_s:.3f} s, a window needs {slots[-1][0]:.3f} s")
+
+
+def encode_jpeg(picture: Frames) -> bytes:
+    """A uint8 RGB [H, W, 3] picture as a JPEG, quality 95 without chroma subsampling: it feeds an encoder, not eyes."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def encode_mp4(frames: Frames, fps: float) -> bytes:
+    """uint8 RGB [F, H, W, 3] as H.264 High, 8-bit yuv420p BT.709, constant rate, closed GOP of at most 12 frames.
+
+    One thread and no encoder strings in the container: the bytes are a function of the frames and of PyAV's version.
+    """
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options={
+            "profile": "high", "crf": "18", "preset": "medium", "g": "12", "threads": "1",
+            "x264-params": "open-gop=0:colorprim=bt709:transfer=bt709:colormatrix=bt709:range=tv"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = _BT709, _MPEG
+        stream.codec_context.color_primaries = stream.codec_context.color_trc = _BT709
+        for i, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+                format="yuv420p", interpolation=_SCALER, dst_colorspace=_BT709, src_color_range=_JPEG,
+                dst_color_range=_MPEG, threads=1)
+            frame.pts, frame.time_base = i, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def _open(path: Path) -> Any:
+    """An open container with at least one video stream, its decoder set to fail on damage, on one thread."""
+    try:
+        if path.stat().st_size == 0:
+            raise MediaError("media_empty", "the file has 0 bytes")
+        container = av.open(str(path), "r")
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError("media_undecodable", f"can't be opened: {error}") from error
+    if not container.streams.video:
+        container.close()
+        raise MediaError("media_no_video", "the file has no video stream")
+    context = container.streams.video[0].codec_context
+    context.thread_count = 1
+    context.options = {"err_detect": "explode"}
+    return container
+
+
+def _frames(container: Any, path: Path) -> Iterator[tuple[Any, float, float]]:
+    """(frame, begin_s, end_s) for each frame in display order, counted from the first one. Raises MediaError.
+
+    A file that ends early, or a packet that does not decode, is an error after the last good frame.
+    """
+    stream = container.streams.video[0]
+    num_packets, demuxed_s, origin = 0, 0.0, None
+    held: tuple[Any, float] | None = None
+    begin_s = -1.0
+    try:
+        for packet in container.demux():
+            if packet.pts is not None:
+                demuxed_s = max(demuxed_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.is_corrupt:
+                raise MediaError("media_truncated", f"packet {num_packets} is cut off")
+            if packet.stream is not stream:
+                continue
+            num_packets += packet.size > 0
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise MediaError("media_undecodable", f"a frame near packet {num_packets} is damaged")
+                if frame.pts is None:
+                    raise MediaError("media_timestamps", f"a frame near packet {num_packets} has no timestamp")
+                origin = frame.pts if origin is None else origin
+                previous_s, begin_s = begin_s, float((frame.pts - origin) * frame.time_base)
+                if begin_s <= previous_s:
+                    raise MediaError("media_timestamps", f"timestamps go back from {previous_s} to {begin_s} s")
+                if held is not None:
+                    yield *held, begin_s
+                held = frame, begin_s
+    except av.FFmpegError as error:
+        raise MediaError("media_undecodable", f"packet {num_packets} does not decode: {error.strerror}") from error
+    if held is not None:
+        frame, begin_s = held
+        length = frame.duration * frame.time_base if frame.duration else 1 / (stream.average_rate or 24)
+        yield frame, begin_s, begin_s + float(length)
+    if stream.frames > num_packets:
+        raise MediaError("media_truncated", f"the header promises {stream.frames} frames, the file holds {num_packets}")
+    promised_s = (container.duration or 0) / av.time_base + max(container.start_time or 0, 0) / av.time_base
+    if promised_s - demuxed_s > 0.5:
+        raise MediaError("media_truncated", f"the header promises {promised_s:.2f} s, the file holds {demuxed_s:.2f} s")
+
+
+def _rotation(frame: Any) -> int:
+    if frame.rotation % 90:
+        raise MediaError("media_rotation", f"turned by {frame.rotation} degrees; only multiples of 90 are handled")
+    return int(frame.rotation)
+
+
+def _fit_frame(frame: Any, sar: Fraction, rotation_deg: int, bucket: Bucket, fitting: Fitting) -> Frames:
+    """Scale one frame, turn it, and place it on the bucket's canvas: uint8 RGB [H, W, 3]."""
+    place = fit(frame.width, frame.height, sar, rotation_deg, bucket, fitting)
+    turned = rotation_deg % 180 != 0
+    width, height = (place.height_px, place.width_px) if turned else (place.width_px, place.height_px)
+    colour: dict[str, int] = {}
+    if not frame.format.is_rgb:
+        guess = _BT709 if frame.height > 576 or frame.width >= 1280 else _BT601
+        full = frame.color_range == _JPEG or frame.format.name.startswith("yuvj")
+        colour = {"src_colorspace": _MATRICES.get(int(frame.colorspace), guess),
+                  "src_color_range": _JPEG if full else _MPEG, "dst_color_range": _JPEG}
+    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation=_SCALER, threads=1, **colour)
+    return _place(np.rot90(scaled.to_ndarray(), rotation_deg // 90), place, bucket)
+
+
+def _place(picture: Frames, place: Fit, bucket: Bucket) -> Frames:
+    canvas = np.zeros((bucket.height_px, bucket.width_px, 3), np.uint8)
+    x, y, left, top = max(place.x_px, 0), max(place.y_px, 0), max(-place.x_px, 0), max(-place.y_px, 0)
+    part = picture[top:top + bucket.height_px, left:left + bucket.width_px]
+    canvas[y:y + part.shape[0], x:x + part.shape[1]] = part
+    return canvas
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(8).startswith(_IMAGE_MAGIC)
+    except OSError as error:
+        raise MediaError("media_undecodable", f"can't be opened: {error.strerror}") from error
+
+
+def _load_image(path: Path) -> Image.Image:
+    """A decoded picture, still as stored (no EXIF turn). Pillow, because it refuses cut-off files and ffmpeg doesn't."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
+        reason = "media_truncated" if "truncated" in str(error) else "media_undecodable"
+        raise MediaError(reason, str(error)) from error
+    return image
+
+
+def _fit_image(image: Image.Image, bucket: Bucket, fitting: Fitting) -> Frames:
+    frame = av.VideoFrame.from_image(ImageOps.exif_transpose(image).convert("RGB"))
+    return _fit_frame(frame, Fraction(1), 0, bucket, fitting)
+
+
+def _probe_image(path: Path) -> Probe:
+    image = _load_image(path)
+    turn = {3: 180, 6: -90, 8: 90}.get(image.getexif().get(0x0112, 1), 0)
+    return Probe(media_type="image", width_px=image.width, height_px=image.height, sar_num=1, sar_den=1,
+                 rotation_deg=turn, fps=0.0, num_frames=1, duration_s=0.0, codec=(image.format or "").lower(),
+                 pix_fmt=image.mode, bit_depth=16 if image.mode.startswith("I") else 8, color_range="pc",
+                 variable_frame_rate=False)
