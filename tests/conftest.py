@@ -1,0 +1,15 @@
+"""What several test files share: one tiny checkpoint and one sample corpus per session, both read-only by agreement."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.tiny_checkpoint import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan2.2-TI2V-5B of tiny dimensions in diffusers layout, seed 0."""
+    folder = tmp_path_factory.mktemp("tiny_checkpoint")
+    write_tiny_checkpoint(folder)
+    return folder
