@@ -108,9 +108,10 @@ def probe(path: Path) -> Probe:
     with _open(path) as container:
         stream = container.streams.video[0]
         sar = stream.sample_aspect_ratio or Fraction(1)
-        for frame, begin_s, end_s in _frames(container, path):
+        for frame, begin_s, frame_end_s in _frames(container):
             first = first or frame
             starts_s.append(begin_s)
+            end_s = frame_end_s
         if first is None:
             raise MediaError("media_undecodable", "no frame could be decoded")
         if stream.codec_context.color_trc in _HDR:
@@ -151,7 +152,7 @@ def decode_windows(path: Path, starts_ms: Sequence[int], fps: float, bucket: Buc
     done = 0
     with _open(path) as container:
         sar = container.streams.video[0].sample_aspect_ratio or Fraction(1)
-        for frame, _, end_s in _frames(container, path):
+        for frame, _, end_s in _frames(container):
             picture = None
             while slots[done][0] + START_TOLERANCE_S < end_s:
                 _, index, i = slots[done]
@@ -166,10 +167,10 @@ def decode_windows(path: Path, starts_ms: Sequence[int], fps: float, bucket: Buc
     raise MediaError("media_truncated", f"the footage ends at {end_s:.3f} s, a window needs {slots[-1][0]:.3f} s")
 
 
-def encode_jpeg(picture: Frames) -> bytes:
-    """A uint8 RGB [H, W, 3] picture as a JPEG, quality 95 without chroma subsampling: it feeds an encoder, not eyes."""
+def encode_jpeg(picture: Frames, quality: int = 95) -> bytes:
+    """A uint8 RGB [H, W, 3] picture as a JPEG without chroma subsampling: it feeds an encoder, not eyes."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=95, subsampling=0)
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
@@ -214,7 +215,7 @@ def _open(path: Path) -> Any:
     return container
 
 
-def _frames(container: Any, path: Path) -> Iterator[tuple[Any, float, float]]:
+def _frames(container: Any) -> Iterator[tuple[Any, float, float]]:
     """(frame, begin_s, end_s) for each frame in display order, counted from the first one. Raises MediaError.
 
     A file that ends early, or a packet that does not decode, is an error after the last good frame.
@@ -295,10 +296,11 @@ def _is_image(path: Path) -> bool:
 
 
 def _load_image(path: Path) -> Image.Image:
-    """A decoded picture, still as stored (no EXIF turn). Pillow, because it refuses cut-off files and ffmpeg doesn't."""
+    """A decoded picture, still as stored (no EXIF turn). Pillow: it refuses cut-off files, ffmpeg doesn't."""
     try:
-        image = Image.open(path)
-        image.load()
+        with path.open("rb") as file:
+            image = Image.open(file)
+            image.load()
     except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
         reason = "media_truncated" if "truncated" in str(error) else "media_undecodable"
         raise MediaError(reason, str(error)) from error
