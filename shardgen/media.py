@@ -180,7 +180,7 @@ def encode_mp4(frames: Frames, fps: float) -> bytes:
     One thread and no encoder strings in the container: the bytes are a function of the frames and of PyAV's version.
     """
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate, options={
             "profile": "high", "crf": "18", "preset": "medium", "g": "12", "threads": "1",
