@@ -1,0 +1,123 @@
+"""Deterministic shards: a plain ustar file, its DALI index and its hashes, each put in place by one rename.
+
+The bytes are a function of the samples alone: no times, no owners, a fixed member order. Python's tarfile makes the
+headers; the file around them is written here, because the shard's hash is taken as the bytes pass and because two zero
+blocks end it, without padding to tar's tape record.
+
+The .tar is renamed into place last, so where a .tar stands its .idx and .xxh3 stand too. What a killed run leaves is a
+`*.tmp` file, which the next run removes. Left out: compression (members are compressed already).
+"""
+
+import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import xxhash
+
+from loader.manifest import Member, ShardInfo, encode_hashes, encode_index
+from loader.sample import MEMBERS
+
+BLOCK_BYTES = 512
+TAR, IDX, XXH3 = ".tar", ".idx", ".xxh3"
+TEMPORARY = ".tmp"
+
+
+def write_shard(folder: Path, name: str, bucket: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
+    """Write `name`.tar, .idx and .xxh3 into `folder` from (key, {extension: bytes}) in ascending order of keys.
+
+    Extensions are those of loader.sample.MEMBERS and are stored in its order. Returns the manifest's entry. Raises
+    OSError (disk full, read-only); nothing but complete files ever bears a shard's name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(folder / (name + TAR))
+    index: list[list[Member]] = []
+    hashes: list[tuple[str, str]] = []
+    whole = xxhash.xxh3_128()
+    offset = 0
+    try:
+        with temporary.open("wb") as file:
+
+            def put(data: bytes) -> None:
+                nonlocal offset
+                file.write(data)
+                whole.update(data)
+                offset += len(data)
+
+            last = ""
+            for key, members in samples:
+                assert last < key, f"{name}: key {key} after {last}"
+                assert members.keys() <= set(MEMBERS), f"{name}: {key} has members {list(members)}"
+                last = key
+                index.append([])
+                for extension in MEMBERS:
+                    if extension not in members:
+                        continue
+                    data = members[extension]
+                    member = f"{key}.{extension}"
+                    put(tar_header(member, len(data)))
+                    index[-1].append(Member(member, offset, len(data)))
+                    hashes.append((xxhash.xxh3_64_hexdigest(data), member))
+                    put(data)
+                    put(bytes(-len(data) % BLOCK_BYTES))
+            put(bytes(2 * BLOCK_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        idx, xxh3 = encode_index(index), encode_hashes(hashes)
+        write_atomic(folder / (name + IDX), idx)
+        write_atomic(folder / (name + XXH3), xxh3)
+        _put_in_place(temporary, folder / (name + TAR))
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ShardInfo(name=name, bucket=bucket, num_samples=len(index), bytes=offset, tar_xxh3=whole.hexdigest(),
+                     idx_xxh3=xxhash.xxh3_128_hexdigest(idx), xxh3_xxh3=xxhash.xxh3_128_hexdigest(xxh3))
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The 512-byte ustar header of a regular file: mode 0644, mtime, uid and gid 0, no names."""
+    entry = tarfile.TarInfo(name)
+    entry.size = size
+    entry.mode = 0o644
+    return entry.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file by way of a temporary one, synced before the rename. Raises OSError."""
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete the temporary files that a killed run left below `folder`; returns them. Only the build's owner may."""
+    leftovers = sorted(folder.glob(f"*{TEMPORARY}")) + sorted(folder.glob(f"*/*{TEMPORARY}"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers
+
+
+def stored_size(folder: Path, name: str) -> int | None:
+    """Size in bytes of a finished shard's .tar, or None unless all three files stand."""
+    if not all((folder / (name + suffix)).is_file() for suffix in (TAR, IDX, XXH3)):
+        return None
+    return (folder / (name + TAR)).stat().st_size
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")  # two processes never share one
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename and make the rename last: the folder's entry is synced as well."""
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
