@@ -1,0 +1,297 @@
+"""The catalog: SQLite, a row per label file, one status and one reason each. All SQL is here and in tables.py.
+
+The row's identity is the label's relative path; clip_id is an attribute, so two files may claim one id and both are
+accounted for. A clip moves through the statuses below and the build can be killed between any two transactions: what
+is written is true, what is not is done again. The label's text lies in a table of its own (`bodies`), written once, so
+that the rows which change stay small. One process writes; WAL lets others read meanwhile.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from loader.manifest import ShardInfo
+from shardgen.labels import Label
+from shardgen.plan import ShardPlan, Window
+from shardgen.tables import (
+    ACCEPTED, DUPLICATE, FAILED, FETCHED, GONE, INDEXES, INGESTED, REJECTED, SCHEMA, SKIPPED, SOUND, UNAVAILABLE, WANTED,
+    IngestRow, Outcome, Seen,
+)
+
+class CatalogError(ValueError):
+    """The catalog can't be used or would contradict itself; the message says with what."""
+
+
+_BODY = len(IngestRow._fields) - 1
+_INSERT = (f"INSERT INTO clips (id, generation, {', '.join(IngestRow._fields[:_BODY])}) "
+           f"VALUES (?, ?{', ?' * _BODY})")
+_REPLACE = f"UPDATE clips SET {' = ?, '.join(IngestRow._fields[:_BODY])} = ? WHERE id = ?"
+_unpack_label = msgspec.msgpack.Decoder(Label).decode
+_unpack_window = msgspec.json.Decoder(Window).decode
+
+
+class Catalog:
+    """An open catalog. One thread of one process writes; every method commits whole or leaves nothing behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.db = sqlite3.connect(path, isolation_level=None)
+            self.db.row_factory = sqlite3.Row
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("PRAGMA synchronous = NORMAL")
+            self.db.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise CatalogError(f"{path}: can't open the catalog: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Everything inside is committed together, or nothing."""
+        self.db.execute("BEGIN IMMEDIATE")
+        with self.db:
+            yield self.db
+
+    # -- the recipe ---------------------------------------------------------------------------------------------------
+
+    def _meta(self, name: str, default: str) -> str:
+        row = self.db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return str(row[0]) if row else default
+
+    def adopt_recipe(self, recipe_id: str, selection: str) -> None:
+        """Start a build: what the recipe or the selection (limit, fraction) changed is judged anew.
+
+        Raises CatalogError if shards were planned under another recipe, because they never change.
+        """
+        again = []
+        if (old := self._meta("recipe_id", recipe_id)) != recipe_id:
+            if self.db.execute("SELECT 1 FROM shards LIMIT 1").fetchone():
+                raise CatalogError(f"{self.path}: its shards were planned under recipe {old}, the configuration gives "
+                                   f"{recipe_id}, and a shard never changes: choose another output folder, or take the "
+                                   f"configuration back to the one echoed beside the catalog")
+            again = [WANTED, FETCHED, SOUND, REJECTED, DUPLICATE, UNAVAILABLE, SKIPPED]
+        elif self._meta("selection", selection) != selection:
+            again = [SKIPPED, WANTED]
+        with self.transaction() as db:
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)",
+                           [("recipe_id", recipe_id), ("selection", selection)])
+            db.executemany("UPDATE clips SET status = ? WHERE status = ?", [(INGESTED, status) for status in again])
+
+    # -- ingest -------------------------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """How many plans were made before now: what "catalogued first" counts by, whatever was interrupted when."""
+        return int(self._meta("generation", "0"))
+
+    def known_labels(self, folder: str) -> dict[str, Seen]:
+        """File name -> what was seen, of the label files directly in `folder` (relative, "" for the root)."""
+        prefix = f"{folder}/" if folder else ""
+        end = f"{folder}0" if folder else "\U0010ffff"  # "0" follows "/"
+        rows = self.db.execute("SELECT label, id, size_bytes, mtime_ns, label_xxh3, status FROM clips "
+                               "WHERE label >= ? AND label < ?", (prefix, end))
+        return {name: Seen(*seen) for label, *seen in rows if "/" not in (name := label[len(prefix):])}
+
+    def label_folders(self) -> set[str]:
+        """The folders of all label files that are not known to be gone."""
+        rows = self.db.execute("SELECT label FROM clips WHERE status != ?", (GONE,))
+        return {row[0].rpartition("/")[0] for row in rows}
+
+    def write_labels(self, new: Sequence[IngestRow], changed: Sequence[tuple[Seen, IngestRow]],
+                     touched: Sequence[tuple[Seen, int]], gone: Sequence[Seen]) -> None:
+        """Record what ingest found: new rows, changed files, same files with a new mtime, files that are no more.
+
+        A clip whose windows are planned keeps its row: only the flag says that its label has changed since or is gone.
+        """
+        generation = self.generation
+        first = self.db.execute("SELECT coalesce(max(id), 0) + 1 FROM clips").fetchone()[0]
+        fixed = [seen for seen, _ in changed if seen.status in (ACCEPTED, FAILED)]
+        fixed += [seen for seen in gone if seen.status in (ACCEPTED, FAILED)]
+        free = [(seen, row) for seen, row in changed if seen.status not in (ACCEPTED, FAILED)]
+        with self.transaction() as db:
+            db.executemany(_INSERT, [(first + i, generation, *row[:_BODY]) for i, row in enumerate(new)])
+            db.executemany("INSERT INTO bodies VALUES (?, ?)", [(first + i, row.body) for i, row in enumerate(new)])
+            db.executemany(_REPLACE, [(*row[:_BODY], seen.id) for seen, row in free])
+            db.executemany("UPDATE bodies SET body = ? WHERE id = ?", [(row.body, seen.id) for seen, row in free])
+            db.executemany("UPDATE clips SET mtime_ns = ? WHERE id = ?", [(mtime, seen.id) for seen, mtime in touched])
+            db.executemany("UPDATE clips SET status = ?, reason = 'label_gone', detail = '' WHERE id = ?",
+                           [(GONE, seen.id) for seen in gone if seen.status not in (ACCEPTED, FAILED)])
+            db.executemany("UPDATE clips SET flags = trim(replace(flags, 'label_changed', '') || ' label_changed') "
+                           "WHERE id = ?", [(seen.id,) for seen in fixed])
+
+    def index(self) -> None:
+        """Build the indexes that the later stages need; cheap when they exist."""
+        self.db.executescript(INDEXES)
+
+    # -- judging ------------------------------------------------------------------------------------------------------
+
+    def count(self, *statuses: str) -> int:
+        """Rows in these statuses; all rows if none is named."""
+        where = f"WHERE status IN ({', '.join('?' * len(statuses))})" if statuses else ""
+        return int(self.db.execute(f"SELECT count(*) FROM clips {where}", statuses).fetchone()[0])
+
+    def buckets(self) -> list[tuple[str, str, str, int]]:
+        """(category, status, reason, count) of all rows: the counts add up to the number of label files."""
+        return [tuple(row) for row in self.db.execute(
+            "SELECT category, status, reason, count(*) FROM clips GROUP BY 1, 2, 3 ORDER BY 1, 2, 3")]
+
+    def clips(self, *statuses: str) -> Iterator[sqlite3.Row]:
+        """Rows of `clips` in these statuses (all if none is named), in path order, with their media's probe (JSON)."""
+        where = f"status IN ({', '.join('?' * len(statuses))}) AND" if statuses else ""
+        last = ""
+        while page := self.db.execute(  # page by page: callers write between two rows
+                f"SELECT clips.*, media.probe, media.error_reason, media.error_detail FROM clips LEFT JOIN media "
+                f"USING (media_xxh3) WHERE {where} label > ? ORDER BY label LIMIT 2000", (*statuses, last)).fetchall():
+            yield from page
+            last = page[-1]["label"]
+
+    def label(self, clip: int) -> Label:
+        """The Label of row `clip`, as it was when it was read."""
+        return _unpack_label(self.db.execute("SELECT body FROM bodies WHERE id = ?", (clip,)).fetchone()[0])
+
+    def repeated_ids(self) -> dict[str, list[sqlite3.Row]]:
+        """Rows of every clip_id that more than one readable label claims; the one that keeps it first."""
+        claims: dict[str, list[sqlite3.Row]] = {}
+        for row in self.db.execute(
+                "WITH readable AS (SELECT * FROM clips WHERE status NOT IN ('unreadable', 'gone')) "
+                "SELECT id, clip_id, label, status FROM readable WHERE clip_id IN "
+                "(SELECT clip_id FROM readable GROUP BY 1 HAVING count(*) > 1) "
+                "ORDER BY status != 'accepted', generation, label"):
+            claims.setdefault(row["clip_id"], []).append(row)
+        return claims
+
+    def equal_media(self) -> list[list[sqlite3.Row]]:
+        """Rows whose media are equal byte for byte, per medium; the one to keep first."""
+        groups: dict[str, list[sqlite3.Row]] = {}
+        for row in self.db.execute(
+                "WITH sound AS (SELECT * FROM clips WHERE status IN ('sound', 'accepted')) "
+                "SELECT id, clip_id, label, status, media_xxh3 FROM sound WHERE media_xxh3 IN "
+                "(SELECT media_xxh3 FROM sound GROUP BY 1 HAVING count(*) > 1) "
+                "ORDER BY status != 'accepted', generation, length(clip_id), clip_id, label"):
+            groups.setdefault(row["media_xxh3"], []).append(row)
+        return list(groups.values())
+
+    def record(self, outcomes: Iterable[Outcome]) -> None:
+        """Write what a stage decided."""
+        with self.transaction() as db:
+            db.executemany("UPDATE clips SET status = ?, reason = ?, detail = ?, declared = ?, probed = ? WHERE id = ?",
+                           [(*outcome[1:], outcome.id) for outcome in outcomes])
+
+    def record_scores(self, scores: Iterable[tuple[int, int, int, float, str, int]]) -> None:
+        """Write (caption_chars, word_run, char_run, special_share, programme, id) of label judgements."""
+        with self.transaction() as db:
+            db.executemany("UPDATE clips SET caption_chars = ?, word_run = ?, char_run = ?, special_share = ?, "
+                           "programme = ? WHERE id = ?", scores)
+
+    # -- media --------------------------------------------------------------------------------------------------------
+
+    def source(self, source: str) -> sqlite3.Row | None:
+        """(path, size_bytes, mtime_ns, media_xxh3) of a local path or URL that was hashed before."""
+        return self.db.execute("SELECT * FROM sources WHERE source = ?", (source,)).fetchone()
+
+    def record_source(self, clips: Sequence[int], source: str, path: Path, size_bytes: int, mtime_ns: int,
+                      media_xxh3: str) -> None:
+        """The media of `clips` were found at `path`."""
+        with self.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO sources VALUES (?, ?, ?, ?, ?)",
+                       (source, str(path), size_bytes, mtime_ns, media_xxh3))
+            db.executemany("UPDATE clips SET status = 'fetched', reason = '', detail = '', media_xxh3 = ? WHERE id = ?",
+                           [(media_xxh3, clip) for clip in clips])
+
+    def media_path(self, media_xxh3: str) -> Path:
+        """A file that held these bytes when it was hashed. Raises CatalogError if every one is gone since."""
+        rows = self.db.execute("SELECT path FROM sources WHERE media_xxh3 = ? ORDER BY source", (media_xxh3,))
+        paths = [Path(row[0]) for row in rows]
+        for path in paths:
+            if path.is_file():
+                return path
+        raise CatalogError(f"media {media_xxh3}: none of {list(map(str, paths))} is there any more; put it back, or "
+                           f"start a new output folder")
+
+    def record_probe(self, media_xxh3: str, probe: bytes | None, error_reason: str = "",
+                     error_detail: str = "") -> None:
+        """What probing said: the Probe as JSON, or the reason why there is none."""
+        self.db.execute("INSERT OR REPLACE INTO media VALUES (?, ?, ?, ?)",
+                        (media_xxh3, error_reason, error_detail, probe))
+
+    # -- the plan -----------------------------------------------------------------------------------------------------
+
+    def next_shard_numbers(self) -> dict[tuple[str, str], int]:
+        """(split, bucket) -> the first free shard number."""
+        rows = self.db.execute("SELECT split, bucket, count(*) FROM shards GROUP BY 1, 2")
+        return {(split, bucket): number for split, bucket, number in rows}
+
+    def record_plan(self, plans: Sequence[ShardPlan], accepted: Sequence[tuple[int, str, int, str]],
+                    clips: dict[str, int]) -> None:
+        """Fix new shards for ever and begin the next generation.
+
+        `accepted` holds (clip row, split, number of windows, flags), `clips` maps a label to its row. Raises
+        CatalogError for a key that another sample has, with both sources named.
+        """
+        with self.transaction() as db:
+            for plan in plans:
+                db.execute("INSERT INTO shards VALUES (?, ?, ?, 0, NULL)", (plan.name, plan.split, plan.bucket))
+                for window in plan.windows:
+                    self._refuse_repeated(db, window)
+                    db.execute("INSERT INTO windows VALUES (?, ?, ?, ?)",
+                               (window.key, clips[window.label], plan.name, msgspec.json.encode(window)))
+            db.executemany("UPDATE clips SET status = 'accepted', reason = '', detail = '', split = ?, "
+                           "num_windows = ?, flags = ? WHERE id = ?",
+                           [(split, num, flags, clip) for clip, split, num, flags in accepted])
+            if plans:
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('generation', ?)", (str(self.generation + 1),))
+
+    def _refuse_repeated(self, db: sqlite3.Connection, window: Window) -> None:
+        other = db.execute("SELECT label FROM windows JOIN clips ON clips.id = clip WHERE key = ?",
+                           (window.key,)).fetchone()
+        if other:
+            raise CatalogError(f"key {window.key} is claimed twice: by {other['label']} and by {window.label} (shot "
+                               f"{window.shot}, start {window.start_ms} ms); remove one of the two label files")
+
+    def unfinished_shards(self) -> list[str]:
+        """Names of the planned shards that are still to be written, in order."""
+        return [row[0] for row in self.db.execute("SELECT name FROM shards WHERE NOT done ORDER BY name")]
+
+    def shard_plan(self, name: str) -> ShardPlan:
+        """The plan of one shard, windows by ascending key."""
+        shard = self.db.execute("SELECT split, bucket FROM shards WHERE name = ?", (name,)).fetchone()
+        bodies = self.db.execute("SELECT body FROM windows WHERE shard = ? ORDER BY key", (name,))
+        return ShardPlan(name=name, split=shard["split"], bucket=shard["bucket"],
+                         windows=[_unpack_window(row[0]) for row in bodies])
+
+    def clip_windows(self, clip: int) -> list[Window]:
+        """The planned windows of one row, in time order."""
+        bodies = self.db.execute("SELECT body FROM windows WHERE clip = ?", (clip,))
+        return sorted((_unpack_window(row[0]) for row in bodies), key=lambda window: (window.shot, window.start_ms))
+
+    def finish_shard(self, name: str, info: ShardInfo | None, failed: Sequence[tuple[str, str, str]] = ()) -> None:
+        """A shard is on disk (None: no sample of it could be made); `failed` is (key, reason, detail) of lost windows.
+
+        A clip that has lost all its windows becomes `failed` with that reason; one that keeps some is flagged.
+        """
+        with self.transaction() as db:
+            for key, reason, detail in failed:
+                clip = db.execute("SELECT clip FROM windows WHERE key = ?", (key,)).fetchone()["clip"]
+                db.execute("UPDATE clips SET num_windows = num_windows - 1, flags = trim(flags || ' window_lost'), "
+                           "detail = ? WHERE id = ?", (detail, clip))
+                db.execute("UPDATE clips SET status = 'failed', reason = ? WHERE id = ? AND num_windows = 0",
+                           (reason, clip))
+            db.execute("UPDATE shards SET done = 1, info = ? WHERE name = ?",
+                       (msgspec.json.encode(info) if info else None, name))
+
+    def finished_shards(self) -> list[tuple[str, ShardInfo]]:
+        """(split, ShardInfo) of every shard on disk, in order."""
+        rows = self.db.execute("SELECT split, info FROM shards WHERE info IS NOT NULL ORDER BY name")
+        return [(row["split"], msgspec.json.decode(row["info"], type=ShardInfo)) for row in rows]

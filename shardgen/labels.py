@@ -1,0 +1,256 @@
+"""Label JSON -> Label. Tolerant exactly where the labels are known to vary, strict and by name everywhere else.
+
+The reading is one pass of msgspec over Structs that mirror the JSON: fields we don't name are skipped without being
+built, and a wrong type ends the pass. A label is input from strangers, so everything has a bound: the size of the file,
+the depth (the decoder's own), what an id may contain. Timecodes stay text in a Label, because a wrong one is a fact to
+report about the shot, not a reason to refuse the file; `timecode_frame` reads them.
+"""
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+import numpy as np
+
+MAX_ID_CHARS = 64
+_ID = re.compile(r"\w[\w-]*")
+_RESOLUTION = re.compile(r"\s*(\d{1,5})\s*[,xX×]\s*(\d{1,5})\s*")
+_LENGTH = re.compile(r"(\d{1,2}):([0-5]\d):([0-5]\d)\.(\d\d)")
+_TIMECODE = re.compile(r"(\d\d):([0-5]\d):([0-5]\d);([0-2]\d)", re.ASCII)
+_DATE = re.compile(r"[A-Z][a-z]{2} ([A-Z][a-z]{2}) (\d{2}) (\d{4})\b.*", re.ASCII | re.DOTALL)
+_MONTHS = dict(zip("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), range(1, 13), strict=True))
+
+
+class LabelError(ValueError):
+    """A label that can't be read: a stable reason code, where in the file (None: nowhere in particular), and what."""
+
+    def __init__(self, reason: str, detail: str, byte_offset: int | None = None) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.byte_offset = reason, detail, byte_offset
+
+
+class TimecodeError(ValueError):
+    """A timecode that no 29.97 fps drop-frame counter ever shows."""
+
+
+class Timed(msgspec.Struct, frozen=True, array_like=True):
+    """A sentence and the inclusive range of timecodes it speaks of; "" where it has none."""
+
+    text: str
+    tc_in: str = ""
+    tc_out: str = ""
+
+
+class Label(msgspec.Struct, frozen=True, array_like=True):
+    """What a label file says, as it says it. Unknown text is "", unknown numbers are None."""
+
+    clip_id: str
+    media_type: str
+    category: str
+    station: str
+    broadcast_date: str  # YYYY-MM-DD
+    url: str
+    thumbnail_urls: list[str]
+    keyword: str
+    stt_script: str
+    scenes: list[Timed]
+    objects: list[Timed]
+    semantic: list[str]
+    application: list[str]
+    width_px: int | None
+    height_px: int | None
+    duration_s: float | None
+    fps: float | None
+
+
+class _Scene(msgspec.Struct):
+    description: str | None = None
+    tc_in: str | None = None
+    tc_out: str | None = None
+
+
+class _Caption(msgspec.Struct):
+    text: str | None = None
+    tc_in: str | None = None
+    tc_out: str | None = None
+
+
+class _Generated(msgspec.Struct):
+    stt_script: str | None = None
+    keyword: str | None = None
+    mid_category: str | None = None
+    scene_description_auto: list[_Scene] | None = None
+
+
+class _Source(msgspec.Struct):
+    clip_id: str
+    source_mbc: str | None = None
+    broadcast_date: str | None = None
+    clip_proxy_url: str | None = None
+    clip_proxy_thumbnail_url: list[str] | None = None
+    ai_generated_info: _Generated | None = None
+
+
+class _Levels(msgspec.Struct):
+    object_level: list[_Caption] | None = None
+    semantic_level: list[_Caption] | None = None
+    application_level: list[_Caption] | None = None
+
+
+class _Captions(msgspec.Struct):
+    caption_info: _Levels | None = None
+
+
+class _Details(msgspec.Struct):
+    length: str | None = None
+    frame_rate: float | str | None = None
+    resolution: str | None = None
+
+
+class _MediaInfo(msgspec.Struct):
+    media_type: str | None = None
+    details: _Details | None = None
+    resolution: str | None = None
+
+
+class _Basic(msgspec.Struct):
+    resolution: str | None = None
+
+
+class _InnerRaw(msgspec.Struct):
+    basic_info: _Basic | None = None
+
+
+class _Raw(msgspec.Struct):
+    source_media_info: _MediaInfo | None = None
+    basic_info: _Basic | None = None
+    raw_data_info: _InnerRaw | None = None
+
+
+class _File(msgspec.Struct):
+    source_data_info: _Source
+    labeling_data_info: _Captions | None = None
+    raw_data_info: _Raw | None = None
+
+
+_decoder = msgspec.json.Decoder(_File)
+_NO_MEDIA, _NO_DETAILS, _NO_GENERATED, _NO_LEVELS = _MediaInfo(), _Details(), _Generated(), _Levels()
+
+
+def parse_label(data: bytes) -> Label:
+    """Read one label file's bytes. Raises LabelError with one of the reasons label_empty, label_not_utf8,
+    label_not_json, label_not_object, label_too_deep, label_wrong_type and label_unsafe_id."""
+    try:
+        file = _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _explain(data, error) from error
+    source = file.source_data_info
+    clip_id = source.clip_id
+    if len(clip_id) > MAX_ID_CHARS or _ID.fullmatch(clip_id) is None:
+        raise LabelError("label_unsafe_id", f"clip_id {clip_id[:MAX_ID_CHARS]!r}: an id is 1 to {MAX_ID_CHARS} "
+                         f"letters, digits, _ and -, because file names are made of it",
+                         _offset_of(data, ["source_data_info", "clip_id"]))
+    generated = source.ai_generated_info or _NO_GENERATED
+    levels = (file.labeling_data_info and file.labeling_data_info.caption_info) or _NO_LEVELS
+    raw = file.raw_data_info
+    media = (raw and raw.source_media_info) or _NO_MEDIA
+    details = media.details or _NO_DETAILS
+    width_px, height_px = _declared_size(raw, media, details)
+    return Label(
+        clip_id, media.media_type or "", generated.mid_category or "", source.source_mbc or "",
+        iso_date(source.broadcast_date or ""), source.clip_proxy_url or "", source.clip_proxy_thumbnail_url or [],
+        generated.keyword or "", generated.stt_script or "",
+        [Timed(s.description, s.tc_in or "", s.tc_out or "")
+         for s in generated.scene_description_auto or () if s.description],
+        [Timed(c.text, c.tc_in or "", c.tc_out or "") for c in levels.object_level or () if c.text],
+        [c.text for c in levels.semantic_level or () if c.text],
+        [c.text for c in levels.application_level or () if c.text],
+        width_px, height_px, length_s(details.length or ""), _number(details.frame_rate))
+
+
+def _declared_size(raw: _Raw | None, media: _MediaInfo, details: _Details) -> tuple[int | None, int | None]:
+    """The first readable one of the four places where the labels keep a resolution."""
+    inner = raw and raw.raw_data_info and raw.raw_data_info.basic_info
+    outer = raw and raw.basic_info
+    for text in (media.resolution, details.resolution, outer and outer.resolution, inner and inner.resolution):
+        match = _RESOLUTION.fullmatch(text) if text else None
+        if match and int(match[1]) and int(match[2]):
+            return int(match[1]), int(match[2])
+    return None, None
+
+
+def _number(value: float | str | None) -> float | None:
+    try:
+        number = float(value) if value is not None else 0.0
+    except ValueError:
+        return None
+    return number if 0 < number < 1000 else None
+
+
+@lru_cache(maxsize=4096)
+def iso_date(text: str) -> str:
+    """"Tue May 14 2019 00:00:00 GMT+0900 (Korean Standard Time)" -> "2019-05-14"; what is no such date -> ""."""
+    match = _DATE.fullmatch(text)
+    if match is None or match[1] not in _MONTHS:
+        return ""
+    return f"{match[3]}-{_MONTHS[match[1]]:02}-{match[2]}"
+
+
+def length_s(text: str) -> float | None:
+    """"HH:MM:SS.cc", hundredths of a second -> seconds; None for anything else."""
+    match = _LENGTH.fullmatch(text)
+    if match is None:
+        return None
+    hours, minutes, seconds, hundredths = map(int, match.groups())
+    return (hours * 360000 + minutes * 6000 + seconds * 100 + hundredths) / 100
+
+
+@lru_cache(maxsize=65536)
+def timecode_frame(text: str) -> int:
+    """Frame number of a 29.97 fps drop-frame timecode "HH:MM:SS;FF"; "00:00:00;00" is frame 0.
+
+    Drop-frame skips the numbers ;00 and ;01 at the start of each minute but every tenth, so that the counter keeps up
+    with the clock. Raises TimecodeError for a text that is no timecode, skipped numbers included.
+    """
+    match = _TIMECODE.fullmatch(text)
+    if match is None:
+        raise TimecodeError(f"timecode {text[:20]!r} is not HH:MM:SS;FF")
+    hours, minutes, seconds, frames = map(int, match.groups())
+    if frames < 2 and seconds == 0 and minutes % 10:
+        raise TimecodeError(f"timecode {text} does not exist: drop-frame skips ;00 and ;01 of this minute")
+    minutes += 60 * hours
+    return (60 * minutes + seconds) * 30 + frames - 2 * (minutes - minutes // 10)
+
+
+def _explain(data: bytes, error: Exception) -> LabelError:
+    """The decoder's complaint as a LabelError. Runs for bad labels only, so it may take its time."""
+    text = str(error)
+    if not data.strip():
+        return LabelError("label_empty", "the file holds no JSON", 0)
+    if isinstance(error, RecursionError):
+        return LabelError("label_too_deep", "objects or arrays are nested too deeply to be a label")
+    try:
+        data.decode()
+    except UnicodeDecodeError as bad:
+        return LabelError("label_not_utf8", f"byte 0x{data[bad.start]:02x} is not UTF-8", bad.start)
+    if not isinstance(error, msgspec.ValidationError):
+        place = re.search(r"\(byte (\d+)\)", text)
+        return LabelError("label_not_json", text, int(place[1]) if place else len(data))
+    path = text.rpartition(" - at `")[2].rstrip("`") if " - at `" in text else "$"
+    if path == "$" and data.lstrip()[:1] != b"{":
+        return LabelError("label_not_object", text, len(data) - len(data.lstrip()))
+    keys = [int(key) if key.isdigit() else key for key in re.findall(r"[^.\[\]]+", path.removeprefix("$"))]
+    return LabelError("label_wrong_type", text, _offset_of(data, keys))
+
+
+def _offset_of(data: bytes, keys: list[str | int]) -> int | None:
+    """Where in `data` the value at this path begins: a msgspec.Raw is a view of the buffer it was decoded from."""
+    view: Any = data
+    try:
+        for key in keys:
+            kind: Any = dict[str, msgspec.Raw] if isinstance(key, str) else list[msgspec.Raw]
+            view = msgspec.json.decode(view, type=kind)[key]
+    except (msgspec.DecodeError, KeyError, IndexError, RecursionError):
+        return None
+    return np.frombuffer(view, np.uint8).ctypes.data - np.frombuffer(data, np.uint8).ctypes.data
