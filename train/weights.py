@@ -1,0 +1,108 @@
+"""Load the transformer of a diffusers folder (one safetensors file or many with an index) into train.wan.Wan.
+
+Tensors go one by one from the mapped file to their place on the device, so a 5B model needs no second copy in memory.
+GEMM weights take the compute dtype; norms, modulation tables and the time embedding stay in float32, because they work
+on the float32 residual stream and cost nothing.
+"""
+
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from train.wan import Projections, Wan, WanConfig
+
+SINGLE = "diffusion_pytorch_model.safetensors"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_FLOAT32_MODULES = ("time_1", "time_2", "time_proj")
+_NORMS = {"attn1.norm_q": "attn1.norm_q.weight", "attn1.norm_k": "attn1.norm_k.weight",
+          "attn2.norm_q": "attn2.norm_q.weight", "attn2.norm_k": "attn2.norm_k.weight",
+          "norm2_weight": "norm2.weight", "norm2_bias": "norm2.bias", "scale_shift_table": "scale_shift_table"}
+
+
+class WeightsError(ValueError):
+    """A model folder that can't be loaded; the message names the file, the tensor and the way out."""
+
+
+def load_transformer(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Wan:
+    """Build Wan from `model_dir`/transformer, frozen, GEMM weights in `dtype` on `device`. Raises WeightsError."""
+    folder = model_dir / "transformer"
+    config = read_config(folder / "config.json")
+    with torch.device("meta"):
+        model = Wan(config)
+    sources = tensor_sources(model)
+    files = _tensor_files(folder)
+    missing = sorted(name for names in sources.values() for name in names if name not in files)
+    unused = sorted(files.keys() - {name for names in sources.values() for name in names})
+    if missing or unused:
+        raise WeightsError(f"{folder}: not the tensors of a Wan2.2 transformer: {len(missing)} missing {missing[:3]}, "
+                           f"{len(unused)} unknown {unused[:3]}")
+    handles = {file: safe_open(folder / file, framework="pt") for file in set(files.values())}
+    parameters = dict(model.named_parameters())
+    for name, names in sources.items():
+        meta = parameters[name]
+        float32 = name.split(".")[0] in _FLOAT32_MODULES or not _is_gemm(name)
+        target = torch.empty(meta.shape, dtype=torch.float32 if float32 else dtype, device=device)
+        row = 0
+        for source in names:
+            tensor: Tensor = handles[files[source]].get_tensor(source)
+            tensor = tensor.reshape(-1, *meta.shape[1:])  # patch convolution -> GEMM; tables lose a leading 1
+            if row + tensor.shape[0] > target.shape[0]:
+                raise WeightsError(f"{folder / files[source]}: {source} has shape {list(tensor.shape)}, which does not "
+                                   f"fit {name} {list(meta.shape)} of config.json")
+            target[row:row + tensor.shape[0]].copy_(tensor)
+            row += tensor.shape[0]
+        if row != target.shape[0]:
+            raise WeightsError(f"{folder}: {names} fill {row} of the {target.shape[0]} rows of {name}")
+        _assign(model, name, target)
+    return model
+
+
+def read_config(path: Path) -> WanConfig:
+    """Read transformer/config.json. Raises WeightsError for what newsreel does not train."""
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=WanConfig)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise WeightsError(f"{path}: {error}; model.path must be a diffusers folder such as a download of "
+                           f"Wan-AI/Wan2.2-TI2V-5B-Diffusers") from error
+    if config.image_dim is not None or config.added_kv_proj_dim is not None:
+        raise WeightsError(f"{path}: image cross-attention (Wan2.1 I2V) is not supported; use a Wan2.2 model")
+    if not config.cross_attn_norm or config.attention_head_dim % 2:
+        raise WeightsError(f"{path}: cross_attn_norm must be true and attention_head_dim even in Wan2.2")
+    return config
+
+
+def tensor_sources(model: Wan) -> dict[str, list[str]]:
+    """Our parameter name -> the diffusers tensors that fill it, in row order."""
+    sources: dict[str, list[str]] = {"scale_shift_table": ["scale_shift_table"]}
+    for path, module in model.named_modules():
+        if isinstance(module, Projections):
+            prefix = ".".join(path.split(".")[:2]) + "." if path.startswith("blocks.") else ""
+            for kind in ("weight", "bias"):
+                sources[f"{path}.{kind}"] = [f"{prefix}{name}.{kind}" for name in module.names]
+    for index in range(len(model.blocks)):
+        for ours, theirs in _NORMS.items():
+            sources[f"blocks.{index}.{ours}"] = [f"blocks.{index}.{theirs}"]
+    return sources
+
+
+def _is_gemm(name: str) -> bool:
+    return name.endswith((".weight", ".bias"))  # only Projections have such parameters
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name inside `folder`."""
+    if (folder / INDEX).exists():
+        weight_map: dict[str, str] = msgspec.json.decode((folder / INDEX).read_bytes())["weight_map"]
+        return weight_map
+    if not (folder / SINGLE).exists():
+        raise WeightsError(f"{folder}: neither {SINGLE} nor {INDEX} is there; download the model again")
+    with safe_open(folder / SINGLE, framework="pt") as file:
+        return dict.fromkeys(file.keys(), SINGLE)
+
+
+def _assign(model: Wan, name: str, tensor: Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, torch.nn.Parameter(tensor, requires_grad=False))
