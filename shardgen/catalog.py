@@ -18,9 +18,24 @@ from loader.manifest import ShardInfo
 from shardgen.labels import Label
 from shardgen.plan import ShardPlan, Window
 from shardgen.tables import (
-    ACCEPTED, DUPLICATE, FAILED, FETCHED, GONE, INDEXES, INGESTED, REJECTED, SCHEMA, SKIPPED, SOUND, UNAVAILABLE, WANTED,
-    IngestRow, Outcome, Seen,
+    ACCEPTED,
+    DUPLICATE,
+    FAILED,
+    FETCHED,
+    GONE,
+    INDEXES,
+    INGESTED,
+    REJECTED,
+    SCHEMA,
+    SKIPPED,
+    SOUND,
+    UNAVAILABLE,
+    WANTED,
+    IngestRow,
+    Outcome,
+    Seen,
 )
+
 
 class CatalogError(ValueError):
     """The catalog can't be used or would contradict itself; the message says with what."""
