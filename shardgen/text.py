@@ -30,7 +30,7 @@ class EncodedText(NamedTuple):
 
 
 class TextEncoder:
-    """A tokenizer and an encoder from a diffusers folder. The model waits on the CPU; `move` takes it to the device."""
+    """A tokenizer and an encoder from a diffusers folder. The model waits on the CPU: the owner moves `model`."""
 
     def __init__(self, model_dir: Path, device: torch.device | str, dtype: torch.dtype) -> None:
         for name in ("tokenizer", "text_encoder"):
@@ -42,9 +42,6 @@ class TextEncoder:
         # transformers keeps the second feed-forward matrix in float32 whatever is asked: float16 would overflow there
         self.model = UMT5EncoderModel.from_pretrained(model_dir / "text_encoder", dtype=dtype, local_files_only=True)
         self.model.eval().requires_grad_(False)
-
-    def move(self, device: torch.device | str) -> None:
-        self.model.to(device)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, EncodedText]:

@@ -109,6 +109,15 @@ def stored_size(folder: Path, name: str) -> int | None:
     return (folder / (name + TAR)).stat().st_size
 
 
+def file_xxh3(path: Path) -> str:
+    """xxh3_128 hex of a file's bytes. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")  # two processes never share one
 

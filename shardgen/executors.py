@@ -1,0 +1,75 @@
+"""Who runs the units of work: a pool of processes here, or a Ray cluster. Both take the same units and change no byte.
+
+A unit is a top-level function of one value. Results come in the order in which they are ready, which nothing may
+depend on. Units that fail are handed back as exceptions of type ValueError or OSError, because the other units can
+still be done; anything else is our bug and ends the run. At most a few units more than there are workers are in flight,
+so the list of units may be long and lazy.
+
+Workers are spawned, not forked (CUDA and threads do not survive a fork), and end with the program, however it ends.
+"""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+Failure = ValueError | OSError
+_AHEAD = 2  # units in flight per worker: one at work, one to go on with
+
+
+class ExecutorError(RuntimeError):
+    """The workers themselves failed; what they had finished stands, and a second run goes on from there."""
+
+
+def run_local(function: Callable[[Unit], Result], units: Iterable[Unit], num_workers: int,
+              environments: Sequence[dict[str, str]] = ()) -> Iterator[tuple[Unit, Result | Failure]]:
+    """Run `function` on each unit in `num_workers` processes; yields (unit, result or failure).
+
+    Worker i starts with environments[i] set (one GPU each: CUDA_VISIBLE_DEVICES). Raises ExecutorError if a worker
+    dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    settings = context.SimpleQueue()
+    for i in range(num_workers):
+        settings.put(environments[i] if environments else {})
+    remaining = iter(units)
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (settings,)) as pool:
+        running: dict[Future[Result], Unit] = {}
+        try:
+            while True:
+                for unit in islice(remaining, _AHEAD * num_workers - len(running)):
+                    running[pool.submit(function, unit)] = unit
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), _outcome(future)
+        except BrokenProcessPool as error:
+            raise ExecutorError("a worker process died: killed from outside, or out of memory (then take fewer "
+                                "workers). What was finished stands; run the build again to go on") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _outcome(future: "Future[Result]") -> Result | Failure:
+    try:
+        return future.result()
+    except (ValueError, OSError) as error:
+        return error
+
+
+def _start_worker(settings: Any) -> None:
+    os.environ.update(settings.get())
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
