@@ -10,6 +10,7 @@ Workers are spawned, not forked (CUDA and threads do not survive a fork), and en
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -39,32 +40,30 @@ def run_local(function: Callable[[Unit], Result], units: Iterable[Unit], num_wor
     for i in range(num_workers):
         settings.put(environments[i] if environments else {})
     remaining = iter(units)
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (settings,)) as pool:
-        running: dict[Future[Result], Unit] = {}
-        try:
-            while True:
-                for unit in islice(remaining, _AHEAD * num_workers - len(running)):
-                    running[pool.submit(function, unit)] = unit
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), _outcome(future)
-        except BrokenProcessPool as error:
-            raise ExecutorError("a worker process died: killed from outside, or out of memory (then take fewer "
-                                "workers). What was finished stands; run the build again to go on") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _outcome(future: "Future[Result]") -> Result | Failure:
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (settings,))
+    running: dict[Future[Result], Unit] = {}
     try:
-        return future.result()
-    except (ValueError, OSError) as error:
-        return error
+        while True:
+            for unit in islice(remaining, _AHEAD * num_workers - len(running)):
+                running[pool.submit(function, unit)] = unit
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                unit = running.pop(future)
+                try:
+                    yield unit, future.result()
+                except (ValueError, OSError) as error:
+                    yield unit, error
+    except BrokenProcessPool as error:
+        raise ExecutorError("a worker process died: killed from outside, or out of memory (then take fewer workers). "
+                            "What was finished stands; run the build again to go on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(settings: Any) -> None:
     os.environ.update(settings.get())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program; it ends its workers
     parent = multiprocessing.parent_process()
     assert parent is not None
 
