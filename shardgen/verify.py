@@ -1,0 +1,213 @@
+"""Is a dataset whole? Every byte of it is looked at, and every fault is told with the shard and the member it is in.
+
+Three layers, from cheap to dear: the files against the manifest's hashes; the tar itself (headers, padding, order,
+index) against the bytes that write.py would have made; and what the members hold (metadata, tensors, pictures)
+against the format. The layers don't stop each other, so that one flipped bit is traced to its member.
+"""
+
+import mmap
+from collections.abc import Callable, Iterator
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from loader.manifest import (
+    MANIFEST_FILE,
+    DatasetError,
+    Manifest,
+    Member,
+    ShardInfo,
+    decode_hashes,
+    decode_index,
+    read_manifest,
+)
+from loader.sample import (
+    EMPTY_PROMPT_FILE,
+    JPG,
+    JSON,
+    LATENT,
+    MAX_TEXT_TOKENS,
+    MEMBERS,
+    MP4,
+    TEXT,
+    Bucket,
+    SampleError,
+    SampleMeta,
+    TensorInfo,
+    decode_meta,
+    decode_tensor,
+    sample_key,
+    split_member_name,
+)
+from shardgen.executors import Failure, run_local
+from shardgen.media import MediaError, probe
+from shardgen.write import BLOCK_BYTES, IDX, TAR, XXH3, file_xxh3, tar_header
+
+
+class Checked(NamedTuple):
+    """What one shard gave: its faults, and what must be compared across shards."""
+
+    faults: list[str]
+    keys: list[str]
+    programmes: set[str]
+    text_dims: set[int]
+
+
+def check_shard(shard: tuple[str, ShardInfo], dataset: Path) -> Checked:
+    """Check one (split, shard) of `dataset` completely. Faults are returned, not raised."""
+    split, info = shard
+    checked = Checked([], [], set(), set())
+    stem = dataset / split / info.name
+    try:
+        for suffix, digest in (TAR, info.tar_xxh3), (IDX, info.idx_xxh3), (XXH3, info.xxh3_xxh3):
+            path = stem.with_name(info.name + suffix)
+            if (found := file_xxh3(path)) != digest:
+                checked.faults.append(f"{path}: xxh3_128 is {found}, the manifest says {digest}")
+        with stem.with_name(info.name + TAR).open("rb") as file, \
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if len(data) != info.bytes:
+                checked.faults.append(f"{info.name}.tar: {len(data)} bytes, the manifest says {info.bytes}")
+            index = decode_index(stem.with_name(info.name + IDX).read_bytes(), f"{info.name}.idx")
+            hashes = decode_hashes(stem.with_name(info.name + XXH3).read_bytes(), f"{info.name}.xxh3")
+            checked.faults.extend(_tar_faults(data, index, hashes, info))
+            for members in index:
+                checked.faults.extend(_sample_faults(data, members, split, info, checked))
+    except (OSError, DatasetError, ValueError) as error:  # ValueError: an empty file can't be mapped
+        checked.faults.append(f"{stem}: {error}")
+    return checked
+
+
+def _tar_faults(data: mmap.mmap, index: list[list[Member]], hashes: dict[str, str],
+                info: ShardInfo) -> Iterator[str]:
+    """The tar, byte for byte, as write.py makes it from these members."""
+    offset = 0
+    for member in (member for members in index for member in members):
+        header, padding = tar_header(member.name, member.size), bytes(-member.size % BLOCK_BYTES)
+        if member.offset != offset + BLOCK_BYTES or data[offset:offset + BLOCK_BYTES] != header:
+            yield f"{info.name}.tar: {member.name}: the header at byte {offset} is not that of this member"
+        end = member.offset + member.size
+        if data[end:end + len(padding)] != padding:
+            yield f"{info.name}.tar: {member.name}: the padding after it is not zero"
+        with memoryview(data) as view, view[member.offset:end] as stored:
+            if xxhash.xxh3_64_hexdigest(stored) != hashes.get(member.name):
+                yield f"{info.name}.tar: {member.name}: its bytes don't match {info.name}.xxh3"
+        offset = end + len(padding)
+    if data[offset:] != bytes(2 * BLOCK_BYTES):
+        yield f"{info.name}.tar: {len(data) - offset} bytes follow the last member, expected two blocks of zeros"
+    names = [member.name for members in index for member in members]
+    if list(hashes) != names:
+        yield f"{info.name}.xxh3: names {len(hashes)} members, the index {len(names)}, or in another order"
+    if len(index) != info.num_samples:
+        yield f"{info.name}.idx: {len(index)} samples, the manifest says {info.num_samples}"
+
+
+def _sample_faults(data: mmap.mmap, members: list[Member], split: str, info: ShardInfo,
+                   checked: Checked) -> Iterator[str]:
+    """One sample against the format."""
+    key = split_member_name(members[0].name)[0]
+    place = f"{info.name}.tar: {key}"
+    stored = {}
+    for member in members:
+        member_key, extension = split_member_name(member.name)
+        if member_key != key or extension not in MEMBERS or extension in stored:
+            yield f"{place}: {member.name} does not belong into this sample"
+        stored[extension] = data[member.offset:member.offset + member.size]
+    if checked.keys and checked.keys[-1] >= key:
+        yield f"{place}: comes after {checked.keys[-1]}, keys must ascend"
+    checked.keys.append(key)
+    try:
+        meta = decode_meta(stored[JSON])
+        checked.programmes.add(meta.programme)
+        bucket = Bucket.parse(info.bucket)
+        expected = sample_key(meta.media_xxh3, meta.clip_id, meta.shot, meta.start_ms, meta.bucket, meta.fps)
+        if not key == meta.key == expected:
+            yield f"{place}: its metadata say key {meta.key} and belong to key {expected}"
+        if (meta.split, meta.bucket) != (split, bucket):
+            yield f"{place}: a sample of {meta.split} {meta.bucket} in a shard of {split} {bucket}"
+        if meta.latent.shape != bucket.latent_shape:
+            yield f"{place}.{LATENT}: shape {list(meta.latent.shape)}, {bucket} has {list(bucket.latent_shape)}"
+        if len(meta.text.shape) != 2 or not 1 <= meta.text.shape[0] <= MAX_TEXT_TOKENS:
+            yield f"{place}.{TEXT}: shape {list(meta.text.shape)}, expected [1 to {MAX_TEXT_TOKENS}, text dimension]"
+        checked.text_dims.add(meta.text.shape[-1])
+        for name, tensor in (LATENT, meta.latent), (TEXT, meta.text):
+            if not np.isfinite(decode_tensor(stored[name], tensor)).all():
+                yield f"{place}.{name}: holds inf or NaN"
+        if meta.media_type == "video" and JPG not in stored:
+            yield f"{place}: a video without {JPG}"
+        yield from _picture_faults(stored, place, meta)
+    except KeyError as error:
+        yield f"{place}: has no member {error.args[0]}"
+    except SampleError as error:
+        yield f"{place}: {error}"
+
+
+def _picture_faults(stored: dict[str, bytes], place: str, meta: SampleMeta) -> Iterator[str]:
+    if JPG in stored:
+        try:
+            with Image.open(BytesIO(stored[JPG]), formats=["JPEG"]) as image:
+                image.load()
+                if image.size != (meta.width_px, meta.height_px):
+                    yield f"{place}.{JPG}: {image.width}x{image.height}, expected {meta.width_px}x{meta.height_px}"
+        except (OSError, SyntaxError) as error:
+            yield f"{place}.{JPG}: does not decode: {error}"
+    if MP4 in stored:
+        with NamedTemporaryFile(suffix=".mp4") as file:
+            file.write(stored[MP4])
+            file.flush()
+            try:
+                found = probe(Path(file.name))
+            except MediaError as error:
+                yield f"{place}.{MP4}: {error}"
+                return
+        shape = f"{found.width_px}x{found.height_px}x{found.num_frames}"
+        if shape != str(meta.bucket) or abs(found.fps - meta.fps) > 0.01:
+            yield f"{place}.{MP4}: {shape} at {found.fps} fps, expected {meta.bucket} at {meta.fps}"
+
+
+def verify_dataset(dataset: Path, num_workers: int, advance: Callable[[int], None]) -> Iterator[str]:
+    """Yield every fault of `dataset`; `advance` hears of shards done. Raises DatasetError without a manifest."""
+    manifest = read_manifest(dataset)
+    shards = [(split, info) for split, infos in manifest.splits.items() for info in infos]
+    checked: dict[str, Checked] = {}
+    for (_, info), result in run_local(partial(check_shard, dataset=dataset), shards, num_workers):
+        if isinstance(result, Failure):
+            yield f"{info.name}: {result}"
+            continue
+        checked[info.name] = result
+        yield from result.faults
+        advance(1)
+    yield from check_across(dataset, manifest, checked)
+
+
+def check_across(dataset: Path, manifest: Manifest, checked: dict[str, Checked]) -> Iterator[str]:
+    """What only the whole shows: repeated keys, programmes on both sides, stray files, the empty prompt."""
+    home: dict[str, str] = {}
+    for name, shard in checked.items():
+        for key in shard.keys:
+            if home.setdefault(key, name) != name:
+                yield f"key {key} is in {home[key]} and in {name}"
+    sides = {split: set().union(*(checked[info.name].programmes for info in shards if info.name in checked))
+             for split, shards in manifest.splits.items()}
+    for programme in sorted(sides.get("train", set()) & sides.get("val", set())):
+        yield f"programme {programme!r} is on both sides of the split"
+    dims = set().union(*(shard.text_dims for shard in checked.values()))
+    if len(dims) > 1:
+        yield f"text rows of different dimensions: {sorted(dims)}"
+    for split, shards in manifest.splits.items():
+        known = {info.name + suffix for info in shards for suffix in (TAR, IDX, XXH3)}
+        for path in sorted((dataset / split).iterdir()):
+            if path.name not in known:
+                yield f"{path}: is not in {MANIFEST_FILE}"
+    try:
+        data = (dataset / EMPTY_PROMPT_FILE).read_bytes()
+        for dim in dims:
+            decode_tensor(data, TensorInfo("float16", (1, dim)))
+    except (OSError, SampleError) as error:
+        yield f"{dataset / EMPTY_PROMPT_FILE}: {error}"
+
