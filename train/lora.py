@@ -29,6 +29,7 @@ _COMFYUI = {"attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_
             "attn2.to_v": "cross_attn.v", "attn2.to_out.0": "cross_attn.o",
             "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
 METADATA_KEY = "lora_adapter_metadata"
+DIFFUSERS_FILE, COMFYUI_FILE = "lora.safetensors", "lora_comfyui.safetensors"
 
 
 class LoRAError(ValueError):
@@ -145,6 +146,12 @@ def attach(model: Wan, targets: Iterable[str], rank: int, alpha: float, dropout:
                     setattr(parent, child_name, adapted)
                     modules[index].append(adapted)
     return LoRA(modules, rank, alpha, chosen)
+
+
+def save_both(lora: LoRA, folder: Path) -> None:
+    """Write DIFFUSERS_FILE and COMFYUI_FILE into `folder`."""
+    save_diffusers(lora, folder / DIFFUSERS_FILE)
+    save_comfyui(lora, folder / COMFYUI_FILE)
 
 
 def save_diffusers(lora: LoRA, path: Path) -> None:

@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.attention import Attention
 from train.elementwise import Modulation, gated_residual, gelu_tanh, modulated_norm, qk_norm_rope
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class WanConfig(msgspec.Struct, frozen=True):

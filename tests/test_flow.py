@@ -1,0 +1,55 @@
+"""Flow matching: the formulas of the design, and what each sample's randomness depends on."""
+
+import pytest
+import torch
+
+from train import flow
+
+
+def test_shift_moves_the_middle_and_keeps_the_ends() -> None:
+    assert flow.shifted_sigma(0.0, 5) == 0.0 and flow.shifted_sigma(1.0, 5) == 1.0
+    assert flow.shifted_sigma(0.5, 5) == pytest.approx(5 / 6)
+    assert flow.shifted_sigma(0.3, 1) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("distribution", "median_share"), [("uniform", 0.1), ("logit_normal", 0.1586)])
+def test_sigmas_follow_their_distribution(distribution: flow.TimestepDistribution, median_share: float) -> None:
+    """u below 0.1, or logit(u) below -1 (u < 0.2689), has this probability; five sigma of 20,000 draws."""
+    bound = 0.1 if distribution == "uniform" else 0.26894
+    sigmas = [flow.sample_sigma(seed, distribution, 1.0) for seed in range(20_000)]
+    share = sum(sigma < bound for sigma in sigmas) / len(sigmas)
+    assert abs(share - median_share) < 5 * (median_share * (1 - median_share) / 20_000) ** 0.5
+    assert all(0 < sigma < 1 for sigma in sigmas)
+
+
+def test_noise_depends_on_the_seed_alone() -> None:
+    both = flow.sample_noise([5, 6], (48, 2, 4, 4), torch.device("cpu"))
+    torch.testing.assert_close(flow.sample_noise([6], (48, 2, 4, 4), torch.device("cpu")), both[1:], atol=0, rtol=0)
+    assert not torch.equal(both[0], both[1])
+    assert abs(both.mean()) < 0.1 and abs(both.std() - 1) < 0.1
+
+
+def test_i2v_keeps_the_first_frame_clean_and_out_of_the_loss() -> None:
+    latent, noise = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 3, 4, 4)
+    noised = flow.noise_latent(latent, noise, [0.4, 0.4], is_i2v=[True, False])
+    torch.testing.assert_close(noised.latent_BCThw[0, :, 0], latent[0, :, 0])
+    torch.testing.assert_close(noised.latent_BCThw[0, :, 1:], 0.6 * latent[0, :, 1:] + 0.4 * noise[0, :, 1:])
+    torch.testing.assert_close(noised.latent_BCThw[1], 0.6 * latent[1] + 0.4 * noise[1])
+    assert noised.t_BR.tolist() == [[0.0, 400.0], [0.0, 400.0]] and noised.num_clean_frames_B.tolist() == [1, 0]
+    wrong = noised.target_BCThw.clone()
+    wrong[:, :, 0] += 3
+    losses = flow.sample_losses(wrong, noised.target_BCThw, noised.num_clean_frames_B)
+    torch.testing.assert_close(losses, torch.tensor([0.0, 9 / 3]))
+
+
+def test_a_raw_condition_replaces_the_first_frame_of_i2v_samples_only() -> None:
+    latent, noise, condition = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 1, 4, 4)
+    noised = flow.noise_latent(latent, noise, [0.4, 0.4], [True, False], condition)
+    torch.testing.assert_close(noised.latent_BCThw[0, :, :1], condition[0])
+    torch.testing.assert_close(noised.latent_BCThw[1], 0.6 * latent[1] + 0.4 * noise[1])
+
+
+def test_the_loss_of_a_sample_is_its_own_mean() -> None:
+    velocity, target = torch.zeros(2, 48, 3, 4, 4), torch.ones(2, 48, 3, 4, 4)
+    target[1] *= 2
+    assert flow.sample_losses(velocity, target, torch.tensor([1, 0])).tolist() == [1.0, 4.0]

@@ -1,0 +1,83 @@
+"""The fused LoRA linear against its eager twin."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.elementwise import gelu_tanh
+from train.fused import LoRALinear, dropout_keep, has_spare_columns, lora_linear_eager
+from train.lora import LoRAProjections
+from train.wan import Projections
+
+LAYERS = {"attn1.to_q": 24, "attn1.to_k": 24, "attn1.to_v": 40}
+SEEDS_B = torch.tensor([2**62 + 5, 77])
+
+
+def adapted(targets: tuple[str, ...], dropout: float) -> LoRAProjections:
+    torch.manual_seed(0)
+    base = Projections(16, LAYERS)
+    for parameter in (base.weight, base.bias):
+        torch.nn.init.normal_(parameter)
+    module = LoRAProjections(base, targets, rank=8, alpha=20.0, dropout=dropout, layer=3)
+    torch.nn.init.normal_(module.a_RK)
+    torch.nn.init.normal_(module.b_NR)
+    for destination, source in module.copies():
+        destination.copy_(source)
+    module.seeds_B = SEEDS_B
+    return module
+
+
+def eager(module: LoRAProjections, x_BLK: Tensor) -> Tensor:
+    b_NR = torch.zeros(sum(LAYERS.values()), module.num_spare)
+    row = 0
+    for i, (start, end) in enumerate(module.blocks):
+        b_NR[start:end, i * 8:(i + 1) * 8] = module.b_NR[row:row + end - start]
+        row += end - start
+    return lora_linear_eager(x_BLK, module.weight[:, :16], module.bias, module.a_RK, b_NR, module.scale,
+                             module.dropout, module.seeds_B, module.layer)
+
+
+@pytest.mark.parametrize("targets", [tuple(LAYERS), ("attn1.to_v", "attn1.to_q"), ("attn1.to_k",)])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("spare", [True, False])
+def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], dropout: float, spare: bool) -> None:
+    module = adapted(targets, dropout)
+    source_BLK = torch.randn(2, 5, 16, requires_grad=True)
+    weights_BLN = torch.randn(2, 5, sum(LAYERS.values()))
+    x_BLK = gelu_tanh(source_BLK, module.num_spare if spare else 0)
+    assert has_spare_columns(x_BLK, module.num_spare) == spare
+    results = []
+    for forward in (module.__call__, lambda x: eager(module, x)):
+        y_BLN = forward(gelu_tanh(source_BLK, module.num_spare if spare else 0))
+        gradients = torch.autograd.grad((y_BLN * weights_BLN).sum(), [source_BLK, module.a_RK, module.b_NR])
+        results.append((y_BLN.detach(), *gradients))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_of_adapters_are_float32_in_half_precision() -> None:
+    module = adapted(tuple(LAYERS), 0.0)
+    module.weight.data, module.bias.data, module.a = (t.bfloat16() for t in (module.weight, module.bias, module.a))
+    x_BLK = torch.randn(2, 5, 16).bfloat16()
+    y: Tensor = LoRALinear.apply(x_BLK, module.weight, module.bias, module.a, module.a_RK, module.b_NR, module.blocks,
+                                 module.scale, 0.0, None, 0)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    for parameter in (module.a_RK, module.b_NR):
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+
+
+def test_dropout_follows_the_sample_and_the_layer_not_the_batch() -> None:
+    both = dropout_keep(SEEDS_B, 3, 50, 64, 0.1)
+    assert torch.equal(both[1:], dropout_keep(SEEDS_B[1:], 3, 50, 64, 0.1))
+    assert not torch.equal(both[0], both[1])
+    assert not torch.equal(both, dropout_keep(SEEDS_B, 4, 50, 64, 0.1))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_drops_its_share_of_every_row_and_column(p: float) -> None:
+    keep_LK = dropout_keep(torch.tensor([123456789]), 1, 1000, 1000, p)[0].float()
+    five_sigma = 5 * (p * (1 - p)) ** 0.5
+    assert abs(keep_LK.mean() - (1 - p)) < five_sigma / 1000
+    assert (keep_LK.mean(0) - (1 - p)).abs().max() < five_sigma / 1000**0.5
+    assert (keep_LK.mean(1) - (1 - p)).abs().max() < five_sigma / 1000**0.5

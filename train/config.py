@@ -1,0 +1,108 @@
+"""TrainConfig: everything that decides a training run, one TOML file. Defaults are those of the users' V100 pair."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from train.flow import TimestepDistribution
+
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """path: a diffusers folder (Wan-AI/Wan2.2-TI2V-5B-Diffusers). dtype: of GEMM inputs; on a V100 float16."""
+
+    path: str
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+
+
+class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """datasets: folders with a manifest.json. condition: where the clean first frame of I2V comes from."""
+
+    datasets: list[str]
+    condition: Literal["latent", "raw"] = "latent"
+    i2v_share: Share = 0.4
+    caption_dropout: Share = 0.1
+    num_threads: Positive = 4
+    max_ahead: Positive = 4
+
+
+class LoRAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """As in PEFT. init: a LoRA file (diffusers keys) to go on from; empty: fresh adapters."""
+
+    targets: list[str] = msgspec.field(default_factory=lambda: [
+        "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v"])
+    rank: Positive = 16
+    alpha: Annotated[float, Meta(gt=0.0)] = 16.0
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    init: str = ""
+
+
+class FlowConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """shift: 5 at 720p, 3 at 480p."""
+
+    shift: Annotated[float, Meta(gt=0.0)] = 5.0
+    timesteps: TimestepDistribution = "uniform"
+
+
+class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """clip_norm: of the whole gradient, 0 for none. loss_scale: the first one, float16 only."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    lr: Annotated[float, Meta(gt=0.0)] = 1e-4
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    eps: Annotated[float, Meta(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.01
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Meta(ge=0)] = 0
+    clip_norm: Annotated[float, Meta(ge=0.0)] = 1.0
+    loss_scale: Annotated[float, Meta(gt=0.0)] = 65536.0
+
+
+class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """global_batch: samples per optimizer step over all GPUs. micro_batch: samples of one forward pass on one GPU;
+    global_batch / (micro_batch * GPUs) passes are accumulated. activation_memory: "block" keeps the inputs of each
+    block and computes the rest again in the backward pass, "all" keeps everything.
+    """
+
+    output: str
+    model: ModelConfig
+    data: DataConfig
+    lora: LoRAConfig = LoRAConfig()
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    num_steps: Positive
+    global_batch: Positive
+    micro_batch: Positive = 1
+    seed: Annotated[int, Meta(ge=0)] = 0
+    activation_memory: Literal["block", "all"] = "block"
+    checkpoint_every: Positive = 100
+    keep_checkpoints: Positive = 3
+    log_every: Positive = 1
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.output)
+
+
+# What may differ between a checkpoint and the run that goes on from it: none of it changes the samples or the maths.
+RESUMABLE_CHANGES = frozenset({
+    "output", "num_steps", "checkpoint_every", "keep_checkpoints", "log_every", "activation_memory", "micro_batch",
+    "model.path", "model.attention", "data.datasets", "data.num_threads", "data.max_ahead"})
+
+
+def flat(config: msgspec.Struct, prefix: str = "") -> dict[str, object]:
+    """{"optim.lr": 1e-4, ...}: the configuration as one level of dotted keys."""
+    values: dict[str, object] = {}
+    for name in config.__struct_fields__:
+        value = getattr(config, name)
+        if isinstance(value, msgspec.Struct):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values

@@ -1,0 +1,142 @@
+"""Fine-tune Wan2.2 with LoRA:  torchrun --nproc-per-node 2 train/main.py CONFIG.toml [--set key=value ...]
+
+The whole program is on this page: build, loop, save. A run whose output folder has checkpoints goes on from the newest
+one, exactly. Nothing random comes from a global generator: what happens to a sample follows from its seed.
+"""
+
+import argparse
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # torchrun puts train/ there, not the root
+
+import torch
+from torch import Tensor
+
+from loader.config import dump_toml, load_toml
+from loader.feed import Batch, Feed
+from loader.vae import load_vae_encoder
+from train import checkpoint, dist, flow, lora, optim
+from train.attention import Attention, choose_attention
+from train.config import RESUMABLE_CHANGES, FlowConfig, TrainConfig, flat
+from train.metrics import Metrics, peak_memory_gib
+from train.remat import RunBlock, block_runner
+from train.wan import Wan
+from train.weights import load_transformer
+
+
+def micro_batch_loss(model: Wan, adapters: lora.LoRA, batch: Batch, config: FlowConfig, attention: Attention,
+                     run_block: RunBlock) -> Tensor:
+    """Mean loss of a micro-batch: float32 scalar."""
+    device = batch.latent_BCTHW.device
+    adapters.set_seeds(torch.tensor(batch.seeds, device=device))
+    noise = flow.sample_noise(batch.seeds, batch.latent_BCTHW.shape[1:], device)
+    sigmas = [flow.sample_sigma(seed, config.timesteps, config.shift) for seed in batch.seeds]
+    noised = flow.noise_latent(batch.latent_BCTHW, noise, sigmas, batch.is_i2v, batch.condition_BC1HW)
+    velocity = model(noised.latent_BCThw, noised.t_BR, noised.num_clean_frames_B, batch.text_BSD, attention, run_block)
+    return flow.sample_losses(velocity, noised.target_BCThw, noised.num_clean_frames_B).mean()
+
+
+def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
+    output, device, dtype = config.output_dir, world.device, getattr(torch, config.model.dtype)
+    num_micro, rest = divmod(config.global_batch, config.micro_batch * world.size)
+    if rest:
+        raise ValueError(f"global_batch = {config.global_batch} is not a multiple of micro_batch x processes = "
+                         f"{config.micro_batch} x {world.size}")
+    attention_name, attention = choose_attention(config.model.attention, device, dtype)
+    run_block = block_runner(config.activation_memory)
+
+    model = load_transformer(Path(config.model.path), device, dtype)
+    adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout,
+                           config.seed)
+    if config.lora.init:
+        lora.load_diffusers(adapters, Path(config.lora.init))
+    flat_parameters = optim.flatten(adapters.parameters())
+    optimizer = optim.make_optimizer(flat_parameters.vector, config.optim.name, config.optim.lr,
+                                     (config.optim.beta1, config.optim.beta2), config.optim.eps,
+                                     config.optim.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, config.optim.loss_scale, enabled=dtype == torch.float16)
+    vae = load_vae_encoder(Path(config.model.path), device, dtype) if config.data.condition == "raw" else None
+    feed = stack.enter_context(Feed(
+        [Path(dataset) for dataset in config.data.datasets], split="train", global_batch=config.global_batch,
+        micro_batch=config.micro_batch, rank=world.rank, world_size=world.size, seed=config.seed,
+        i2v_share=config.data.i2v_share, caption_dropout=config.data.caption_dropout, condition=config.data.condition,
+        device=device, num_threads=config.data.num_threads, max_ahead=config.data.max_ahead, vae=vae))
+
+    first_step, newest = 0, checkpoint.latest(output)
+    if newest is not None:
+        state = checkpoint.load(newest, flat(config), RESUMABLE_CHANGES)
+        first_step = state["step"]
+        flat_parameters.vector.data.copy_(state["parameters"])
+        adapters.refresh()
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        feed.load_state_dict(state["feed"])
+    dist.barrier(world)  # rank 0 may delete and write checkpoints only after everyone has read theirs
+    metrics = stack.enter_context(Metrics(output, first_step, config.num_steps)) if world.rank == 0 else None
+    if metrics:
+        (output / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+        metrics.say(f"{len(adapters.tensors())} adapters, {flat_parameters.vector.numel():,} parameters on "
+                    f"{world.size} x {device.type}; {config.model.dtype}, {attention_name} attention, keeps "
+                    f"{config.activation_memory}; " + (f"resumed from {newest}" if newest else "from the start"))
+
+    batches = iter(feed)
+    logged_step, num_tokens, wait_s, start_s = first_step, 0, 0.0, time.perf_counter()
+    for step in range(first_step, config.num_steps):
+        flat_parameters.buffer.zero_()
+        for _ in range(num_micro):
+            batch, feed_state = next(batches)
+            loss = micro_batch_loss(model, adapters, batch, config.flow, attention, run_block)
+            scaler.scale(loss / (num_micro * world.size)).backward()
+            flat_parameters.loss.add_(loss.detach() / (num_micro * world.size))
+            num_tokens += batch.bucket.num_tokens * len(batch.keys) * world.size
+            wait_s += batch.wait_s
+        dist.all_reduce_sum(flat_parameters.buffer, world)
+        lr = optim.learning_rate(step, config.optim.lr, config.optim.schedule, config.optim.warmup_steps,
+                                 config.num_steps)
+        optimizer.param_groups[0]["lr"] = lr
+        scaler.unscale_(optimizer)
+        grad_norm = optim.clip_gradient(flat_parameters.gradient, config.optim.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        adapters.refresh()
+
+        done = step + 1
+        if metrics and (done % config.log_every == 0 or done == config.num_steps):
+            mean_loss, norm = flat_parameters.loss.item(), grad_norm.item()  # host sync
+            elapsed_s = time.perf_counter() - start_s
+            metrics.write({
+                "step": done, "epoch": batch.epoch, "loss": mean_loss, "lr": lr, "grad_norm": norm,
+                "loss_scale": scaler.get_scale(), "s_per_step": elapsed_s / (done - logged_step),
+                "tokens_per_s": num_tokens / elapsed_s, "data_wait_share": wait_s / elapsed_s,
+                "memory_gib": peak_memory_gib(device)})
+            logged_step, num_tokens, wait_s, start_s = done, 0, 0.0, time.perf_counter()
+        if metrics and (done % config.checkpoint_every == 0 or done == config.num_steps):
+            checkpoint.save(output, done, {
+                "step": done, "config": flat(config), "parameters": flat_parameters.vector.detach(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "feed": feed_state,
+            }, lambda folder: lora.save_both(adapters, folder), config.keep_checkpoints)
+    dist.barrier(world)
+    if metrics:
+        lora.save_both(adapters, output)
+        metrics.say(f"{config.num_steps} steps done: {output / lora.DIFFUSERS_FILE} (diffusers), "
+                    f"{output / lora.COMFYUI_FILE} (ComfyUI)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fine-tune Wan2.2 with LoRA on a dataset of shardgen.")
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="override one key of the file")
+    arguments = parser.parse_args()
+    try:
+        with ExitStack() as stack:
+            train(load_toml(arguments.config, TrainConfig, arguments.set), stack.enter_context(dist.process_group()),
+                  stack)
+    except (ValueError, OSError) as error:  # every fault of the user's is one of these, and says what to do
+        sys.exit(f"train: {error}")
+
+
+if __name__ == "__main__":
+    main()
