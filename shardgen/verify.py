@@ -47,7 +47,7 @@ from loader.sample import (
 )
 from shardgen.executors import Failure, run_local
 from shardgen.media import MediaError, probe
-from shardgen.write import BLOCK_BYTES, IDX, TAR, XXH3, file_xxh3, tar_header
+from shardgen.write import BLOCK_BYTES, END, IDX, TAR, XXH3, file_xxh3, tar_header
 
 
 class Checked(NamedTuple):
@@ -98,7 +98,7 @@ def _tar_faults(data: mmap.mmap, index: list[list[Member]], hashes: dict[str, st
             if xxhash.xxh3_64_hexdigest(stored) != hashes.get(member.name):
                 yield f"{info.name}.tar: {member.name}: its bytes don't match {info.name}.xxh3"
         offset = end + len(padding)
-    if data[offset:] != bytes(2 * BLOCK_BYTES):
+    if data[offset:] != END:
         yield f"{info.name}.tar: {len(data) - offset} bytes follow the last member, expected two blocks of zeros"
     names = [member.name for members in index for member in members]
     if list(hashes) != names:

@@ -10,8 +10,10 @@ The .tar is renamed into place last, so where a .tar stands its .idx and .xxh3 s
 
 import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -21,6 +23,7 @@ from loader.sample import MEMBERS
 BLOCK_BYTES = 512
 TAR, IDX, XXH3 = ".tar", ".idx", ".xxh3"
 TEMPORARY = ".tmp"
+END = bytes(2 * BLOCK_BYTES)
 
 
 def write_shard(folder: Path, name: str, bucket: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
@@ -30,47 +33,33 @@ def write_shard(folder: Path, name: str, bucket: str, samples: Iterable[tuple[st
     OSError (disk full, read-only); nothing but complete files ever bears a shard's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(folder / (name + TAR))
     index: list[list[Member]] = []
     hashes: list[tuple[str, str]] = []
     whole = xxhash.xxh3_128()
-    offset = 0
-    try:
-        with temporary.open("wb") as file:
-
-            def put(data: bytes) -> None:
-                nonlocal offset
-                file.write(data)
-                whole.update(data)
-                offset += len(data)
-
-            last = ""
-            for key, members in samples:
-                assert last < key, f"{name}: key {key} after {last}"
-                assert members.keys() <= set(MEMBERS), f"{name}: {key} has members {list(members)}"
-                last = key
-                index.append([])
-                for extension in MEMBERS:
-                    if extension not in members:
-                        continue
-                    data = members[extension]
-                    member = f"{key}.{extension}"
-                    put(tar_header(member, len(data)))
-                    index[-1].append(Member(member, offset, len(data)))
-                    hashes.append((xxhash.xxh3_64_hexdigest(data), member))
-                    put(data)
-                    put(bytes(-len(data) % BLOCK_BYTES))
-            put(bytes(2 * BLOCK_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+    offset, last = 0, ""
+    with atomic_file(folder / (name + TAR)) as file:
+        for key, members in samples:
+            assert last < key, f"{name}: key {key} after {last}"
+            assert members.keys() <= set(MEMBERS), f"{name}: {key} has members {list(members)}"
+            last = key
+            index.append([])
+            for extension in filter(members.__contains__, MEMBERS):
+                data = members[extension]
+                member = f"{key}.{extension}"
+                index[-1].append(Member(member, offset + BLOCK_BYTES, len(data)))
+                hashes.append((xxhash.xxh3_64_hexdigest(data), member))
+                for part in (tar_header(member, len(data)), data, bytes(-len(data) % BLOCK_BYTES)):
+                    file.write(part)
+                    whole.update(part)
+                    offset += len(part)
+        file.write(END)
+        whole.update(END)
         idx, xxh3 = encode_index(index), encode_hashes(hashes)
         write_atomic(folder / (name + IDX), idx)
         write_atomic(folder / (name + XXH3), xxh3)
-        _put_in_place(temporary, folder / (name + TAR))
-    finally:
-        temporary.unlink(missing_ok=True)
-    return ShardInfo(name=name, bucket=bucket, num_samples=len(index), bytes=offset, tar_xxh3=whole.hexdigest(),
-                     idx_xxh3=xxhash.xxh3_128_hexdigest(idx), xxh3_xxh3=xxhash.xxh3_128_hexdigest(xxh3))
+    return ShardInfo(name=name, bucket=bucket, num_samples=len(index), bytes=offset + len(END),
+                     tar_xxh3=whole.hexdigest(), idx_xxh3=xxhash.xxh3_128_hexdigest(idx),
+                     xxh3_xxh3=xxhash.xxh3_128_hexdigest(xxh3))
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -81,17 +70,31 @@ def tar_header(name: str, size: int) -> bytes:
     return entry.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file by way of a temporary one, synced before the rename. Raises OSError."""
-    temporary = _temporary(path)
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name only when the block ends well: temporary, synced, renamed. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")  # two processes never share one
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        _put_in_place(temporary, path)
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file, unless it is there with these bytes already. Raises OSError."""
+    if path.is_file() and path.read_bytes() == data:
+        return
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -116,17 +119,3 @@ def file_xxh3(path: Path) -> str:
         while data := file.read(1 << 20):
             digest.update(data)
     return digest.hexdigest()
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")  # two processes never share one
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename and make the rename last: the folder's entry is synced as well."""
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
