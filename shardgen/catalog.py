@@ -210,7 +210,22 @@ class Catalog:
             db.executemany("UPDATE clips SET caption_chars = ?, word_run = ?, char_run = ?, special_share = ?, "
                            "programme = ? WHERE id = ?", scores)
 
+    def first_labels(self, limit: int) -> list[int]:
+        """The rows of the first `limit` label files in path order."""
+        return [row[0] for row in self.db.execute("SELECT id FROM clips WHERE status != 'gone' ORDER BY label LIMIT ?",
+                                                  (limit,))]
+
     # -- media --------------------------------------------------------------------------------------------------------
+
+    def ask_again(self) -> None:
+        """unavailable -> wanted, reason kept: fetch decides by it whether there is a point."""
+        self.db.execute("UPDATE clips SET status = 'wanted' WHERE status = 'unavailable'")
+
+    def forget_bad_downloads(self) -> None:
+        """Forget URLs whose answer was no media, so that the next build asks them again."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM sources WHERE source LIKE 'http%' AND media_xxh3 IN "
+                       "(SELECT media_xxh3 FROM media WHERE error_reason != '')")
 
     def source(self, source: str) -> sqlite3.Row | None:
         """(path, size_bytes, mtime_ns, media_xxh3) of a local path or URL that was hashed before."""

@@ -27,7 +27,7 @@ class FiltersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Thresholds of quality.py; 0 switches a rule off. Durations are the clip's, captions those of all its shots."""
 
     score_only: bool = False  # compute everything, reject nothing that can be encoded
-    media_types: list[Literal["video", "image"]] = ["video", "image"]
+    media_types: tuple[Literal["video", "image"], ...] = ("video", "image")
     min_duration_s: float = 3.0
     max_duration_s: float = 30.0
     min_caption_chars: int = 1
@@ -55,14 +55,14 @@ class SplitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Programme groups go to val by a hash of (seed, group): stable when data is added."""
 
     val_share: float = 0.102
-    group_by: list[Literal["station", "date", "neighbourhood"]] = ["station", "date", "neighbourhood"]
+    group_by: tuple[Literal["station", "date", "neighbourhood"], ...] = ("station", "date", "neighbourhood")
     seed: int = 0
 
 
 class WindowsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which stretches of a clip become samples. A clip takes the bucket of the nearest aspect ratio and most frames."""
 
-    buckets: list[str]  # WIDTHxHEIGHTxFRAMES; those of one frame are for images
+    buckets: tuple[str, ...]  # WIDTHxHEIGHTxFRAMES; those of one frame are for images
     fps: float = 24.0
     per_shot: int = 1  # at most this many windows, spread evenly and never overlapping
     samples_per_shard: int = 128
@@ -72,13 +72,15 @@ class WindowsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class FetchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Media lie beside their label or behind its URL. Local files are read in place, never copied."""
 
-    schemes: list[Literal["http", "https"]] = ["https", "http"]
+    schemes: tuple[Literal["http", "https"], ...] = ("https", "http")
     cache: str = ""  # folder for downloaded media; empty: OUTPUT/cache
     cache_limit_gib: float = 500.0
     workers: int = 16  # files in flight, hashing local ones included
     per_host: int = 8
     timeout_s: float = 30.0
     retries: int = 4
+    backoff_s: float = 0.5  # before the first retry; doubled each time, with jitter
+    ask_again: bool = False  # ask also for what a server refused before (404, 403)
     max_file_gib: float = 8.0
 
 
