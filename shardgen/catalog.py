@@ -85,6 +85,14 @@ class Catalog:
         row = self.db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return str(row[0]) if row else default
 
+    def recall(self, name: str) -> str | None:
+        """What `remember` was given under this name."""
+        return self._meta(name, "") or None
+
+    def remember(self, name: str, value: str) -> None:
+        """Keep a value from run to run; it must not be empty."""
+        self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
     def adopt_recipe(self, recipe_id: str, selection: str) -> None:
         """Start a build: what the recipe or the selection (limit, fraction) changed is judged anew.
 

@@ -105,6 +105,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     kind: Literal["local", "ray"] = "local"
     workers: int = 1
+    decode_threads: int = 2  # clips decoded ahead of the encoder, per worker
     address: str = ""  # of a Ray cluster; empty: start one here
 
 

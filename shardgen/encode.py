@@ -23,12 +23,24 @@ import torch
 import transformers
 
 from loader.manifest import ShardInfo
-from loader.sample import JPG, JSON, LATENT, MP4, TEXT, Bucket, SampleMeta, TensorInfo, encode_meta, encode_tensor
+from loader.sample import (
+    EMPTY_PROMPT_FILE,
+    JPG,
+    JSON,
+    LATENT,
+    MP4,
+    TEXT,
+    Bucket,
+    SampleMeta,
+    TensorInfo,
+    encode_meta,
+    encode_tensor,
+)
 from loader.vae import load_vae_encoder
 from shardgen.media import Fitting, Frames, MediaError, decode_windows, encode_jpeg, encode_mp4
 from shardgen.plan import ShardPlan, Window
 from shardgen.text import TextEncoder
-from shardgen.write import file_xxh3, write_shard
+from shardgen.write import file_xxh3, write_atomic, write_shard
 
 
 class EncodeError(ValueError):
@@ -161,13 +173,21 @@ def encode_shard(job: ShardJob, spec: EncodeSpec, decode_threads: int = 2) -> Sh
     return ShardResult(plan.name, info, lost, notes)
 
 
-def encode_empty_prompt(spec: EncodeSpec) -> bytes:
-    """empty_prompt.text.zst: the rows of the prompt "", one zstd frame as in a sample."""
+def encode_empty_prompt(spec: EncodeSpec) -> None:
+    """Write empty_prompt.text.zst: the rows of the prompt "", one zstd frame as in a sample."""
     encoders = load_encoders(spec)
     encoders.take(encoders.text.model)
     rows = encoders.text.encode([""], 1)[""].rows
     encoders.take(None)
-    return encode_tensor(rows, spec.zstd_level)
+    write_atomic(Path(spec.output) / EMPTY_PROMPT_FILE, encode_tensor(rows, spec.zstd_level))
+
+
+def encode_unit(job: ShardJob | None, spec: EncodeSpec, decode_threads: int = 2) -> ShardResult | None:
+    """What an executor runs: a shard, or, for None, the empty prompt."""
+    if job is not None:
+        return encode_shard(job, spec, decode_threads)
+    encode_empty_prompt(spec)
+    return None
 
 
 def _decode_ahead(job: ShardJob, spec: EncodeSpec, num_threads: int) -> Iterator[Decoded]:

@@ -1,0 +1,154 @@
+"""A whole build, top to bottom: labels in, a dataset folder out.
+
+Every stage takes the clips of one status from the catalog and writes the outcome back, so a build that was killed
+anywhere goes on where it stood when it is called again, and one that has nothing left to do does nothing. Shards are
+planned once, after every item was hashed or has failed; encoding them is independent work for the executors; the
+manifest is written last, by rename, when every planned shard stands.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from loader.config import ConfigError, dump_toml
+from loader.manifest import MANIFEST_FILE, Manifest, ShardInfo, Split, encode_manifest, recipe_id
+from loader.sample import EMPTY_PROMPT_FILE
+from shardgen.catalog import Catalog
+from shardgen.config import ShardgenConfig, check_paths
+from shardgen.encode import EncodeSpec, ShardJob, ShardResult, encode_unit
+from shardgen.executors import Failure, run_local
+from shardgen.ingest import ingest_labels
+from shardgen.recipe import full_recipe
+from shardgen.report import summary, write_reports
+from shardgen.stages import fetch_media, filter_labels, plan_shards, probe_media, settle_duplicates
+from shardgen.tables import FETCHED, INGESTED, SOUND, WANTED
+from shardgen.write import remove_leftovers, stored_size, write_atomic
+
+CATALOG_FILE = "catalog.sqlite"
+CONFIG_FILE = "config.toml"
+
+
+def build(config: ShardgenConfig) -> bool:
+    """Build the dataset that `config` describes. Returns False if shards are left that couldn't be encoded now.
+
+    Raises ConfigError, CatalogError, ExecutorError or OSError; what was finished then stands.
+    """
+    check_paths(config)
+    output, root = Path(config.output), Path(config.labels.root)
+    output.mkdir(parents=True, exist_ok=True)
+    with alone_in(output), Catalog(output / CATALOG_FILE) as catalog:
+        remove_leftovers(output)
+        recipe = full_recipe(config, catalog.recall, catalog.remember)
+        catalog.adopt_recipe(recipe_id(recipe), f"{config.labels.limit} {config.labels.sample_fraction}")
+        write_atomic(output / CONFIG_FILE, dump_toml(config).encode())
+
+        with stage("1/7 read labels", None, "label") as bar:
+            ingest_labels(catalog, root, max_bytes=config.labels.max_bytes, workers=config.labels.workers,
+                          advance=bar.update)
+        with stage("2/7 filter labels", catalog.count(INGESTED)) as bar:
+            filter_labels(catalog, config, bar.update)
+        with stage("3/7 fetch and hash", catalog.count(WANTED)) as bar:
+            fetch_media(catalog, config, bar.update)
+        with stage("4/7 probe", catalog.count(FETCHED)) as bar:
+            probe_media(catalog, config, bar.update)
+        settle_duplicates(catalog)
+        with stage("5/7 plan", catalog.count(SOUND)) as bar:
+            plan_shards(catalog, config, bar.update)
+        failures = encode_shards(catalog, config)
+
+        finished = catalog.finished_shards()
+        with stage("7/7 report", catalog.count()) as bar:
+            write_reports(catalog, output, root, bar.update)
+        if not failures:
+            splits: dict[Split, list[ShardInfo]] = {
+                "train": [info for split, info in finished if split == "train"],
+                "val": [info for split, info in finished if split == "val"]}
+            write_atomic(output / MANIFEST_FILE, encode_manifest(Manifest(recipe, recipe_id(recipe), splits)))
+        print(summary(catalog.buckets(), catalog.count(), finished))
+        for failure in failures:
+            print(f"not encoded: {failure}")
+        return not failures
+
+
+def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
+    """Encode every planned shard that does not stand on disk yet; returns what went wrong, a line per shard."""
+    output = Path(config.output)
+    finished = {info.name: info for split, info in catalog.finished_shards()}
+    lost = [info.name for split, info in catalog.finished_shards()
+            if stored_size(output / split, info.name) != info.bytes]
+    names = sorted(lost + catalog.unfinished_shards())
+
+    def jobs() -> Iterator[ShardJob | None]:
+        if not (output / EMPTY_PROMPT_FILE).is_file():
+            yield None
+        for name in names:
+            plan = catalog.shard_plan(name)
+            yield ShardJob(plan, {window.media_xxh3: str(catalog.media_path(window.media_xxh3))
+                                  for window in plan.windows})
+
+    failures = []
+    work = partial(encode_unit, spec=encode_spec(config), decode_threads=config.executor.decode_threads)
+    with stage("6/7 encode", len(names), "shard") as bar:
+        for job, result in run_local(work, jobs(), config.executor.workers, worker_environments(config)):
+            if isinstance(result, Failure):
+                failures.append(f"{job.plan.name if job else EMPTY_PROMPT_FILE}: {result}")
+            elif isinstance(result, ShardResult):
+                problem = record_shard(catalog, result, finished.get(result.name))
+                failures += [problem] if problem else []
+                bar.update(1)
+    return failures
+
+
+def record_shard(catalog: Catalog, result: ShardResult, before: ShardInfo | None) -> str | None:
+    """Write a finished shard into the catalog. One that stood `before` must be what it was; else says so."""
+    if before is None:
+        catalog.finish_shard(result.name, result.info, [(lost.key, lost.reason, lost.detail) for lost in result.lost])
+        return None
+    if result.info == before:
+        return None
+    return (f"{result.name}: was lost, and encoding it again gives other bytes than the catalog has (another device or "
+            f"number of threads?); build into a new output folder")
+
+
+def encode_spec(config: ShardgenConfig) -> EncodeSpec:
+    """What every worker is told."""
+    encode = config.encode
+    return EncodeSpec(output=str(Path(config.output).resolve()), model=encode.model, device=encode.device,
+                      dtype=encode.dtype, threads=encode.threads, text_batch=encode.text_batch,
+                      vae_batch=encode.vae_batch, fit=config.windows.fit, zstd_level=encode.zstd_level,
+                      jpg_quality=encode.jpg_quality, jpg_for_images=encode.jpg_for_images, mp4=encode.mp4)
+
+
+def worker_environments(config: ShardgenConfig) -> list[dict[str, str]]:
+    """Threads for each worker, and on CUDA one of the visible GPUs, in turn."""
+    threads = {"OMP_NUM_THREADS": str(config.encode.threads), "MKL_NUM_THREADS": str(config.encode.threads)}
+    if config.encode.device != "cuda":
+        return [threads] * config.executor.workers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(config.executor.workers)))).split(",")
+    if len(visible) < config.executor.workers:
+        raise ConfigError(f"executor.workers = {config.executor.workers}, but CUDA_VISIBLE_DEVICES names {visible}: on "
+                          f"CUDA a worker needs a GPU of its own")
+    return [threads | {"CUDA_VISIBLE_DEVICES": device} for device in visible[:config.executor.workers]]
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Hold the output folder's lock; it falls with the process. Raises ConfigError if another build has it."""
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ConfigError(f"{output}: another build is at work in this folder; wait for it or stop it") from error
+    finally:
+        os.close(folder)
+
+
+def stage(name: str, total: int | None, unit: str = "clip") -> "tqdm[None]":
+    """The progress bar of a stage."""
+    return tqdm(desc=f"{name:<18}", total=total, unit=f" {unit}s", dynamic_ncols=True)

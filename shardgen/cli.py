@@ -1,0 +1,121 @@
+"""`shardgen build | verify | inspect | report`.
+
+Exit codes: 0 done, 1 the data has faults or work is left, 2 the command can't be carried out as given, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from loader.config import load_toml
+from loader.manifest import decode_index, read_manifest
+from loader.sample import JSON, LATENT, TEXT, decode_meta, decode_tensor, split_member_name
+from shardgen.config import ShardgenConfig
+from shardgen.executors import ExecutorError
+from shardgen.report import REPORT_FILE
+from shardgen.write import IDX, TAR
+
+OK, FAULTS, CANNOT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A user's fault is one line on stderr, never a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ValueError, OSError, ExecutorError) as error:
+        print(f"shardgen: {error}", file=sys.stderr)
+        return CANNOT
+    except KeyboardInterrupt:
+        print("shardgen: interrupted; what was finished stands, run the same command to go on", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # not by way of the workers' last units: they end with this process
+
+
+def run_build(options: argparse.Namespace) -> int:
+    from shardgen.build import build  # here: it brings torch, which the other commands don't need
+    flags = {"executor.kind": options.executor, "executor.workers": options.workers, "labels.limit": options.limit}
+    overrides = [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+    return OK if build(load_toml(options.config, ShardgenConfig, overrides)) else FAULTS
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from shardgen.verify import verify_dataset
+    shards = [info for infos in read_manifest(options.dataset).splits.values() for info in infos]
+    num_faults = 0
+    with tqdm(desc="verify", total=len(shards), unit=" shards", dynamic_ncols=True) as bar:
+        for fault in verify_dataset(options.dataset, options.workers, bar.update):
+            bar.write(fault)
+            num_faults += 1
+    print(f"{options.dataset}: {len(shards)} shards, {sum(info.num_samples for info in shards)} samples, "
+          f"{sum(info.bytes for info in shards) / 1e6:.1f} MB: {num_faults or 'no'} faults")
+    return FAULTS if num_faults else OK
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    stem = options.shard.with_suffix("")
+    index = decode_index(stem.with_suffix(IDX).read_bytes(), str(stem.with_suffix(IDX)))
+    found = False
+    with stem.with_suffix(TAR).open("rb") as tar:
+        for members in index:
+            stored = {}
+            for member in members:
+                tar.seek(member.offset)
+                stored[split_member_name(member.name)[1]] = tar.read(member.size)
+            meta = decode_meta(stored[JSON])
+            if options.key is None:
+                print(f"{meta.key}  {meta.clip_id}  shot {meta.shot}  {meta.start_ms} ms  {meta.bucket}  {meta.prompt}")
+            elif meta.key.startswith(options.key):
+                found = True
+                print(json.dumps(json.loads(stored[JSON]), ensure_ascii=False, indent=2))
+                for name, data in stored.items():
+                    print(f"{meta.key}.{name}: {len(data)} bytes")
+                for name, info in (LATENT, meta.latent), (TEXT, meta.text):
+                    tensor = decode_tensor(stored[name], info).astype("float32")
+                    print(f"{name}: shape {list(info.shape)}, mean {tensor.mean():.4f}, deviation {tensor.std():.4f}, "
+                          f"from {tensor.min():.4f} to {tensor.max():.4f}")
+    if options.key is not None and not found:
+        raise ValueError(f"{stem.with_suffix(TAR)}: no sample has a key that begins with {options.key}")
+    return OK
+
+
+def run_report(options: argparse.Namespace) -> int:
+    print((options.dataset / REPORT_FILE).read_text(encoding="utf-8"), end="")
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shardgen", description="Label files and footage in, training shards out.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("build", help="build a dataset, or go on with one that was interrupted")
+    command.add_argument("config", type=Path, metavar="CONFIG.toml")
+    command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one configuration key")
+    command.add_argument("--executor", choices=["local", "ray"], help="executor.kind")
+    command.add_argument("--workers", type=int, metavar="N", help="executor.workers")
+    command.add_argument("--limit", type=int, metavar="N", help="labels.limit: the first N label files only")
+    command.set_defaults(run=run_build)
+
+    command = commands.add_parser("verify", help="check every byte of a dataset")
+    command.add_argument("dataset", type=Path)
+    command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    command.set_defaults(run=run_verify)
+
+    command = commands.add_parser("inspect", help="what a shard, or one sample of it, holds")
+    command.add_argument("shard", type=Path, metavar="SHARD.tar")
+    command.add_argument("key", nargs="?", metavar="KEY", help="a key or its beginning")
+    command.set_defaults(run=run_inspect)
+
+    command = commands.add_parser("report", help="print the quality report of a dataset")
+    command.add_argument("dataset", type=Path)
+    command.set_defaults(run=run_report)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
