@@ -233,6 +233,8 @@ def _explain(data: bytes, error: Exception) -> LabelError:
     try:
         data.decode()
     except UnicodeDecodeError as bad:
+        if bad.reason == "unexpected end of data":
+            return LabelError("label_not_json", "the file is cut off inside a character", len(data))
         return LabelError("label_not_utf8", f"byte 0x{data[bad.start]:02x} is not UTF-8", bad.start)
     if not isinstance(error, msgspec.ValidationError):
         place = re.search(r"\(byte (\d+)\)", text)

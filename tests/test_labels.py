@@ -1,0 +1,129 @@
+"""Every field reading, exact drop-frame timecodes, and hostile bytes that are refused by name."""
+
+import json
+from typing import Any
+
+import pytest
+
+from bench.label_tree import defective_labels, label_bytes, make_label
+from shardgen.labels import LabelError, TimecodeError, iso_date, length_s, parse_label, timecode_frame
+
+
+def parse(label: dict[str, Any]) -> Any:
+    return parse_label(label_bytes(label))
+
+
+@pytest.mark.parametrize("raw", [
+    {"source_media_info": {"resolution": "1920, 1080"}},
+    {"source_media_info": {"details": {"resolution": "1920,1080"}}},
+    {"source_media_info": {}, "basic_info": {"resolution": "1920 x 1080"}},
+    {"raw_data_info": {"basic_info": {"resolution": " 1920, 1080 "}}},
+    {"source_media_info": {"resolution": "unknown"}, "basic_info": {"resolution": "1920, 1080"}},
+])
+def test_the_resolution_is_read_from_each_of_its_four_places(raw: dict[str, Any]) -> None:
+    label = parse(make_label("2400101") | {"raw_data_info": raw})
+    assert (label.width_px, label.height_px) == (1920, 1080)
+
+
+@pytest.mark.parametrize("text", ["unknown", "", None, "0, 1080", "1920", "1920, 1080, 3", "-1920, 1080"])
+def test_what_is_no_resolution_is_unknown(text: str | None) -> None:
+    assert parse(make_label("2400101", resolution=text)).width_px is None
+
+
+def test_fields_that_the_users_leave_out_read_as_empty() -> None:
+    label = parse({"source_data_info": {"clip_id": "2400110"}})
+    assert label.keyword == label.stt_script == label.category == label.broadcast_date == ""
+    assert label.scenes == label.objects == label.semantic == label.thumbnail_urls == []
+    assert label.width_px is label.duration_s is label.fps is None
+
+
+def test_nulls_newlines_and_quotes_survive() -> None:
+    made = make_label("2400101", keyword=None, stt_script="그는 \"네\"라고\n말했다")
+    made["labeling_data_info"]["caption_info"]["application_level"] = None
+    label = parse(made)
+    assert (label.keyword, label.stt_script, label.application) == ("", "그는 \"네\"라고\n말했다", [])
+
+
+def test_dates_and_lengths() -> None:
+    assert iso_date("Sun Mar 01 2020 00:00:00 GMT+0900 (Korean Standard Time)") == "2020-03-01"
+    assert iso_date("2020-03-01") == iso_date("Sun Foo 01 2020") == ""
+    assert length_s("00:39:43.65") == 2383.65
+    assert length_s("39:43.65") is length_s("00:61:00.00") is length_s("00:00:10;05") is None
+
+
+def test_timecodes_count_every_frame_of_an_hour_once() -> None:
+    expected, skipped = 0, 0
+    for minute in range(60):
+        for second in range(60):
+            for frame in range(30):
+                text = f"00:{minute:02}:{second:02};{frame:02}"
+                if frame < 2 and second == 0 and minute % 10:
+                    skipped += 1
+                    with pytest.raises(TimecodeError, match="does not exist"):
+                        timecode_frame(text)
+                else:
+                    assert timecode_frame(text) == expected
+                    expected += 1
+    assert expected == timecode_frame("01:00:00;00") == 107892  # 29.97 * 3600
+    assert skipped == 54 * 2
+
+
+@pytest.mark.parametrize("text", ["00:00:00:00", "00:00:00;30", "00:60:00;00", "0:00:00;00", "٠٠:00:00;00", "x" * 10**6,
+                                  ""])
+def test_what_is_no_timecode_is_refused(text: str) -> None:
+    with pytest.raises(TimecodeError):
+        timecode_frame(text)
+
+
+@pytest.mark.parametrize("reason", [reason for reason in defective_labels("2400101")
+                                    if reason.startswith("label_") and reason != "label_too_large"])
+def test_a_label_that_cannot_be_read_says_why(reason: str) -> None:
+    with pytest.raises(LabelError) as caught:
+        parse_label(defective_labels("2400101")[reason])
+    assert caught.value.reason == reason
+    assert len(str(caught.value)) < 1000
+
+
+def test_the_byte_offset_points_at_the_fault() -> None:
+    data = label_bytes(make_label("2400101"))
+    for bad, at in [(data.replace(b'"token"', b'"text": 5, "token"', 1), b"5, "),
+                    (data.replace(b'"source_mbc": ', b'"source_mbc": {"x": 1}, "y": '), b'{"x"'),
+                    (data.replace("충북".encode(), b"\xff"), b"\xff"),
+                    (data.replace(b'"keyword":', b'"keyword"'), '"어시장"'.encode())]:
+        with pytest.raises(LabelError) as caught:
+            parse_label(bad)
+        assert caught.value.byte_offset == bad.index(at)
+    with pytest.raises(LabelError) as caught:
+        parse_label(data[:700])
+    assert (caught.value.reason, caught.value.byte_offset) == ("label_not_json", 700)
+
+
+@pytest.mark.parametrize("clip_id", ["", "../x", "a/b", "a\\b", ".hidden", "x" * 65, "a\0b", "a b", "-rf"])
+def test_an_id_that_could_leave_its_folder_is_refused(clip_id: str) -> None:
+    with pytest.raises(LabelError) as caught:
+        parse(make_label(clip_id))
+    assert caught.value.reason == "label_unsafe_id"
+
+
+def test_wrong_types_anywhere_are_refused_and_never_crash() -> None:
+    def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return [path, *(place for key, each in inner for place in places(each, (*path, key)))]
+
+    refused = 0
+    for path in places(make_label("2400101"))[1:]:
+        wrongs: list[Any] = [17, [[]], {"x": {}}, True, "text", None, 10**400]
+        for wrong in wrongs:
+            label = make_label("2400101")
+            *parents, last = path
+            target: Any = label
+            for key in parents:
+                target = target[key]
+            target[last] = wrong
+            try:
+                parse_label(json.dumps(label).encode())
+            except LabelError as error:
+                assert error.reason in ("label_wrong_type", "label_unsafe_id", "label_not_json")
+                assert error.byte_offset is not None
+                refused += 1
+    assert refused > 100
