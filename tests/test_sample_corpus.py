@@ -39,7 +39,7 @@ def test_equal_items_have_equal_bytes(shape: str, tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_ids_are_unique_but_for_none_and_have_seven_digits() -> None:
+def test_ids_are_unique_and_have_seven_digits() -> None:
     ids = [item.clip_id for item in VIDEOS + IMAGES]
     assert len(set(ids)) == len(ids) and all(len(clip_id) == 7 and clip_id.isdigit() for clip_id in ids)
 

@@ -130,9 +130,12 @@ def label_of(item: Item, kind: str, length_s: float) -> dict[str, Any]:
     semantic = [{"text": SEMANTIC[source], "tc_in": "", "tc_out": "", "token": 9, "sentences": 1}]
     if "no_caption" in flags:
         scenes, objects, semantic = [], [], []
+    if "short_caption" in flags:
+        scenes, semantic, objects[0]["text"] = [], [], "차가 지나간다."
     if "minimal_fields" in flags:
-        for part in scenes:
-            part["description"] = "자전거를 탄 사람이 거리에 서 있고, 그 뒤로 자동차와 행인이 지나가는 모습이 보인다."
+        for number, part in enumerate(scenes, start=1):
+            part["description"] = (f"자전거가 보이는 거리의 {number}번째 장면이다. 그 뒤로 자동차가 천천히 달리고 "
+                                   "길을 걷는 행인이 화면을 가로질러 지나간다.")
         objects, semantic = [], []
     generated: dict[str, Any] = {
         "stt_script": "" if "no_speech" in flags else "오늘의 소식을 전해 드립니다.",

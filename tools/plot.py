@@ -1,0 +1,92 @@
+"""Plot a run: `python -m tools.plot RUN` writes RUN/metrics.png with loss, learning rate and throughput.
+
+It draws what RUN/metrics.jsonl holds and nothing else: a value that was not measured leaves a gap. The loss of single
+steps is noisy, because each step draws other timesteps; the line over it is their running mean.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+MEAN_OVER = 20  # steps of the running mean
+
+
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """Column name -> float64 [num_records], NaN where a record does not have it. Raises ValueError naming the line."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is no record of a step: {line[:80]!r}") from error
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path}: no step has been logged yet")
+    names = {name: None for record in records for name in record}
+    return {name: np.array([np.nan if record.get(name) is None else record[name] for record in records], np.float64)
+            for name in names}
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of each value and up to `width - 1` before it; NaN values do not count."""
+    finite = np.isfinite(values)
+    sums, counts = np.cumsum(np.where(finite, values, 0.0)), np.cumsum(finite)
+    sums[width:], counts[width:] = sums[width:] - sums[:-width], counts[width:] - counts[:-width]
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def plot(metrics: dict[str, np.ndarray], title: str, path: Path) -> None:
+    """Three panels above each other, one x axis."""
+    step = metrics["step"]
+    figure, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(9, 8), layout="constrained",
+                                                 height_ratios=(2, 1, 1))
+    _line(top, step, metrics, "loss", "loss", color="0.75", label="each step")
+    top.plot(step, running_mean(metrics["loss"], MEAN_OVER), color="tab:blue", label=f"mean of {MEAN_OVER} steps")
+    top.legend(loc="upper right")
+    top.set_title(title)
+    _line(middle, step, metrics, "lr", "learning rate", color="tab:orange")
+    middle.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    _line(bottom, step, metrics, "tokens_per_s", "tokens/s", color="tab:green")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("optimizer step")
+    if "data_wait_share" in metrics:
+        waits = bottom.twinx()
+        waits.plot(step, 100 * metrics["data_wait_share"], color="tab:red", linewidth=0.8)
+        waits.set_ylim(0, 100)
+        waits.set_ylabel("waiting for data, %", color="tab:red")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _line(axes: Axes, step: np.ndarray, metrics: dict[str, np.ndarray], name: str, title: str, color: str,
+          label: str | None = None) -> None:
+    axes.set_ylabel(title)
+    axes.grid(alpha=0.3)
+    if name in metrics:
+        axes.plot(step, metrics[name], color=color, label=label)
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Plot loss, learning rate and throughput of a run.")
+    parser.add_argument("run", type=Path, help="the run's output folder, which holds metrics.jsonl")
+    run = parser.parse_args().run
+    try:
+        plot(read_metrics(run / "metrics.jsonl"), run.resolve().name, run / "metrics.png")
+    except (ValueError, OSError) as error:
+        sys.exit(f"plot: {error}")
+    print(run / "metrics.png")
+
+
+if __name__ == "__main__":
+    main()
