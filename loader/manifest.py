@@ -5,6 +5,7 @@ and the xxh3_128 of its three files, holds no timestamps, and is the only file a
 sequence of samples of any epoch.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -68,18 +69,23 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def read_manifest(dataset: Path) -> Manifest:
     """Read and check `dataset`/manifest.json. Raises DatasetError."""
     path = dataset / MANIFEST_FILE
+    return load_manifest(path.read_bytes, str(path))
+
+
+def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
+    """Check the manifest whose bytes `read` fetches from wherever; `name` is for messages. Raises DatasetError."""
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(read(), type=Manifest)
     except FileNotFoundError as error:
-        raise DatasetError(f"{path}: no manifest; a dataset is complete once `shardgen build` has written one. For "
+        raise DatasetError(f"{name}: no manifest; a dataset is complete once `shardgen build` has written one. For "
                            f"foreign shards run `python -m tools.index` first") from error
     except (OSError, msgspec.MsgspecError) as error:
-        raise DatasetError(f"{path}: {error}") from error
+        raise DatasetError(f"{name}: {error}") from error
     if manifest.format_version != FORMAT_VERSION:
-        raise DatasetError(f"{path}: format_version {manifest.format_version}, this is version {FORMAT_VERSION}; "
+        raise DatasetError(f"{name}: format_version {manifest.format_version}, this is version {FORMAT_VERSION}; "
                            f"update newsreel, or build the dataset anew")
     if manifest.recipe_id != recipe_id(manifest.recipe):
-        raise DatasetError(f"{path}: recipe_id does not match the recipe: the file was edited or damaged")
+        raise DatasetError(f"{name}: recipe_id does not match the recipe: the file was edited or damaged")
     for shards in manifest.splits.values():
         for shard in shards:
             Bucket.parse(shard.bucket)

@@ -153,17 +153,26 @@ def encode_tensor(array: np.ndarray[Any, Any], level: int = 3) -> bytes:
     return compressor.compress(planes)
 
 
-def decode_planes(data: bytes | memoryview, info: TensorInfo) -> bytes:
+def decode_planes(data: bytes | memoryview, info: TensorInfo) -> bytearray:
     """Unpack a tensor member to 2*n bytes: n high bytes, then n low bytes. Raises SampleError when it is damaged."""
-    num_bytes = 2 * int(np.prod(info.shape, dtype=np.int64))
+    planes = bytearray(2 * int(np.prod(info.shape, dtype=np.int64)))
+    decode_planes_into(data, info, memoryview(planes))
+    return planes
+
+
+def decode_planes_into(data: bytes | memoryview, info: TensorInfo, out: memoryview) -> None:
+    """`decode_planes` into memory of exactly that size, for example pinned. Raises SampleError when it is damaged."""
     if info.dtype != "float16":
         raise SampleError(f"a tensor member says dtype {info.dtype}; version {FORMAT_VERSION} holds float16 only")
     try:
         size = zstandard.frame_content_size(data)
-        if size != num_bytes:
-            raise SampleError(f"a tensor member of shape {list(info.shape)} must hold {num_bytes} bytes, its zstd "
-                              f"frame says {size}")
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=num_bytes)
+        if size != len(out):
+            raise SampleError(f"a tensor member of shape {list(info.shape)} must hold {len(out)} bytes, its zstd frame "
+                              f"says {size}")
+        # a stream, because decompress() would allocate megabytes anew for each sample
+        with zstandard.ZstdDecompressor().stream_reader(data) as stream:
+            if stream.readinto(out) != size or stream.read(1):
+                raise SampleError("a tensor member's zstd frame is cut short, or bytes follow it")
     except zstandard.ZstdError as error:
         raise SampleError(f"a tensor member does not decompress: {error}") from error
 
