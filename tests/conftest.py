@@ -1,9 +1,13 @@
 """What several test files share: one tiny checkpoint and one sample corpus per session, both read-only by agreement."""
 
+import os
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads this once, when it is first imported
 
 import pytest
 
+from shardgen.cli import main as shardgen
 from tools.sample_corpus import write_sample_corpus
 from tools.tiny_checkpoint import write_tiny_checkpoint
 
@@ -22,3 +26,31 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sample") / "corpus"
     write_sample_corpus(root)
     return root
+
+
+TINY_RECIPE = """
+output = "{output}"
+[labels]
+root = "{corpus}"
+[windows]
+buckets = ["160x96x9", "96x160x9", "160x96x1", "96x160x1"]
+samples_per_shard = 8
+[encode]
+model = "{checkpoint}"
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_checkpoint: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration that tiny_dataset was built with, by one worker."""
+    folder = tmp_path_factory.mktemp("dataset")
+    path = folder / "tiny.toml"
+    path.write_text(TINY_RECIPE.format(output=folder / "tiny", corpus=tiny_corpus, checkpoint=tiny_checkpoint))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tiny_recipe: Path) -> Path:
+    """The sample corpus as shards: 160x96x9 and 96x160x9 video and images, train and val, read-only by agreement."""
+    assert shardgen(["build", str(tiny_recipe)]) == 0
+    return tiny_recipe.parent / "tiny"

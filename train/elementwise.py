@@ -1,9 +1,10 @@
 """The elementwise and row-wise work between the GEMMs, in float32 inside.
 
-Every function here is the eager twin of its kernel: what it computes is what the kernel must agree with. None of them
-sends a gradient to the modulation: timesteps and the base model's tables are frozen.
+Each public function is the eager twin of a kernel in train/kernels.py and chooses between the two: the kernel on a GPU,
+its own lines on the CPU (`kernels=False` asks for these anywhere). None of them sends a gradient to modulation rows or
+norm weights: timesteps and the base model are frozen.
 
-Shapes: B samples, L tokens, D model width, H heads, E = D / H, R = 2 modulation rows.
+Shapes: B samples, L tokens, D model width, H heads, E = D / H, K any width, N = parts * D.
 """
 
 from typing import NamedTuple
@@ -13,58 +14,82 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Modulation(NamedTuple):
-    """normalised * scale + shift. With `boundary_B` (int64, tokens at the start that use row 0) both are float32
-    [B, R, D]; without it they are [D]."""
+class Rows(NamedTuple):
+    """A modulation vector per token. `values` is float32 [B, 2, D]: tokens before `boundary_B` (int64) use row 0, the
+    others row 1. Or [D] for all tokens, and no boundary."""
 
-    shift: Tensor
-    scale: Tensor
+    values: Tensor
     boundary_B: Tensor | None
 
+    def per_token(self, length: int) -> Tensor:
+        """[B, L, D], or [D]."""
+        if self.boundary_B is None:
+            return self.values
+        late_BL1 = (torch.arange(length, device=self.values.device) >= self.boundary_B[:, None])[..., None]
+        return torch.where(late_BL1, self.values[:, 1:], self.values[:, :1])
 
-def select_rows(rows_BRD: Tensor, boundary_B: Tensor, length: int) -> Tensor:
-    """Per token the row it uses: [B, L, D]; row 0 before the boundary, row 1 from it on."""
-    after_BL1 = (torch.arange(length, device=rows_BRD.device) >= boundary_B[:, None])[..., None]
-    return torch.where(after_BL1, rows_BRD[:, 1:], rows_BRD[:, :1])
 
+def residual_norm(x_BLD: Tensor, y_BLD: Tensor | None, gate: Rows | None, shift: Rows, scale: Rows, eps: float,
+                  dtype: torch.dtype, num_spare: int = 0, kernels: bool = True) -> tuple[Tensor, Tensor]:
+    """x' = x + gate * y (y None: x itself; gate None: 1) in float32, and LayerNorm(x') * scale + shift in `dtype`.
 
-def modulated_norm(x_BLD: Tensor, modulation: Modulation, eps: float, dtype: torch.dtype,
-                   num_spare: int = 0) -> Tensor:
-    """LayerNorm without parameters of float32 x, then scale and shift; the result in `dtype`, a GEMM's input.
-
-    `num_spare` columns stay free behind each row of the result, here and in `gelu_tanh`: see train/fused.py.
+    `num_spare` columns stay free behind each row of the second result, here and in `gelu_tanh`: see train/fused.py.
     """
-    shift, scale, boundary_B = modulation
+    if kernels and x_BLD.is_cuda:
+        from train.kernels import ResidualNorm
+
+        out: tuple[Tensor, Tensor] = ResidualNorm.apply(x_BLD, y_BLD, gate, shift, scale, eps, dtype, num_spare)
+        return out
+    if y_BLD is not None:
+        x_BLD = x_BLD + (y_BLD if gate is None else gate.per_token(x_BLD.shape[1]) * y_BLD)
     normalised_BLD = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps)
-    if boundary_B is not None:
-        shift = select_rows(shift, boundary_B, x_BLD.shape[1])
-        scale = select_rows(scale, boundary_B, x_BLD.shape[1])
-    return _with_spare((normalised_BLD * scale + shift).to(dtype), num_spare)
+    length = x_BLD.shape[1]
+    h_BLD = (normalised_BLD * scale.per_token(length) + shift.per_token(length)).to(dtype)
+    return x_BLD, with_spare_columns(h_BLD, num_spare)
 
 
-def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BRD: Tensor | None, boundary_B: Tensor | None) -> Tensor:
-    """x + gate * y in float32; gate None means 1."""
-    if gate_BRD is None or boundary_B is None:
-        return x_BLD + y_BLD
-    return x_BLD + select_rows(gate_BRD, boundary_B, x_BLD.shape[1]) * y_BLD
+def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate: Rows, kernels: bool = True) -> Tensor:
+    """x + gate * y in float32."""
+    if kernels and x_BLD.is_cuda:
+        from train.kernels import GatedResidual
+
+        out: Tensor = GatedResidual.apply(x_BLD, y_BLD, gate)
+        return out
+    return x_BLD + gate.per_token(x_BLD.shape[1]) * y_BLD
 
 
-def qk_norm_rope(x_BLD: Tensor, weight_D: Tensor, rope: tuple[Tensor, Tensor] | None, num_heads: int,
-                 eps: float) -> Tensor:
-    """RMSNorm over all heads together, then (with `rope`) rotation of neighbouring pairs; in and out [B, L, D]."""
-    y_BLD = F.rms_norm(x_BLD.float(), x_BLD.shape[-1:], weight_D, eps)
-    if rope is not None:
-        cos_L1E, sin_L1E = (table[:, None] for table in rope)  # one angle per pair, the same for every head
-        even, odd = y_BLD.unflatten(-1, (num_heads, -1, 2)).unbind(-1)
-        y_BLD = torch.stack([even * cos_L1E - odd * sin_L1E, even * sin_L1E + odd * cos_L1E], dim=-1).flatten(2)
-    return y_BLD.to(x_BLD.dtype)
+def split_norm_rope(x_BLN: Tensor, weights: tuple[Tensor, ...], rope: tuple[Tensor, Tensor] | None, num_heads: int,
+                    eps: float, kernels: bool = True) -> tuple[Tensor, ...]:
+    """Split x into parts of D. The first len(weights) get RMSNorm over all heads together, with their weight, and
+    (with `rope`: cosines and sines [L, E/2]) rotation of neighbouring pairs; the others pass. Each part is [B, L, D].
+    """
+    if kernels and x_BLN.is_cuda:
+        from train.kernels import NormRope
+
+        out: tuple[Tensor, ...] = NormRope.apply(x_BLN, weights, rope, num_heads, eps)
+        return out
+    parts = list(x_BLN.split(weights[0].shape[0], dim=-1))
+    for i, weight_D in enumerate(weights):
+        y_BLD = F.rms_norm(parts[i].float(), weight_D.shape, weight_D, eps)
+        if rope is not None:
+            cos_L1E, sin_L1E = (table[:, None] for table in rope)  # one angle per pair, the same for every head
+            even, odd = y_BLD.unflatten(-1, (num_heads, -1, 2)).unbind(-1)
+            y_BLD = torch.stack([even * cos_L1E - odd * sin_L1E, even * sin_L1E + odd * cos_L1E], dim=-1).flatten(2)
+        parts[i] = y_BLD.to(x_BLN.dtype)
+    return tuple(parts)
 
 
-def gelu_tanh(x_BLK: Tensor, num_spare: int = 0) -> Tensor:
-    return _with_spare(F.gelu(x_BLK, approximate="tanh"), num_spare)
+def gelu_tanh(x_BLK: Tensor, num_spare: int = 0, kernels: bool = True) -> Tensor:
+    if kernels and x_BLK.is_cuda:
+        from train.kernels import Gelu
+
+        out: Tensor = Gelu.apply(x_BLK, num_spare)
+        return out
+    return with_spare_columns(F.gelu(x_BLK, approximate="tanh"), num_spare)
 
 
-def _with_spare(x_BLK: Tensor, num_spare: int) -> Tensor:
+def with_spare_columns(x_BLK: Tensor, num_spare: int) -> Tensor:
+    """A copy of x whose rows have `num_spare` free elements behind them; x itself for 0."""
     if num_spare == 0:
         return x_BLK
     width = x_BLK.shape[-1]

@@ -4,12 +4,10 @@ The base GEMM and the low-rank path are one GEMM: W is stored with B behind its 
 
     y = [x | scale drop(x) A^T] [W | B]^T + b        [dx | dh] = dy [W | B],  dx += scale drop'(dh A)
 
-so the large output is written once and never read again. This needs x in a buffer whose rows have R spare columns;
-who makes x leaves them free when asked (train/elementwise.py). Where x comes without them (attention's output), the
-low-rank part is added to the output in place.
-
-What the backward pass keeps is x alone: A x lies in its spare columns, or is computed again. Dropout masks are computed
-from a seed both times, so they cost no memory, and they depend on the sample alone, never on the rank or micro-batch.
+so the large output is written once and never read again. This needs x in a buffer whose rows have R spare columns:
+who makes x leaves them free when asked (train/elementwise.py), and where x comes without them (attention's output) it
+is copied. The same buffer is all that the backward pass keeps. Dropout masks are computed from a seed both times, so
+they cost no memory, and they depend on the sample alone, never on the rank or micro-batch.
 Gradients of A and B are float32: they are sums over thousands of tokens, and float16 would overflow.
 
 Everything here is cuBLAS through torch, which is all that sm_70 has tensor cores for.
@@ -22,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from train.elementwise import with_spare_columns
 
 _MASK32 = 0xFFFFFFFF
 
@@ -76,28 +76,21 @@ class LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x_BLK: Tensor, weight_NKR: Tensor, bias_N: Tensor, a_RK: Tensor, a_param: Tensor,
                 b_param: Tensor, blocks: tuple[tuple[int, int], ...], scale: float, p: float, seeds_B: Tensor | None,
                 layer: int) -> Tensor:
-        (num_low, width), x_MK = a_RK.shape, x_BLK.flatten(0, 1)
-        low_MR = _low(x_BLK, a_RK, scale, p, seeds_B, layer)
-        if has_spare_columns(x_BLK, num_low):
-            x_MKR = x_MK.as_strided((x_MK.shape[0], width + num_low), (width + num_low, 1))
-            x_MKR[:, width:] = low_MR
-            y_MN = F.linear(x_MKR, weight_NKR, bias_N)
-        else:
-            y_MN = F.linear(x_MK, weight_NKR[:, :width], bias_N)
-            y_MN.addmm_(low_MR, weight_NKR[:, width:].T)
+        num_low, width = a_RK.shape
+        if not has_spare_columns(x_BLK, num_low):
+            x_BLK = with_spare_columns(x_BLK, num_low)
+        x_MKR = _with_its_spare(x_BLK, num_low)
+        torch.addmm(x_MKR.new_zeros(()), dropped(x_BLK, p, seeds_B, layer).flatten(0, 1), a_RK.T, beta=0, alpha=scale,
+                    out=x_MKR[:, width:])
         ctx.save_for_backward(x_BLK, weight_NKR, a_RK, seeds_B)
         ctx.blocks, ctx.scale, ctx.p, ctx.layer = blocks, scale, p, layer
-        return y_MN.view(*x_BLK.shape[:2], -1)
+        return F.linear(x_MKR, weight_NKR, bias_N).view(*x_BLK.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_BLK, weight_NKR, a_RK, seeds_B = ctx.saved_tensors
-        (num_low, width), x_MK = a_RK.shape, x_BLK.flatten(0, 1)
-        dy_MN = grads[0].flatten(0, 1)
-        if has_spare_columns(x_BLK, num_low):
-            low_MR = x_MK.as_strided((x_MK.shape[0], num_low), (width + num_low, 1), x_MK.storage_offset() + width)
-        else:
-            low_MR = _low(x_BLK, a_RK, ctx.scale, ctx.p, seeds_B, ctx.layer)
+        num_low, width = a_RK.shape
+        dy_MN, low_MR = grads[0].flatten(0, 1), _with_its_spare(x_BLK, num_low)[:, width:]
         db_NR = _mm_float32(dy_MN.T, low_MR)
         rank = num_low // len(ctx.blocks)
         db = torch.cat([db_NR[start:end, i * rank:(i + 1) * rank] for i, (start, end) in enumerate(ctx.blocks)])
@@ -117,10 +110,10 @@ class LoRALinear(torch.autograd.Function):
         return dx_BLK, None, None, None, da, db, None, None, None, None, None
 
 
-def _low(x_BLK: Tensor, a_RK: Tensor, scale: float, p: float, seeds_B: Tensor | None, layer: int) -> Tensor:
-    """scale * drop(x) A^T: [M, R]."""
-    x_MK = dropped(x_BLK, p, seeds_B, layer).flatten(0, 1)
-    return torch.addmm(a_RK.new_zeros(()), x_MK, a_RK.T, beta=0, alpha=scale)
+def _with_its_spare(x_BLK: Tensor, num_spare: int) -> Tensor:
+    """The rows of x together with the free columns behind them: [M, K + R]."""
+    num_rows, width = x_BLK.shape[0] * x_BLK.shape[1], x_BLK.shape[2] + num_spare
+    return x_BLK.as_strided((num_rows, width), (width, 1))
 
 
 def _mm_float32(a: Tensor, b: Tensor) -> Tensor:

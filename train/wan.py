@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.attention import Attention
-from train.elementwise import Modulation, gated_residual, gelu_tanh, modulated_norm, qk_norm_rope
+from train.elementwise import Rows, gated_residual, gelu_tanh, residual_norm, split_norm_rope
 
 
 class WanConfig(msgspec.Struct, frozen=True):
@@ -81,9 +81,8 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
 
     def forward(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        q_BLD, k_BLD, v_BLD = self.qkv(x_BLD).chunk(3, dim=-1)
-        q_BLD = qk_norm_rope(q_BLD, self.norm_q, rope, self.num_heads, self.eps)
-        k_BLD = qk_norm_rope(k_BLD, self.norm_k, rope, self.num_heads, self.eps)
+        q_BLD, k_BLD, v_BLD = split_norm_rope(self.qkv(x_BLD), (self.norm_q, self.norm_k), rope, self.num_heads,
+                                              self.eps)
         out: Tensor = self.out(attend(q_BLD, k_BLD, v_BLD, self.num_heads, attention))
         return out
 
@@ -101,9 +100,8 @@ class CrossAttention(nn.Module):
         self.norm_q, self.norm_k = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
 
     def forward(self, x_BLD: Tensor, text_BSD: Tensor, attention: Attention) -> Tensor:
-        k_BSD, v_BSD = self.kv(text_BSD).chunk(2, dim=-1)
-        q_BLD = qk_norm_rope(self.q(x_BLD), self.norm_q, None, self.num_heads, self.eps)
-        k_BSD = qk_norm_rope(k_BSD, self.norm_k, None, self.num_heads, self.eps)
+        (q_BLD,) = split_norm_rope(self.q(x_BLD), (self.norm_q,), None, self.num_heads, self.eps)
+        k_BSD, v_BSD = split_norm_rope(self.kv(text_BSD), (self.norm_k,), None, self.num_heads, self.eps)
         out: Tensor = self.out(attend(q_BLD, k_BSD, v_BSD, self.num_heads, attention))
         return out
 
@@ -132,17 +130,16 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, text_BSD: Tensor, time_BR6D: Tensor, boundary_B: Tensor,
                 rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + time_BR6D).unbind(2)
-        dtype = text_BSD.dtype
-        h_BLD = modulated_norm(x_BLD, Modulation(shift1, 1 + scale1, boundary_B), self.eps, dtype,
-                               self.attn1.qkv.num_spare)
-        x_BLD = gated_residual(x_BLD, self.attn1(h_BLD, rope, attention), gate1, boundary_B)
-        h_BLD = modulated_norm(x_BLD, Modulation(self.norm2_bias, self.norm2_weight, None), self.eps, dtype,
-                               self.attn2.q.num_spare)
-        x_BLD = gated_residual(x_BLD, self.attn2(h_BLD, text_BSD, attention), None, None)
-        h_BLD = modulated_norm(x_BLD, Modulation(shift3, 1 + scale3, boundary_B), self.eps, dtype,
-                               self.ffn.up.num_spare)
-        return gated_residual(x_BLD, self.ffn(h_BLD), gate3, boundary_B)
+        tables_BR6D = self.scale_shift_table + time_BR6D
+        tables_BR6D[:, :, 1::3] += 1  # the scales
+        shift1, scale1, gate1, shift3, scale3, gate3 = (Rows(rows, boundary_B) for rows in tables_BR6D.unbind(2))
+        dtype, eps = text_BSD.dtype, self.eps
+        x_BLD, h_BLD = residual_norm(x_BLD, None, None, shift1, scale1, eps, dtype, self.attn1.qkv.num_spare)
+        x_BLD, h_BLD = residual_norm(x_BLD, self.attn1(h_BLD, rope, attention), gate1, Rows(self.norm2_bias, None),
+                                     Rows(self.norm2_weight, None), eps, dtype, self.attn2.q.num_spare)
+        x_BLD, h_BLD = residual_norm(x_BLD, self.attn2(h_BLD, text_BSD, attention), None, shift3, scale3, eps, dtype,
+                                     self.ffn.up.num_spare)
+        return gated_residual(x_BLD, self.ffn(h_BLD), gate3)
 
 
 class Wan(nn.Module):
@@ -183,7 +180,8 @@ class Wan(nn.Module):
             inputs = (x_BLD, text_BSD, time_BR6D, boundary_B, rope, attention)
             x_BLD = block(*inputs) if run_block is None else run_block(block, *inputs)
         shift_BRD, scale_BRD = (self.scale_shift_table + time_BRD.unsqueeze(2)).unbind(2)
-        h_BLD = modulated_norm(x_BLD, Modulation(shift_BRD, 1 + scale_BRD, boundary_B), self.config.eps, dtype)
+        _, h_BLD = residual_norm(x_BLD, None, None, Rows(shift_BRD, boundary_B), Rows(1 + scale_BRD, boundary_B),
+                                 self.config.eps, dtype)
         return unpatchify(self.proj_out(h_BLD).float(), (frames, rows, columns), self.config.patch_size)
 
 

@@ -1,0 +1,97 @@
+"""The Triton kernels against their eager twins, in Triton's interpreter on the CPU (conftest.py), forward and
+gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from train import elementwise, kernels
+from train.elementwise import Rows
+from train.wan import rope_tables
+
+B, L, D, HEADS = 2, 6, 96, 3  # D is no power of two: lanes are masked
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+def rows(seed: int, boundary_B: Tensor | None) -> Rows:
+    torch.manual_seed(seed)
+    if boundary_B is None:
+        return Rows(torch.randn(D), None)
+    return Rows(torch.randn(B, 2, 6, D).unbind(2)[1], boundary_B)  # strided, as the model passes it
+
+
+def compare(results: list[tuple[Tensor, ...]], tolerance: float) -> None:
+    for ours, twin in zip(*results, strict=True):
+        assert ours.dtype == twin.dtype and ours.shape == twin.shape
+        torch.testing.assert_close(ours, twin, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("has_y", "gated", "per_token"),
+                         [(False, False, True), (True, True, False), (True, False, True), (True, True, True)])
+@pytest.mark.parametrize("num_spare", [0, 8])
+def test_residual_norm(dtype: torch.dtype, has_y: bool, gated: bool, per_token: bool, num_spare: int) -> None:
+    torch.manual_seed(0)
+    boundary_B = torch.tensor([0, 4])
+    x_BLD = torch.randn(B, L, D, requires_grad=True)
+    y_BLD = torch.randn(B, L, D).to(dtype).requires_grad_() if has_y else None
+    gate = rows(1, boundary_B) if gated else None
+    shift, scale = (rows(seed, boundary_B if per_token else None) for seed in (2, 3))
+    dx_BLD, dh_BLD = torch.randn(B, L, D), torch.randn(B, L, D).to(dtype)
+    results = []
+    for norm in (kernels.ResidualNorm.apply, elementwise.residual_norm):
+        out = norm(x_BLD, y_BLD, gate, shift, scale, 1e-6, dtype, num_spare)
+        inputs = [x_BLD] if y_BLD is None else [x_BLD, y_BLD]
+        assert out[1].stride(1) == D + num_spare
+        results.append((*(o.detach() for o in out), *torch.autograd.grad(out, inputs, (dx_BLD, dh_BLD))))
+    compare(results, TOLERANCE[dtype])
+
+
+def test_residual_norm_whose_stream_ends_here() -> None:
+    """The last norm's x' is used by nobody: its gradient is None, not zeros."""
+    x_BLD = torch.randn(B, L, D, requires_grad=True)
+    shift, scale = rows(2, None), rows(3, None)
+    results = []
+    for norm in (kernels.ResidualNorm.apply, elementwise.residual_norm):
+        _, h_BLD = norm(x_BLD, None, None, shift, scale, 1e-6, torch.float32, 0)
+        results.append(torch.autograd.grad(h_BLD.square().sum(), [x_BLD]))
+    compare(results, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gated_residual(dtype: torch.dtype) -> None:
+    x_BLD, y_BLD = torch.randn(B, L, D, requires_grad=True), torch.randn(B, L, D).to(dtype).requires_grad_()
+    gate, grad = rows(1, torch.tensor([2, 0])), torch.randn(B, L, D)
+    results = []
+    for residual in (kernels.GatedResidual.apply, elementwise.gated_residual):
+        out = residual(x_BLD, y_BLD, gate)
+        results.append((out.detach(), *torch.autograd.grad(out, [x_BLD, y_BLD], grad)))
+    compare(results, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("num_parts", "num_normed"), [(3, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_split_norm_rope(dtype: torch.dtype, num_parts: int, num_normed: int, rotated: bool) -> None:
+    torch.manual_seed(0)
+    x_BLN = torch.randn(B, L, num_parts * D).to(dtype).requires_grad_()
+    weights = tuple(torch.randn(D) for _ in range(num_normed))
+    rope = rope_tables(1, 2, 3, D // HEADS, torch.device("cpu")) if rotated else None
+    grads = [torch.randn(B, L, D).to(dtype) for _ in range(num_parts)]
+    grads[0] = torch.randn(B, L, D + 8).to(dtype)[..., :D]  # gradients come strided as well
+    results = []
+    for split in (kernels.NormRope.apply, elementwise.split_norm_rope):
+        parts = split(x_BLN, weights, rope, HEADS, 1e-6)
+        results.append((*(p.detach() for p in parts), *torch.autograd.grad(parts, [x_BLN], grads)))
+    compare(results, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gelu(dtype: torch.dtype) -> None:
+    u_BLK = (8 * torch.randn(B, L, 100)).to(dtype).requires_grad_()
+    grad = torch.randn(B, L, 100).to(dtype)
+    results = []
+    for gelu in (kernels.Gelu.apply, elementwise.gelu_tanh):
+        out = gelu(u_BLK, 8)
+        results.append((out.detach(), *torch.autograd.grad(out, [u_BLK], grad)))
+    compare(results, TOLERANCE[dtype])
