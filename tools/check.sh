@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Everything that must hold before a commit: lint, types, tests. CI runs this file and nothing else.
+# Arguments go to pytest: bash tools/check.sh tests/test_order.py
+set -euo pipefail
+cd "$(dirname "$0")/.."
+trap 'echo "check: failed in: $BASH_COMMAND" >&2' ERR
+bash tools/install.sh cpu
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"
