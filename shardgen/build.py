@@ -18,15 +18,15 @@ from tqdm import tqdm
 from loader.config import ConfigError, dump_toml
 from loader.manifest import MANIFEST_FILE, Manifest, ShardInfo, Split, encode_manifest, recipe_id
 from loader.sample import EMPTY_PROMPT_FILE
-from shardgen.catalog import Catalog
+from shardgen.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig, check_paths
-from shardgen.encode import EncodeSpec, ShardJob, ShardResult, encode_unit
 from shardgen.executors import Failure, run_local
 from shardgen.ingest import ingest_labels
 from shardgen.recipe import full_recipe
 from shardgen.report import summary, write_reports
 from shardgen.stages import fetch_media, filter_labels, plan_shards, probe_media, settle_duplicates
 from shardgen.tables import FETCHED, INGESTED, SOUND, WANTED
+from shardgen.units import EncodeSpec, ShardJob, ShardResult, encode_unit
 from shardgen.write import remove_leftovers, stored_size, write_atomic
 
 CATALOG_FILE = "catalog.sqlite"
@@ -88,10 +88,14 @@ def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
             yield None
         for name in names:
             plan = catalog.shard_plan(name)
-            yield ShardJob(plan, {window.media_xxh3: str(catalog.media_path(window.media_xxh3))
-                                  for window in plan.windows})
+            try:
+                media = {window.media_xxh3: str(catalog.media_path(window.media_xxh3)) for window in plan.windows}
+            except CatalogError as error:
+                failures.append(f"{name}: {error}")
+                continue
+            yield ShardJob(plan, media)
 
-    failures = []
+    failures: list[str] = []
     work = partial(encode_unit, spec=encode_spec(config), decode_threads=config.executor.decode_threads)
     with stage("6/7 encode", len(names), "shard") as bar:
         for job, result in run_local(work, jobs(), config.executor.workers, worker_environments(config)):

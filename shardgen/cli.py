@@ -15,9 +15,11 @@ from tqdm import tqdm
 from loader.config import load_toml
 from loader.manifest import decode_index, read_manifest
 from loader.sample import JSON, LATENT, TEXT, decode_meta, decode_tensor, split_member_name
+from shardgen.build import build
 from shardgen.config import ShardgenConfig
 from shardgen.executors import ExecutorError
 from shardgen.report import REPORT_FILE
+from shardgen.verify import verify_dataset
 from shardgen.write import IDX, TAR
 
 OK, FAULTS, CANNOT, INTERRUPTED = 0, 1, 2, 130
@@ -38,14 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_build(options: argparse.Namespace) -> int:
-    from shardgen.build import build  # here: it brings torch, which the other commands don't need
     flags = {"executor.kind": options.executor, "executor.workers": options.workers, "labels.limit": options.limit}
     overrides = [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     return OK if build(load_toml(options.config, ShardgenConfig, overrides)) else FAULTS
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    from shardgen.verify import verify_dataset
     shards = [info for infos in read_manifest(options.dataset).splits.values() for info in infos]
     num_faults = 0
     with tqdm(desc="verify", total=len(shards), unit=" shards", dynamic_ncols=True) as bar:

@@ -17,12 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 import transformers
 
-from loader.manifest import ShardInfo
 from loader.sample import (
     EMPTY_PROMPT_FILE,
     JPG,
@@ -37,55 +35,15 @@ from loader.sample import (
     encode_tensor,
 )
 from loader.vae import load_vae_encoder
-from shardgen.media import Fitting, Frames, MediaError, decode_windows, encode_jpeg, encode_mp4
-from shardgen.plan import ShardPlan, Window
+from shardgen.media import Frames, MediaError, decode_windows, encode_jpeg, encode_mp4
+from shardgen.plan import Window
 from shardgen.text import TextEncoder
+from shardgen.units import EncodeSpec, Lost, ShardJob, ShardResult
 from shardgen.write import file_xxh3, write_atomic, write_shard
 
 
 class EncodeError(ValueError):
     """A shard can't be encoded now; the message names the shard, the file and the way out."""
-
-
-class EncodeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What all shards of a run share. `output` is the dataset folder; the rest decides the bytes."""
-
-    output: str
-    model: str
-    device: str
-    dtype: str
-    threads: int
-    text_batch: int
-    vae_batch: int
-    fit: Fitting
-    zstd_level: int
-    jpg_quality: int
-    jpg_for_images: bool
-    mp4: bool
-
-
-class ShardJob(msgspec.Struct, frozen=True):
-    """One unit of work. `media` maps the xxh3_128 of each medium to a file that held those bytes."""
-
-    plan: ShardPlan
-    media: dict[str, str]
-
-
-class Lost(msgspec.Struct, frozen=True):
-    """A planned window that its medium could not give."""
-
-    key: str
-    reason: str
-    detail: str
-
-
-class ShardResult(msgspec.Struct, frozen=True):
-    """What became of a unit. `info` is None if no window was left; `notes` are (key, remark) for the catalog."""
-
-    name: str
-    info: ShardInfo | None
-    lost: list[Lost]
-    notes: list[tuple[str, str]]
 
 
 class Decoded(NamedTuple):
@@ -180,14 +138,6 @@ def encode_empty_prompt(spec: EncodeSpec) -> None:
     rows = encoders.text.encode([""], 1)[""].rows
     encoders.take(None)
     write_atomic(Path(spec.output) / EMPTY_PROMPT_FILE, encode_tensor(rows, spec.zstd_level))
-
-
-def encode_unit(job: ShardJob | None, spec: EncodeSpec, decode_threads: int = 2) -> ShardResult | None:
-    """What an executor runs: a shard, or, for None, the empty prompt."""
-    if job is not None:
-        return encode_shard(job, spec, decode_threads)
-    encode_empty_prompt(spec)
-    return None
 
 
 def _decode_ahead(job: ShardJob, spec: EncodeSpec, num_threads: int) -> Iterator[Decoded]:

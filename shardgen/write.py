@@ -8,6 +8,7 @@ The .tar is renamed into place last, so where a .tar stands its .idx and .xxh3 s
 `*.tmp` file, which the next run removes. Left out: compression (members are compressed already).
 """
 
+import filecmp
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -72,13 +73,18 @@ def tar_header(name: str, size: int) -> bytes:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name only when the block ends well: temporary, synced, renamed. Raises OSError."""
+    """A file to write that gets its name only when the block ends well: temporary, synced, renamed. Raises OSError.
+
+    A file that holds these bytes already stays as it is.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")  # two processes never share one
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.is_file() and filecmp.cmp(temporary, path, shallow=False):
+            return
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -90,9 +96,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file, unless it is there with these bytes already. Raises OSError."""
-    if path.is_file() and path.read_bytes() == data:
-        return
+    """Write a whole file by way of `atomic_file`."""
     with atomic_file(path) as file:
         file.write(data)
 

@@ -11,9 +11,10 @@ from PIL import Image
 from loader.manifest import decode_index
 from loader.sample import EMPTY_PROMPT_FILE, Bucket, SampleMeta, TensorInfo, decode_meta, decode_tensor, sample_key
 from loader.vae import load_vae_encoder
-from shardgen.encode import EncodeError, EncodeSpec, Lost, ShardJob, encode_shard, encode_unit
+from shardgen.encode import EncodeError, encode_shard
 from shardgen.media import decode_window, encode_mp4
 from shardgen.plan import ShardPlan, Window
+from shardgen.units import EncodeSpec, Lost, ShardJob, encode_unit
 from shardgen.write import file_xxh3
 
 BUCKET = Bucket(96, 64, 5)

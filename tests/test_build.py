@@ -1,0 +1,123 @@
+"""build.py: every label file ends in one bucket, nothing of the input changes, and no kill changes the bytes."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from loader.manifest import read_manifest
+from shardgen.catalog import Catalog
+from shardgen.cli import main as shardgen
+from shardgen.tables import FINAL
+
+
+def shard_bytes(dataset: Path) -> dict[str, str]:
+    """Name -> hash of everything that has to be byte-identical."""
+    files = [dataset / "manifest.json", dataset / "empty_prompt.text.zst", *dataset.glob("*/*")]
+    return {str(path.relative_to(dataset)): xxhash.xxh3_128_hexdigest(path.read_bytes())
+            for path in sorted(files) if path.parent.name != "cache"}
+
+
+def tree_state(root: Path) -> dict[str, tuple[int, str]]:
+    return {str(path): (path.stat().st_mtime_ns, xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.is_file() else "")
+            for path in sorted(root.rglob("*"))}
+
+
+def build_command(recipe: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "shardgen.cli", "build", str(recipe), "--set", f"output={output}", *more]
+
+
+def worker_pids(pid: int) -> list[int]:
+    """Processes that the build at `pid` started and that do the encoding."""
+    workers = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid and b"spawn_main" in status.with_name("cmdline").read_bytes():
+                workers.append(int(status.parent.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return workers
+
+
+def test_every_label_file_of_the_corpus_ends_where_it_should(tiny_dataset: Path, tiny_corpus: Path) -> None:
+    expected = json.loads((tiny_corpus.parent / "corpus.expected.json").read_text())
+    with Catalog(tiny_dataset / "catalog.sqlite") as catalog:
+        rows = list(catalog.clips())
+    found = {row["label"]: "kept" if row["status"] == "accepted" else row["reason"] for row in rows}
+    assert found == expected
+    assert len({reason for reason in found.values() if reason != "kept"}) >= 12
+    assert len(found) == len(list(tiny_corpus.rglob("*.json")))
+
+
+def test_the_totals_add_up(tiny_dataset: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads((tiny_dataset / "quality_report.json").read_text())
+    num_labels = len(list(tiny_corpus.rglob("*.json")))
+    assert report["label_files"] == num_labels == sum(report["statuses"].values())
+    assert num_labels == sum(counts["total"] for counts in report["categories"].values())
+    for counts in report["categories"].values():
+        assert counts["total"] == sum(counts[status] for status in FINAL)
+    shards = [info for infos in read_manifest(tiny_dataset).splits.values() for info in infos]
+    assert sum(info.num_samples for info in shards) == sum(sum(of.values()) for of in report["samples"].values())
+    with (tiny_dataset / "clean_dataset.csv").open(newline="", encoding="utf-8") as clean, \
+            (tiny_dataset / "defective_samples.csv").open(newline="", encoding="utf-8") as defective:
+        kept, dropped = list(csv.DictReader(clean)), list(csv.DictReader(defective))
+    assert (len(kept), len(dropped)) == (report["statuses"]["accepted"], num_labels - report["statuses"]["accepted"])
+    assert all(Path(row["media"]).is_absolute() and Path(row["media"]).is_file() for row in kept)
+    assert any('"' in row["prompt"] for row in kept)
+    shardgen(["report", str(tiny_dataset)])
+    assert json.loads(capsys.readouterr().out) == report
+
+
+def test_a_second_run_does_nothing(tiny_dataset: Path, tiny_recipe: Path) -> None:
+    before = tree_state(tiny_dataset)
+    assert shardgen(["build", str(tiny_recipe)]) == 0
+    after = tree_state(tiny_dataset)
+    catalog = {name for name in (*before, *after) if "catalog.sqlite" in name or name == str(tiny_dataset)}
+    assert {name: state for name, state in after.items() if name not in catalog} == \
+        {name: state for name, state in before.items() if name not in catalog}
+
+
+def kill_until_built(recipe: Path, output: Path, num_kills: int, rng: random.Random) -> None:
+    """Build with two workers, killing the program or one of its workers `num_kills` times, then let it finish."""
+    for number in range(num_kills):
+        process = subprocess.Popen(build_command(recipe, output, "--workers", "2"), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)
+        delay_s = rng.uniform(0.3, 8.0)
+        deadline = time.monotonic() + delay_s
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        victims = worker_pids(process.pid) if number % 2 else []
+        if process.poll() is None and victims:
+            os.kill(rng.choice(victims), signal.SIGKILL)
+            _, messages = process.communicate(timeout=60)
+            assert process.returncode in (0, 2)
+            assert process.returncode == 0 or ("run the build again" in messages and "Traceback" not in messages)
+        else:
+            process.kill()
+            process.communicate(timeout=60)
+    finished = subprocess.run(build_command(recipe, output, "--workers", "2"), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_killed_and_with_two_workers_it_ends_with_the_same_bytes(tiny_dataset: Path, tiny_recipe: Path,
+                                                                 tiny_corpus: Path, tmp_path: Path) -> None:
+    before = tree_state(tiny_corpus)
+    kill_until_built(tiny_recipe, tmp_path / "out", 2, random.Random(1))
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
+    assert tree_state(tiny_corpus) == before
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_thirty_times(tiny_dataset: Path, tiny_recipe: Path, tmp_path: Path, seed: int) -> None:
+    kill_until_built(tiny_recipe, tmp_path / "out", 5, random.Random(seed))
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
