@@ -29,7 +29,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".ts", ".mpg"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 MIN_BYTES_PER_S = 1024  # slower, over a whole timeout, counts as a stall
 _BLOCK_BYTES = 1 << 20
-PERMANENT = frozenset({"url_refused", "http_too_large", *(f"http_{code}" for code in (400, 401, 403, 404, 410, 451))})
+PERMANENT = frozenset({"url_refused", "http_too_large", "http_redirect", "http_400", "http_401", "http_403", "http_404",
+                       "http_410", "http_451"})
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524})
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -157,6 +158,9 @@ def _download_once(url: str, part: Path, schemes: tuple[str, ...], patience: Pat
         with error:
             if error.code == 416:  # what we hold is not a beginning of what is there
                 part.unlink(missing_ok=True)
+            if 300 <= error.code < 400:
+                raise FetchError("http_redirect", f"{without_query(url)}: redirects in a circle, or to what may not be "
+                                 f"fetched", may_pass=False) from error
             retry_after = error.headers.get("Retry-After") or ""
             raise FetchError(f"http_{error.code}", f"{without_query(url)}: {error.reason}",
                              error.code in _PASSING or error.code == 416,

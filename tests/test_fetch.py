@@ -1,0 +1,260 @@
+"""What can be had is had, whatever the server does; the rest is named; and nothing is fetched that may not be."""
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from shardgen.fetch import (
+    PERMANENT,
+    FetchError,
+    Patience,
+    check_url,
+    download,
+    find_local,
+    hash_local,
+    in_parallel,
+)
+
+BODY = bytes(range(256)) * 8192  # 2 MiB
+DIGEST = xxhash.xxh3_128_hexdigest(BODY)
+FAST = Patience(timeout_s=0.3, retries=3, backoff_s=0.01)
+
+
+class Flaky(BaseHTTPRequestHandler):
+    """/NAME misbehaves by its name; /NAME/2 misbehaves twice and is then sound."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, FaultServer)
+        with server.lock:
+            server.requests.append((self.path, self.headers.get("Range")))
+            number = sum(path == self.path for path, _ in server.requests)
+        _, fault, *times = self.path.partition("?")[0].split("/")
+        try:
+            if times and number > int(times[0]):
+                self.sound()
+            else:
+                getattr(self, fault.partition(".")[0])()
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def head(self, status: int, **headers: str | int) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def sound(self) -> None:
+        start = 0
+        if (wanted := self.headers.get("Range")) and self.headers.get("If-Range") == '"v1"':
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            self.head(206, Content_Length=len(BODY) - start, ETag='"v1"',
+                      Content_Range=f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
+        else:
+            self.head(200, Content_Length=len(BODY), ETag='"v1"')
+        self.wfile.write(BODY[start:])
+
+    def error500(self) -> None:
+        self.head(500, Content_Length=0)
+
+    def busy(self) -> None:
+        self.head(503, Content_Length=0, Retry_After=1)
+
+    def missing(self) -> None:
+        self.head(404, Content_Length=0)
+
+    def forbidden(self) -> None:
+        self.head(403, Content_Length=0)
+
+    def reset(self) -> None:
+        self.connection.close()
+
+    def stall(self) -> None:
+        self.head(200, Content_Length=len(BODY))
+        self.wfile.write(BODY[:100])
+        time.sleep(1)
+
+    def drip(self) -> None:
+        self.head(200, Content_Length=len(BODY))
+        for _ in range(40):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+            time.sleep(0.05)
+
+    def truncated(self) -> None:
+        self.head(200, Content_Length=len(BODY), ETag='"v1"')
+        self.wfile.write(BODY[:1_500_000])
+        self.close_connection = True
+
+    def unversioned(self) -> None:
+        self.head(200, Content_Length=len(BODY))
+        self.wfile.write(BODY[:1_500_000])
+        self.close_connection = True
+
+    def lying(self) -> None:
+        self.head(206, Content_Length=10, ETag='"v1"', Content_Range="bytes 5-14/15")
+        self.wfile.write(BODY[5:15])
+
+    def huge(self) -> None:
+        self.head(200, Content_Length=1 << 50)
+
+    def endless(self) -> None:
+        self.head(200, Transfer_Encoding="chunked")
+        while True:
+            self.wfile.write(b"10000\r\n" + bytes(65536) + b"\r\n")
+
+    def moved(self) -> None:
+        self.head(302, Content_Length=0, Location="/sound")
+
+    def moved_to_file(self) -> None:
+        self.head(302, Content_Length=0, Location="file:///etc/passwd")
+
+    def loop(self) -> None:
+        self.head(302, Content_Length=0, Location="/loop")
+
+
+class FaultServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Flaky)
+        self.requests: list[tuple[str, str | None]] = []
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    with FaultServer() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def fetch(server: FaultServer, path: str, cache: Path, patience: Patience = FAST) -> Path:
+    return download(server.url + path, cache, ("http",), patience).path
+
+
+@pytest.mark.parametrize("path", ["/sound", "/error500/2", "/busy/1", "/reset/2", "/stall/1", "/drip/1", "/truncated/2",
+                                  "/unversioned/2", "/lying/1", "/moved", "/sound?sig=a%2Fb&expires=1"])
+def test_what_can_be_had_is_had(server: FaultServer, tmp_path: Path, path: str) -> None:
+    got = download(server.url + path, tmp_path, ("http",), FAST)
+    assert got.path == tmp_path / DIGEST[:2] / DIGEST and got.path.read_bytes() == BODY
+    assert (got.media_xxh3, got.size_bytes) == (DIGEST, len(BODY))
+    assert not list((tmp_path / "part").iterdir())
+
+
+@pytest.mark.parametrize(("path", "reason", "num_requests"), [
+    ("/missing", "http_404", 1), ("/forbidden", "http_403", 1), ("/error500", "http_500", 4),
+    ("/reset", "http_connection", 4), ("/stall", "http_timeout", 4), ("/drip", "http_slow", 4),
+    ("/unversioned", "http_truncated", 4), ("/huge", "http_too_large", 1), ("/moved_to_file", "http_redirect", 1),
+    ("/loop", "http_redirect", 5)])
+def test_what_cannot_be_had_is_named_and_asked_for_no_oftener_than_helps(
+        server: FaultServer, tmp_path: Path, path: str, reason: str, num_requests: int) -> None:
+    with pytest.raises(FetchError) as caught:
+        fetch(server, path, tmp_path)
+    assert caught.value.reason == reason
+    assert len(server.requests) == num_requests
+    assert (reason in PERMANENT) == (num_requests != 4)
+
+
+def test_an_endless_body_ends_at_the_limit(server: FaultServer, tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match="http_too_large"):
+        fetch(server, "/endless", tmp_path, FAST._replace(max_bytes=1 << 20))
+    assert sum(path.stat().st_size for path in (tmp_path / "part").iterdir()) < 4 << 20
+
+
+def test_a_half_fetched_file_is_resumed_not_fetched_again(server: FaultServer, tmp_path: Path) -> None:
+    with pytest.raises(FetchError):
+        fetch(server, "/truncated/1", tmp_path, FAST._replace(retries=0))
+    fetch(server, "/truncated/1", tmp_path, FAST._replace(retries=0))  # the next run
+    assert [wanted for _, wanted in server.requests] == [None, "bytes=1500000-"]
+
+
+def test_a_retry_after_is_waited_for(server: FaultServer, tmp_path: Path) -> None:
+    pauses: list[float] = []
+    download(server.url + "/busy/2", tmp_path, ("http",), FAST, sleep=pauses.append)
+    assert pauses == [1.0, 1.0]
+
+
+def test_a_full_disk_is_no_fault_of_the_clip(server: FaultServer, tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / xxhash.xxh3_128_hexdigest(f"{server.url}/sound".encode())).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        fetch(server, "/sound", tmp_path)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "data:,x", "", "http://", "//host/x", "http:///x",
+                                 "javascript:alert(1)", "/etc/passwd", "http://[bad", "http://host/a b",
+                                 "http://host/a\r\nX: y", "FILE:///etc/passwd"])
+def test_only_http_urls_with_a_host_are_asked(url: str, tmp_path: Path) -> None:
+    for attempt in (lambda: check_url(url, ("http", "https")),
+                    lambda: download(url, tmp_path, ("http", "https"), FAST)):
+        with pytest.raises(FetchError) as caught:
+            attempt()
+        assert caught.value.reason == "url_refused" and not caught.value.may_pass
+    assert check_url("https://cdn.example.org/a.mp4?sig=%2F..%2F", ("https",)) == "cdn.example.org"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signature_is_in_no_message(server: FaultServer, tmp_path: Path) -> None:
+    with pytest.raises(FetchError) as caught:
+        fetch(server, "/missing?X-Signature=secret", tmp_path)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_local_file_is_found_by_label_name_or_id_and_hashed_in_place(tmp_path: Path) -> None:
+    label = tmp_path / "01_two_shots.json"
+    assert find_local(label, "2400101", "video") is None
+    (tmp_path / "2400101.png").write_bytes(b"not a video")
+    assert find_local(label, "2400101", "video") is None
+    by_id = tmp_path / "2400101.mp4"
+    by_id.write_bytes(BODY)
+    assert find_local(label, "2400101", "video") == by_id
+    before = by_id.stat()
+    assert hash_local(by_id) == (by_id, len(BODY), before.st_mtime_ns, DIGEST)
+    assert by_id.stat().st_mtime_ns == before.st_mtime_ns and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "01_two_shots.mp4").write_bytes(b"")
+    assert find_local(label, "2400101", "video") == tmp_path / "01_two_shots.mp4"
+    with pytest.raises(FetchError, match="media_unreadable"):
+        hash_local(tmp_path / "gone.mp4")
+
+
+def test_no_host_gets_more_than_its_share_and_none_starves_another() -> None:
+    lock, busy, most = threading.Lock(), dict[str, int](), dict[str, int]()
+
+    def work(item: tuple[str, int]) -> int:
+        host = item[0]
+        with lock:
+            busy[host] = busy.get(host, 0) + 1
+            most[host] = max(most.get(host, 0), busy[host])
+            assert sum(busy.values()) <= 6
+        time.sleep(0.2 if host == "slow" else 0.001)
+        with lock:
+            busy[host] -= 1
+        if item[1] == 3:
+            raise FetchError("http_404", "", may_pass=False)
+        return item[1]
+
+    items = [("slow", i) for i in range(8)] + [("fast", i) for i in range(200)]
+    results = list(in_parallel(items, work, lambda item: item[0], workers=6, per_host=4))
+    assert sorted(item for item, _ in results) == sorted(items)
+    assert sum(isinstance(result, FetchError) for _, result in results) == 2
+    assert most["slow"] == 4 and most["fast"] <= 4
+    order = [item[0] for item, _ in results]
+    assert order.index("slow") > 50  # the fast host went on meanwhile
