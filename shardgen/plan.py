@@ -213,16 +213,17 @@ def assign_shards(windows: Iterable[Window], samples_per_shard: int,
                   next_numbers: dict[tuple[str, str], int]) -> list[ShardPlan]:
     """Cut windows into shards: per split and bucket, keys ascending, numbers from `next_numbers` (default 0) on.
 
-    Keys are hashes, so a shard holds a random draw of the clips, and the result doesn't depend on the order of
-    `windows`.
+    Clips are taken in the order of their media's hashes, so a shard holds a random draw of them, all windows of a clip
+    lie together (it is decoded once), and the result doesn't depend on the order of `windows`.
     """
     plans = []
-    ordered = sorted(windows, key=lambda window: (window.split, window.bucket, window.key))
+    ordered = sorted(windows, key=lambda window: (window.split, window.bucket, window.media_xxh3, window.key))
     for (split, bucket), group in groupby(ordered, key=lambda window: (window.split, window.bucket)):
         members = list(group)
         number = next_numbers.get((split, bucket), 0)
         for start in range(0, len(members), samples_per_shard):
+            chosen = sorted(members[start:start + samples_per_shard], key=lambda window: window.key)
             plans.append(ShardPlan(name=shard_name(split, Bucket.parse(bucket), number), split=split, bucket=bucket,
-                                   windows=members[start:start + samples_per_shard]))
+                                   windows=chosen))
             number += 1
     return plans
