@@ -32,6 +32,8 @@ TINY_RECIPE = """
 output = "{output}"
 [labels]
 root = "{corpus}"
+[filters]
+min_caption_chars = 50
 [windows]
 buckets = ["160x96x9", "96x160x9", "160x96x1", "96x160x1"]
 samples_per_shard = 8
