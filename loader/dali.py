@@ -1,0 +1,125 @@
+"""KEY.jpg or KEY.mp4 to pixels in [-1, 1], by DALI: on the GPU (nvJPEG, NVDEC) or, without one, on the CPU.
+
+One pipeline: encoded bytes in, decoded and normalised frames out, handed to torch by DLPack, so that on a GPU no
+pixel is ever in host memory. DALI fails a whole batch for one bad file and may leave the pipeline broken. Then the
+pipeline is rebuilt and the files are tried one by one: the bad one comes back as a DecodeError, the others as frames.
+
+Left out: DALI's readers (ours verifies the bytes first), resizing and cropping (a shard's frames have their bucket's
+size; cropping the frame but not the stored latent would be wrong), and DALI's checkpoints (its video decoder has
+none; where we are is the feed's to know). Without a GPU it decodes JPEG, and of video only VP8, VP9 and MJPEG.
+"""
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import Literal
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from loader.sample import Bucket
+from loader.vae import VAEEncoder
+
+Container = Literal["jpg", "mp4"]
+_DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
+
+
+class DecodeError(ValueError):
+    """A file that DALI can't decode, or that does not hold what it should."""
+
+
+class FrameDecoder:
+    """Decodes the first `num_frames` frames of files of one kind to [3, num_frames, H, W] in [-1, 1].
+
+    `dtype` float16 or float32; frames are ready on torch's current stream. Not thread-safe. Raises ValueError for mp4
+    without a GPU, where DALI has no decoder for H.264.
+    """
+
+    def __init__(self, container: Container, device: torch.device, dtype: torch.dtype, *, max_batch: int,
+                 num_frames: int = 1, num_threads: int = 1):
+        if container == "mp4" and device.type != "cuda":
+            raise ValueError("DALI decodes H.264 on a GPU only; without one the raw path needs KEY.jpg, so build the "
+                             "dataset with the first frames stored")
+        self._container, self._device, self._dtype = container, device, dtype
+        self._max_batch, self._num_frames, self._num_threads = max_batch, num_frames, num_threads
+        self._pipeline = self._build()
+
+    def _build(self) -> Pipeline:
+        gpu = self._device.type == "cuda"
+        pipeline = Pipeline(batch_size=self._max_batch, num_threads=self._num_threads, prefetch_queue_depth=1,
+                            device_id=torch.cuda.current_device() if gpu else None)
+        decoder = "mixed" if gpu else "cpu"
+        with pipeline:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            if self._container == "jpg":
+                frames = fn.decoders.image(encoded, device=decoder, output_type=types.RGB, affine=False,
+                                           jpeg_fancy_upsampling=True)
+            else:
+                frames = fn.decoders.video(encoded, device=decoder, sequence_length=self._num_frames, affine=False,
+                                           pad_mode="none", build_index=False)
+            pipeline.set_outputs(fn.crop_mirror_normalize(
+                frames, dtype=_DTYPES[self._dtype], output_layout="CHW" if self._container == "jpg" else "FCHW",
+                mean=[127.5] * 3, std=[127.5] * 3))
+        pipeline.build()
+        return pipeline
+
+    def decode(self, files: Sequence[bytes | memoryview]) -> list[Tensor | DecodeError]:
+        """Frames of each file in turn, or why there are none. At most `max_batch` files."""
+        try:
+            return list(self._run(files))
+        except RuntimeError:
+            self._pipeline = self._build()
+        return [self._decode_alone(file) for file in files]
+
+    def _decode_alone(self, file: bytes | memoryview) -> Tensor | DecodeError:
+        try:
+            return self._run([file])[0]
+        except RuntimeError as error:
+            self._pipeline = self._build()
+            return DecodeError(_last_sentence(error))
+
+    def _run(self, files: Sequence[bytes | memoryview]) -> list[Tensor]:
+        self._pipeline.feed_input("encoded", [np.frombuffer(file, np.uint8) for file in files])
+        stream = torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else None
+        (outputs,) = self._pipeline.run(stream)
+        frames = [from_dlpack(output) for output in outputs]
+        return [frame.unsqueeze(1) if self._container == "jpg" else frame.movedim(0, 1) for frame in frames]
+
+
+def _last_sentence(error: RuntimeError) -> str:
+    """DALI's messages are pages with tracebacks of the pipeline's definition; the cause follows "encountered:"."""
+    text = str(error).partition("encountered:")[2] or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else "DALI gave no reason"
+
+
+class FirstFrames:
+    """Raw first frames to latents, one at a time, so that a latent doesn't depend on who shares its batch.
+
+    One per rank; safe to use from several threads, of which one gets in at a time. This is TI2V-5B's conditioning:
+    the latent of frame 0 replaces that of the clip. A14B's I2V model instead takes 20 more channels, a mask and the
+    latent of a whole clip that is grey after frame 0: `VAEEncoder.encode` makes that latent from this class's pixels;
+    the mask and the wider input are the model's, and neither is written.
+    """
+
+    def __init__(self, vae: VAEEncoder, device: torch.device):
+        self._vae, self._device = vae, device
+        half = next(vae.parameters()).dtype == torch.float16
+        self._dtype = torch.float16 if half else torch.float32  # DALI has no bfloat16
+        self._decoders: dict[Container, FrameDecoder] = {}
+        self._lock = Lock()
+
+    def encode(self, container: Container, file: bytes, bucket: Bucket) -> Tensor | DecodeError:
+        """The latent [48, 1, h, w] of the file's first frame, in the VAE's dtype, or why there is none."""
+        with self._lock:
+            if container not in self._decoders:
+                self._decoders[container] = FrameDecoder(container, self._device, self._dtype, max_batch=1)
+            pixels_CTHW = self._decoders[container].decode([file])[0]
+            if isinstance(pixels_CTHW, DecodeError):
+                return pixels_CTHW
+            frames, height, width = pixels_CTHW.shape[1:]
+            if (frames, height, width) != (1, bucket.height_px, bucket.width_px):
+                return DecodeError(f"it holds {width}x{height}x{frames}, not the first frame of a {bucket}")
+            return self._vae.encode(pixels_CTHW.unsqueeze(0))[0]

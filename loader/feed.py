@@ -1,0 +1,305 @@
+"""Ready batches on the device, ahead of the trainer: threads read, verify and unpack; a side stream copies.
+
+A job is one micro-batch, whole: which samples (order.py), their bytes (read.py), zstd straight into pinned memory, one
+copy to the device, the byte planes merged and the text padded there. A pool of threads works on at most `max_ahead`
+jobs at a time and `next()` hands them out in order; there is no other thread, queue or process, so nothing can be lost
+between them, and what a job raises is raised by `next()`. All of the work that costs time (pread, xxh3, zstd, copies)
+runs without Python's lock.
+
+Where the feed stands is one number, the global batches handed out whole: what was prefetched but not consumed is
+simply read again. With `condition="raw"` the first frame of an I2V sample is decoded by DALI and encoded by the VAE,
+one at a time, so that its latent does not depend on who shares its batch.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import zstandard
+from torch import Tensor
+
+from loader.manifest import DatasetError, Split
+from loader.order import GlobalBatch, Order, is_i2v, keyed_uniform, micro_slice, sample_seed
+from loader.read import Damage, Reader, Sample, read_dataset
+from loader.sample import (
+    EMPTY_PROMPT_FILE,
+    LATENT,
+    MAX_TEXT_TOKENS,
+    TEXT,
+    Bucket,
+    SampleError,
+    TensorInfo,
+    decode_planes_into,
+)
+from loader.vae import VAEEncoder
+
+if TYPE_CHECKING:
+    from loader.dali import FirstFrames
+
+log = logging.getLogger(__name__)
+FRAMES: tuple[Literal["jpg", "mp4"], ...] = ("jpg", "mp4")  # members that hold the first frame, the better one first
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, on the device. B samples of one bucket and one dataset.
+
+    latent_BCTHW: float16, normalised. text_BSD: float16 [B, 512, D], zeros after each caption's last row.
+    condition_BC1HW: float16 latent of frame 0 as the raw path made it (for samples that are not I2V the stored one), or
+    None with condition="latent", where it is `latent_BCTHW[:, :, :1]`. seeds: 63 bits from (seed, epoch, key).
+    epoch: the dataset's own. index: the number of the global batch. wait_s: how long `next()` waited for it.
+    """
+
+    latent_BCTHW: Tensor
+    text_BSD: Tensor
+    condition_BC1HW: Tensor | None
+    is_i2v: list[bool]
+    caption_dropped: list[bool]
+    seeds: list[int]
+    keys: list[str]
+    bucket: Bucket
+    dataset: int
+    epoch: int
+    index: int
+    wait_s: float
+
+
+class Feed:
+    """Iterates over (Batch, state) for ever; `state` is what to resume from once the batch's global batch is done.
+
+    `datasets` are folders, mixed by `weights` (default: by size). Of global batch n, rank r gets in micro-step m the
+    samples [(m*world_size + r)*micro_batch : +micro_batch]. `num_threads` jobs run at a time, at most `max_ahead`
+    micro-batches are ready or in work. `condition="raw"` needs `vae`, on `device`. More than `max_damaged` damaged
+    samples raise TooManyDamagedError. Raises ValueError for sizes that don't divide and datasets that can't be used.
+    """
+
+    def __init__(self, datasets: Sequence[Path | str], *, split: Split, global_batch: int, micro_batch: int, rank: int,
+                 world_size: int, seed: int, i2v_share: float, caption_dropout: float,
+                 condition: Literal["latent", "raw"], device: torch.device | str, num_threads: int = 2,
+                 max_ahead: int = 4, vae: VAEEncoder | None = None, weights: Sequence[float] | None = None,
+                 window_shards: int = 8, max_damaged: int = 16):
+        if global_batch % (micro_batch * world_size):
+            raise ValueError(f"global batch {global_batch} is not a multiple of micro-batch {micro_batch} x world size "
+                             f"{world_size}; every rank must get the same number of whole micro-batches")
+        if condition == "raw" and vae is None:
+            raise ValueError('condition "raw" encodes first frames with the VAE: pass one')
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
+        self._num_micro = global_batch // (micro_batch * world_size)
+        self._seed, self._i2v_share, self._caption_dropout = seed, i2v_share, caption_dropout
+        self._num_threads, self._max_ahead = num_threads, max_ahead
+
+        stores, manifests = zip(*map(read_dataset, datasets), strict=True)
+        shards = [manifest.splits.get(split, []) for manifest in manifests]
+        self._order = Order(shards, seed=seed, global_batch=global_batch, weights=weights, window_shards=window_shards)
+        max_open = 2 * window_shards * max(len(buckets) for buckets in self._order.buckets)
+        self._readers = [Reader(store, split, infos, max_open=max_open, max_damaged=max_damaged)
+                         for store, infos in zip(stores, shards, strict=True)]
+        self._empty_text = [_empty_text(store.read_file(EMPTY_PROMPT_FILE)) for store in stores]
+        self._raw = _first_frames(vae, self._device) if condition == "raw" and vae is not None else None
+        if rank == 0:
+            for dataset, num, dropped in zip(datasets, self._order.batches_per_epoch, self._order.dropped_per_epoch,
+                                             strict=True):
+                tails = ", ".join(f"{count} of {bucket}" for bucket, count in dropped.items() if count) or "none"
+                log.info("%s: %d batches of %d an epoch; samples left out each epoch, others each time: %s", dataset,
+                         num, global_batch, tails)
+
+        self._next = (0, 0)  # (global batch, micro-step) of the next job
+        self._consumed = 0
+        self._pending: deque[Future[_Ready]] = deque()
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="feed")
+
+    @property
+    def num_batches_per_epoch(self) -> int:
+        """Global batches in which every dataset is seen about once: exactly, for a single dataset."""
+        return sum(self._order.batches_per_epoch)
+
+    @property
+    def damages(self) -> list[Damage]:
+        """The samples that this rank could not use so far, each once."""
+        return [damage for reader in self._readers for damage in reader.damages]
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> tuple[Batch, dict[str, Any]]:
+        start_s = time.perf_counter()
+        self._fill()
+        ready = self._pending[0].result()
+        self._pending.popleft()
+        self._fill()  # the next ones are in work while the trainer is busy with this one
+        if ready.copied is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(ready.copied)
+            for tensor in (ready.batch.latent_BCTHW, ready.batch.text_BSD, ready.batch.condition_BC1HW):
+                if tensor is not None:
+                    tensor.record_stream(stream)
+        if ready.last_of_global:
+            self._consumed = ready.batch.index + 1
+        return (replace(ready.batch, wait_s=time.perf_counter() - start_s), self._order.state(ready.batch.index + 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the feed stands: after the last global batch that was handed out whole."""
+        return self._order.state(self._consumed)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, which may come from another world size. Raises OrderError if the sequence differs."""
+        batches = self._order.resume(state)
+        self._drop_pending()
+        self._next, self._consumed = (batches, 0), batches
+
+    def close(self) -> None:
+        """Stop the threads. The feed can't be used afterwards."""
+        self._drop_pending()
+        self._pool.shutdown()
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _drop_pending(self) -> None:
+        wait([future for future in self._pending if not future.cancel()])
+        self._pending.clear()
+
+    def _fill(self) -> None:
+        while len(self._pending) < self._max_ahead:
+            number, step = self._next
+            self._pending.append(self._pool.submit(self._job, number, step))
+            self._next = (number, step + 1) if step + 1 < self._num_micro else (number + 1, 0)
+
+    def _job(self, number: int, step: int) -> "_Ready":
+        whole = self._order.batch(number)
+        rows = micro_slice(step, self._rank, self._world_size, self._micro_batch)
+        samples = [self._load(whole, int(shard), int(position))
+                   for shard, position in zip(whole.shard_G[rows], whole.position_G[rows], strict=True)]
+        last = step + 1 == self._num_micro
+        if self._stream is None:
+            return _Ready(self._batch(whole, samples), None, last)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            batch = self._batch(whole, samples)
+            return _Ready(batch, self._stream.record_event(), last)
+
+    def _load(self, whole: GlobalBatch, shard: int, position: int) -> "_Loaded":
+        """Read one sample and unpack it into pinned memory."""
+        def dropped(key: str) -> bool:
+            return keyed_uniform(self._seed, whole.epoch, key, "caption") < self._caption_dropout
+
+        def i2v(key: str) -> bool:
+            return is_i2v(self._seed, whole.epoch, key, whole.bucket.num_frames, self._i2v_share)
+
+        def wanted(key: str, extensions: Sequence[str]) -> Sequence[str]:
+            frame = [kind for kind in FRAMES if kind in extensions][:1] or FRAMES[:1]  # the reader reports its absence
+            return [LATENT, *([] if dropped(key) else [TEXT]), *(frame if self._raw and i2v(key) else [])]
+
+        sample = self._readers[whole.dataset].read(shard, position, wanted)
+        meta, members = sample.meta, sample.members
+        try:
+            if dropped(meta.key):
+                empty = self._empty_text[whole.dataset]
+                text = torch.from_numpy(empty.reshape(2, -1, meta.text.shape[1]))
+            else:
+                text = self._unpack(members[TEXT], meta.text)
+            latent = self._unpack(members[LATENT], meta.latent)
+        except (SampleError, ValueError) as error:
+            error.add_note(f"shard {sample.shard}, key {meta.key}")
+            raise
+        frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members), None)
+        return _Loaded(sample, latent, text, i2v(meta.key), dropped(meta.key), frame)
+
+    def _unpack(self, member: memoryview, info: TensorInfo) -> Tensor:
+        """A tensor member's byte planes, uint8 [2, *shape], pinned where there is a GPU."""
+        planes = torch.empty((2, *info.shape), dtype=torch.uint8, pin_memory=self._stream is not None)
+        decode_planes_into(member, info, planes.numpy().data.cast("B"))
+        return planes
+
+    def _batch(self, whole: GlobalBatch, samples: list["_Loaded"]) -> Batch:
+        """Copy to the device, merge the planes, pad the text."""
+        latents = [merge_planes(loaded.latent.to(self._device, non_blocking=True)) for loaded in samples]
+        latent_BCTHW = latents[0].unsqueeze(0) if len(latents) == 1 else torch.stack(latents)
+        text_BSD = torch.zeros((len(samples), MAX_TEXT_TOKENS, samples[0].text.shape[-1]), dtype=torch.float16,
+                               device=self._device)
+        for i, loaded in enumerate(samples):
+            text_BSD[i, :loaded.text.shape[1]] = merge_planes(loaded.text.to(self._device, non_blocking=True))
+        condition_BC1HW = None
+        if self._raw is not None:
+            condition_BC1HW = latent_BCTHW[:, :, :1].clone()  # stays for the samples that are not I2V
+            for loaded, stored in zip(samples, condition_BC1HW, strict=True):
+                self._encode_frame(loaded, stored, whole)
+        keys = [loaded.sample.meta.key for loaded in samples]
+        return Batch(latent_BCTHW, text_BSD, condition_BC1HW, is_i2v=[loaded.is_i2v for loaded in samples],
+                     caption_dropped=[loaded.caption_dropped for loaded in samples], keys=keys,
+                     seeds=[sample_seed(self._seed, whole.epoch, key) for key in keys], bucket=whole.bucket,
+                     dataset=whole.dataset, epoch=whole.epoch, index=whole.number, wait_s=0.0)
+
+
+    def _encode_frame(self, loaded: "_Loaded", stored_C1HW: Tensor, whole: GlobalBatch) -> None:
+        """Overwrite the stored latent of frame 0 by the raw frame's, or report why it can't be."""
+        if self._raw is None or loaded.frame is None:
+            return
+        container, data = loaded.frame
+        latent_C1HW = self._raw.encode(container, data, whole.bucket)
+        if isinstance(latent_C1HW, Tensor):
+            stored_C1HW.copy_(latent_C1HW)
+        else:
+            key = loaded.sample.meta.key
+            self._readers[whole.dataset].report(Damage(loaded.sample.shard, key, f"{key}.{container}",
+                                                       f"{latent_C1HW}; the stored latent frame is used instead"))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A sample in host memory: byte planes, uint8 [2, *shape], and the encoded first frame where it is wanted."""
+
+    sample: Sample
+    latent: Tensor
+    text: Tensor
+    is_i2v: bool
+    caption_dropped: bool
+    frame: tuple[Literal["jpg", "mp4"], bytes] | None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    batch: Batch
+    copied: torch.cuda.Event | None
+    last_of_global: bool
+
+
+def _first_frames(vae: VAEEncoder, device: torch.device) -> "FirstFrames":
+    """DALI is an extra: only the raw path needs it. Raises ValueError where it isn't installed."""
+    try:
+        from loader.dali import FirstFrames
+    except ImportError as error:
+        raise ValueError(f'condition "raw" needs DALI ({error}): install the extra dali-cuda12 (V100 to Hopper; works '
+                         f"without a GPU too) or dali-cuda13") from error
+    return FirstFrames(vae, device)
+
+
+def merge_planes(planes: Tensor) -> Tensor:
+    """uint8 [2, ...], high bytes and low bytes, to float16 [...]; on the device, where it costs nothing."""
+    merged = torch.empty((*planes.shape[1:], 2), dtype=torch.uint8, device=planes.device)
+    merged[..., 0], merged[..., 1] = planes[1], planes[0]
+    return merged.view(torch.float16).squeeze(-1)
+
+
+def _empty_text(member: bytes) -> np.ndarray[Any, Any]:
+    """The byte planes of the empty prompt, flat: its width is known once a sample is. Raises DatasetError."""
+    try:
+        num_bytes = zstandard.frame_content_size(member)
+        planes = np.empty(num_bytes, np.uint8)
+        decode_planes_into(member, TensorInfo("float16", (num_bytes // 2,)), planes.data)
+        return planes
+    except (zstandard.ZstdError, ValueError) as error:
+        raise DatasetError(f"{EMPTY_PROMPT_FILE} is damaged: {error}") from error
