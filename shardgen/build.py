@@ -25,7 +25,7 @@ from shardgen.ingest import ingest_labels
 from shardgen.recipe import full_recipe
 from shardgen.report import summary, write_reports
 from shardgen.stages import fetch_media, filter_labels, plan_shards, probe_media, settle_duplicates
-from shardgen.tables import FETCHED, INGESTED, SOUND, WANTED
+from shardgen.tables import FETCHED, INGESTED, SOUND, UNAVAILABLE, WANTED
 from shardgen.units import EncodeSpec, ShardJob, ShardResult, encode_unit
 from shardgen.write import remove_leftovers, stored_size, write_atomic
 
@@ -52,7 +52,7 @@ def build(config: ShardgenConfig) -> bool:
                           advance=bar.update)
         with stage("2/7 filter labels", catalog.count(INGESTED)) as bar:
             filter_labels(catalog, config, bar.update)
-        with stage("3/7 fetch and hash", catalog.count(WANTED)) as bar:
+        with stage("3/7 fetch and hash", catalog.count(WANTED, UNAVAILABLE)) as bar:
             fetch_media(catalog, config, bar.update)
         with stage("4/7 probe", catalog.count(FETCHED)) as bar:
             probe_media(catalog, config, bar.update)

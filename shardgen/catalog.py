@@ -110,7 +110,8 @@ class Catalog:
         with self.transaction() as db:
             db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)",
                            [("recipe_id", recipe_id), ("selection", selection)])
-            db.executemany("UPDATE clips SET status = ? WHERE status = ?", [(INGESTED, status) for status in again])
+            db.executemany("UPDATE clips SET status = ?, reason = '', detail = '' WHERE status = ?",
+                           [(INGESTED, status) for status in again])
 
     # -- ingest -------------------------------------------------------------------------------------------------------
 
@@ -225,10 +226,6 @@ class Catalog:
 
     # -- media --------------------------------------------------------------------------------------------------------
 
-    def ask_again(self) -> None:
-        """unavailable -> wanted, reason kept: fetch decides by it whether there is a point."""
-        self.db.execute("UPDATE clips SET status = 'wanted' WHERE status = 'unavailable'")
-
     def forget_bad_downloads(self) -> None:
         """Forget URLs whose answer was no media, so that the next build asks them again."""
         with self.transaction() as db:
@@ -245,7 +242,9 @@ class Catalog:
         with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO sources VALUES (?, ?, ?, ?, ?)",
                        (source, str(path), size_bytes, mtime_ns, media_xxh3))
-            db.executemany("UPDATE clips SET status = 'fetched', reason = '', detail = '', media_xxh3 = ? WHERE id = ?",
+            db.executemany("UPDATE clips SET reason = '', detail = '' WHERE id = ? AND status = 'unavailable'",
+                           [(clip,) for clip in clips])
+            db.executemany("UPDATE clips SET status = 'fetched', media_xxh3 = ? WHERE id = ?",
                            [(media_xxh3, clip) for clip in clips])
 
     def media_path(self, media_xxh3: str) -> Path:
@@ -285,7 +284,7 @@ class Catalog:
                     self._refuse_repeated(db, window)
                     db.execute("INSERT INTO windows VALUES (?, ?, ?, ?)",
                                (window.key, clips[window.label], plan.name, msgspec.json.encode(window)))
-            db.executemany("UPDATE clips SET status = 'accepted', reason = '', detail = '', split = ?, "
+            db.executemany("UPDATE clips SET status = 'accepted', split = ?, "
                            "num_windows = ?, flags = ? WHERE id = ?",
                            [(split, num, flags, clip) for clip, split, num, flags in accepted])
             if plans:

@@ -152,7 +152,7 @@ class _Request(NamedTuple):
 
 
 def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> None:
-    """wanted -> fetched (media_xxh3 known), or unavailable. What was unavailable is asked for again if that may help.
+    """wanted, or unavailable if asking again may help -> fetched (media_xxh3 known), or unavailable.
 
     Raises OSError if the cache can't be written.
     """
@@ -163,7 +163,6 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
     def get(request: _Request) -> Fetched:
         return download(request.source, cache, schemes, patience) if request.host else hash_local(Path(request.source))
 
-    catalog.ask_again()
     requests = _requests(catalog, config, advance)
     for request, got in in_parallel(requests, get, lambda request: request.host, workers=fetch.workers,
                                     per_host=fetch.per_host):
@@ -177,7 +176,7 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
 def _requests(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> Iterator[_Request]:
     """What must be hashed, local files first. Clips that need no work are recorded on the way."""
     root, urls = Path(config.labels.root), dict[str, list[int]]()
-    for row in catalog.clips(WANTED):
+    for row in catalog.clips(WANTED, UNAVAILABLE):
         local = find_local(root / row["label"], row["clip_id"], row["media_type"])
         if local is not None:
             if not _reuse(catalog, [row["id"]], str(local)):
