@@ -8,7 +8,7 @@ manifest is written last, by rename, when every planned shard stands.
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from loader.manifest import MANIFEST_FILE, Manifest, ShardInfo, Split, encode_ma
 from loader.sample import EMPTY_PROMPT_FILE
 from shardgen.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig, check_paths
-from shardgen.executors import Failure, run_local
+from shardgen.executors import Failure, run_local, run_ray
 from shardgen.ingest import ingest_labels
 from shardgen.recipe import full_recipe
 from shardgen.report import summary, write_reports
@@ -98,7 +98,7 @@ def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
     failures: list[str] = []
     work = partial(encode_unit, spec=encode_spec(config), decode_threads=config.executor.decode_threads)
     with stage("6/7 encode", len(names), "shard") as bar:
-        for job, result in run_local(work, jobs(), config.executor.workers, worker_environments(config)):
+        for job, result in run_units(work, jobs(), config):
             if isinstance(result, Failure):
                 failures.append(f"{job.plan.name if job else EMPTY_PROMPT_FILE}: {result}")
             elif isinstance(result, ShardResult):
@@ -119,18 +119,29 @@ def record_shard(catalog: Catalog, result: ShardResult, before: ShardInfo | None
             f"number of threads?); build into a new output folder")
 
 
+def run_units(work: Callable[[ShardJob | None], ShardResult | None], jobs: Iterator[ShardJob | None],
+              config: ShardgenConfig) -> Iterator[tuple[ShardJob | None, ShardResult | Failure | None]]:
+    """The executor that the configuration names."""
+    executor, threads = config.executor, config.encode.threads
+    if executor.kind == "local":
+        return run_local(work, jobs, executor.workers, worker_environments(config))
+    return run_ray(work, jobs, executor.workers, executor.address, thread_environment(threads), threads,
+                   int(config.encode.device == "cuda"))
+
+
 def encode_spec(config: ShardgenConfig) -> EncodeSpec:
     """What every worker is told."""
     encode = config.encode
-    return EncodeSpec(output=str(Path(config.output).resolve()), model=encode.model, device=encode.device,
-                      dtype=encode.dtype, threads=encode.threads, text_batch=encode.text_batch,
-                      vae_batch=encode.vae_batch, fit=config.windows.fit, zstd_level=encode.zstd_level,
-                      jpg_quality=encode.jpg_quality, jpg_for_images=encode.jpg_for_images, mp4=encode.mp4)
+    return EncodeSpec(
+        output=str(Path(config.output).resolve()), model=str(Path(encode.model).resolve()), device=encode.device,
+        dtype=encode.dtype, threads=encode.threads, text_batch=encode.text_batch, vae_batch=encode.vae_batch,
+        fit=config.windows.fit, zstd_level=encode.zstd_level, jpg_quality=encode.jpg_quality,
+        jpg_for_images=encode.jpg_for_images, mp4=encode.mp4)
 
 
 def worker_environments(config: ShardgenConfig) -> list[dict[str, str]]:
     """Threads for each worker, and on CUDA one of the visible GPUs, in turn."""
-    threads = {"OMP_NUM_THREADS": str(config.encode.threads), "MKL_NUM_THREADS": str(config.encode.threads)}
+    threads = thread_environment(config.encode.threads)
     if config.encode.device != "cuda":
         return [threads] * config.executor.workers
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(config.executor.workers)))).split(",")
@@ -138,6 +149,11 @@ def worker_environments(config: ShardgenConfig) -> list[dict[str, str]]:
         raise ConfigError(f"executor.workers = {config.executor.workers}, but CUDA_VISIBLE_DEVICES names {visible}: on "
                           f"CUDA a worker needs a GPU of its own")
     return [threads | {"CUDA_VISIBLE_DEVICES": device} for device in visible[:config.executor.workers]]
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Threads per process, for libraries that read them once when they are loaded."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 @contextmanager

@@ -61,6 +61,51 @@ def run_local(function: Callable[[Unit], Result], units: Iterable[Unit], num_wor
         pool.shutdown(cancel_futures=True)
 
 
+def run_ray(function: Callable[[Unit], Result], units: Iterable[Unit], num_workers: int, address: str,
+            environment: dict[str, str], num_cpus: int, num_gpus: int) -> Iterator[tuple[Unit, Result | Failure]]:
+    """Run `function` on each unit on a Ray cluster, each with `num_cpus` and `num_gpus`; yields as `run_local` does.
+
+    `address` is the cluster's; "" starts one here with room for `num_workers`. A unit whose node or worker dies is run
+    again elsewhere: it is idempotent. Raises ExecutorError if Ray is missing, or gives a unit up.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ExecutorError("executor.kind = \"ray\" needs the package ray: pip install 'newsreel[ray]'") from error
+    own = {} if address else {"num_cpus": num_workers * num_cpus, "include_dashboard": False}
+    remaining = iter(units)
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
+        remote = ray.remote(function_of_unit).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=5,
+                                                      runtime_env={"env_vars": environment})
+        running: dict[Any, Unit] = {}
+        while True:
+            for unit in islice(remaining, _AHEAD * num_workers - len(running)):
+                running[remote.remote(function, unit)] = unit
+            if not running:
+                return
+            for reference in ray.wait(list(running), num_returns=1)[0]:
+                unit = running.pop(reference)
+                try:
+                    yield unit, ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    if not isinstance(error.cause, Failure):
+                        raise
+                    yield unit, error.cause
+    except (ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError,
+            ConnectionError) as error:
+        raise ExecutorError(f"the Ray cluster failed: {error}. What was finished stands; run the build again to go "
+                            f"on") from error
+    finally:
+        ray.shutdown()
+
+
+def function_of_unit(function: Callable[[Unit], Result], unit: Unit) -> Result:
+    """What a Ray task calls: a partial can't be made remote itself."""
+    return function(unit)
+
+
 def _start_worker(settings: Any) -> None:
     os.environ.update(settings.get())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program; it ends its workers

@@ -121,3 +121,8 @@ def test_killed_and_with_two_workers_it_ends_with_the_same_bytes(tiny_dataset: P
 def test_killed_thirty_times(tiny_dataset: Path, tiny_recipe: Path, tmp_path: Path, seed: int) -> None:
     kill_until_built(tiny_recipe, tmp_path / "out", 5, random.Random(seed))
     assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
+
+
+def test_ray_gives_the_same_bytes(tiny_dataset: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    subprocess.run(build_command(tiny_recipe, tmp_path / "out", "--executor", "ray"), check=True, capture_output=True)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
