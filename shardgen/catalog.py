@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
@@ -133,9 +133,9 @@ class Catalog:
         rows = self.db.execute("SELECT label FROM clips WHERE status != ?", (GONE,))
         return {row[0].rpartition("/")[0] for row in rows}
 
-    def write_labels(self, new: Sequence[IngestRow], changed: Sequence[tuple[Seen, IngestRow]],
+    def write_labels(self, new: Sequence[tuple[Any, ...]], changed: Sequence[tuple[Seen, IngestRow]],
                      touched: Sequence[tuple[Seen, int]], gone: Sequence[Seen]) -> None:
-        """Record what ingest found: new rows, changed files, same files with a new mtime, files that are no more.
+        """Record what ingest found: new rows (IngestRow), changed files, files with a new mtime only, files gone.
 
         A clip whose windows are planned keeps its row: only the flag says that its label has changed since or is gone.
         """
@@ -146,7 +146,7 @@ class Catalog:
         free = [(seen, row) for seen, row in changed if seen.status not in (ACCEPTED, FAILED)]
         with self.transaction() as db:
             db.executemany(_INSERT, [(first + i, generation, *row[:_BODY]) for i, row in enumerate(new)])
-            db.executemany("INSERT INTO bodies VALUES (?, ?)", [(first + i, row.body) for i, row in enumerate(new)])
+            db.executemany("INSERT INTO bodies VALUES (?, ?)", [(first + i, row[_BODY]) for i, row in enumerate(new)])
             db.executemany(_REPLACE, [(*row[:_BODY], seen.id) for seen, row in free])
             db.executemany("UPDATE bodies SET body = ? WHERE id = ?", [(row.body, seen.id) for seen, row in free])
             db.executemany("UPDATE clips SET mtime_ns = ? WHERE id = ?", [(mtime, seen.id) for seen, mtime in touched])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
@@ -25,7 +25,6 @@ from shardgen.tables import GONE, INGESTED, UNREADABLE, IngestRow, Seen
 CHUNK_FILES = 512
 _MIN_FILES_FOR_POOL = 4096  # below, starting processes takes longer than reading the labels
 _pack = msgspec.msgpack.Encoder().encode
-_EMPTY = b""
 
 
 class Chunk(NamedTuple):
@@ -39,9 +38,9 @@ class Chunk(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What reading a chunk gave."""
+    """What reading a chunk gave. `new` holds IngestRows as plain tuples."""
 
-    new: list[IngestRow]
+    new: list[tuple[Any, ...]]
     changed: list[tuple[Seen, IngestRow]]
     touched: list[tuple[Seen, int]]
     num_files: int
@@ -126,30 +125,33 @@ def _read_chunks(chunks: Iterator[Chunk], workers: int) -> Iterator[Found]:
 def read_chunk(chunk: Chunk) -> Found:
     """Read what the catalog doesn't know already. A file that can't be read becomes a row with the reason."""
     found = Found([], [], [], len(chunk.names))
-    prefix = f"{chunk.root}/{chunk.folder}/" if chunk.folder else f"{chunk.root}/"
     label_prefix = f"{_shown(chunk.folder)}/" if chunk.folder else ""
-    for name in chunk.names:
-        shown = _shown(name)
-        seen = chunk.known.get(shown)
-        row = _read_label(prefix + name, label_prefix + shown, seen, chunk.max_bytes)
-        if row is None:
-            continue
-        if seen is None:
-            found.new.append(row)
-        elif row.label_xxh3 and row.label_xxh3 == seen.label_xxh3 and seen.status != GONE:
-            found.touched.append((seen, row.mtime_ns))
-        else:
-            found.changed.append((seen, row))
+    folder = os.open(f"{chunk.root}/{chunk.folder}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in chunk.names:
+            shown = _shown(name)
+            seen = chunk.known.get(shown)
+            row = _read_label(folder, name, label_prefix + shown, seen, chunk.max_bytes)
+            if row is None:
+                continue
+            if seen is None:
+                found.new.append(tuple(row))  # pickles three times as fast as a NamedTuple
+            elif row.label_xxh3 and row.label_xxh3 == seen.label_xxh3 and seen.status != GONE:
+                found.touched.append((seen, row.mtime_ns))
+            else:
+                found.changed.append((seen, row))
+    finally:
+        os.close(folder)
     return found
 
 
-def _read_label(path: str, label: str, seen: Seen | None, max_bytes: int) -> IngestRow | None:
-    """One file as a row; None if its size and mtime are those in the catalog."""
+def _read_label(folder: int, name: str, label: str, seen: Seen | None, max_bytes: int) -> IngestRow | None:
+    """One file of an open folder as a row; None if its size and mtime are those in the catalog."""
     size_bytes, mtime_ns, digest = 0, 0, ""
     try:
-        if not path.isprintable() and _shown(path) != path:
+        if not label.endswith(name):
             raise LabelError("label_bad_name", "the file's name is not UTF-8; rename it")
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would block for ever
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)  # a pipe would block
         try:
             status = os.fstat(descriptor)
             size_bytes, mtime_ns = status.st_size, status.st_mtime_ns
@@ -169,7 +171,7 @@ def _read_label(path: str, label: str, seen: Seen | None, max_bytes: int) -> Ing
     except LabelError as error:
         problem = error
     return IngestRow(label, size_bytes, mtime_ns, digest, UNREADABLE, problem.reason, problem.detail[:500],
-                     problem.byte_offset, "", "", "", "", "", "", None, None, None, None, 0, _EMPTY)
+                     problem.byte_offset, "", "", "", "", "", "", None, None, None, None, 0, b"")
 
 
 def _row(label: str, size_bytes: int, mtime_ns: int, digest: str, read: Label) -> IngestRow:
