@@ -162,7 +162,7 @@ def save_diffusers(lora: LoRA, path: Path) -> None:
         tensors[f"transformer.{name}.lora_B.weight"] = b.cpu().contiguous()
     metadata = {"transformer.r": lora.rank, "transformer.lora_alpha": lora.alpha,
                 "transformer.target_modules": sorted(lora.targets)}
-    _save(tensors, path, {"format": "pt", METADATA_KEY: msgspec.json.encode(metadata, order="sorted").decode()})
+    _save(tensors, path, {METADATA_KEY: msgspec.json.encode(metadata, order="sorted").decode()})
 
 
 def save_comfyui(lora: LoRA, path: Path) -> None:
@@ -174,7 +174,7 @@ def save_comfyui(lora: LoRA, path: Path) -> None:
         tensors[f"{prefix}.lora_A.weight"] = a.cpu().contiguous()
         tensors[f"{prefix}.lora_B.weight"] = b.cpu().contiguous()
         tensors[f"{prefix}.alpha"] = torch.tensor(float(lora.alpha))
-    _save(tensors, path, {"format": "pt"})
+    _save(tensors, path, {})
 
 
 def load_diffusers(lora: LoRA, path: Path) -> None:
@@ -200,6 +200,7 @@ def load_diffusers(lora: LoRA, path: Path) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    assert len(metadata) <= 1, "safetensors writes several entries in any order, and equal runs must give equal bytes"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file(dict(sorted(tensors.items())), temporary, metadata)
     with open(temporary, "rb") as file:
