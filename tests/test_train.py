@@ -183,3 +183,15 @@ def test_torchrun_starts_it_and_only_the_newest_checkpoints_stay(base: TrainConf
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert run.returncode == 0, run.stderr
     assert "step-00000006" in run.stderr and sorted(p.name for p in (two_ranks / checkpoint.FOLDER).iterdir()) == kept
+
+
+def test_raw_first_frames_train_like_the_stored_ones(base: TrainConfig, tiny_dataset: Path, tmp_path: Path) -> None:
+    """DALI decodes KEY.jpg and the VAE encodes it: the losses differ by what JPEG loses, and by no more."""
+    losses = {}
+    for condition in ("latent", "raw"):
+        data = DataConfig(datasets=[str(tiny_dataset)], num_threads=1, i2v_share=1.0,
+                          condition="raw" if condition == "raw" else "latent")
+        finish(start(base, tmp_path / condition, 1, data=data, num_steps=4))
+        losses[condition] = [record["loss"] for record in records(tmp_path / condition)]
+    assert losses["raw"] == pytest.approx(losses["latent"], rel=0.02)
+    assert losses["raw"] != losses["latent"]
