@@ -75,7 +75,8 @@ class Batch:
 class Feed:
     """Iterates over (Batch, state) for ever; `state` is what to resume from once the batch's global batch is done.
 
-    `datasets` are folders, mixed by `weights` (default: by size). Of global batch n, rank r gets in micro-step m the
+    `datasets` are folders or URLs (of which `cache_dir` keeps up to `cache_bytes`), mixed by `weights` (default: by
+    size), each with its own epochs. Of global batch n, rank r gets in micro-step m the
     samples [(m*world_size + r)*micro_batch : +micro_batch]. `num_threads` jobs run at a time, at most `max_ahead`
     micro-batches are ready or in work. `condition="raw"` needs `vae`, on `device`. More than `max_damaged` damaged
     samples raise TooManyDamagedError. Raises ValueError for sizes that don't divide and datasets that can't be used.
@@ -85,7 +86,8 @@ class Feed:
                  world_size: int, seed: int, i2v_share: float, caption_dropout: float,
                  condition: Literal["latent", "raw"], device: torch.device | str, num_threads: int = 2,
                  max_ahead: int = 4, vae: VAEEncoder | None = None, weights: Sequence[float] | None = None,
-                 window_shards: int = 8, max_damaged: int = 16):
+                 window_shards: int = 8, max_damaged: int = 16, cache_dir: Path | None = None,
+                 cache_bytes: int = 64 * 2**30):
         if global_batch % (micro_batch * world_size):
             raise ValueError(f"global batch {global_batch} is not a multiple of micro-batch {micro_batch} x world size "
                              f"{world_size}; every rank must get the same number of whole micro-batches")
@@ -98,7 +100,7 @@ class Feed:
         self._seed, self._i2v_share, self._caption_dropout = seed, i2v_share, caption_dropout
         self._num_threads, self._max_ahead = num_threads, max_ahead
 
-        stores, manifests = zip(*map(read_dataset, datasets), strict=True)
+        stores, manifests = zip(*(read_dataset(dataset, cache_dir, cache_bytes) for dataset in datasets), strict=True)
         shards = [manifest.splits.get(split, []) for manifest in manifests]
         self._order = Order(shards, seed=seed, global_batch=global_batch, weights=weights, window_shards=window_shards)
         max_open = 2 * window_shards * max(len(buckets) for buckets in self._order.buckets)
@@ -193,30 +195,24 @@ class Feed:
 
     def _load(self, whole: GlobalBatch, shard: int, position: int) -> "_Loaded":
         """Read one sample and unpack it into pinned memory."""
-        def dropped(key: str) -> bool:
-            return keyed_uniform(self._seed, whole.epoch, key, "caption") < self._caption_dropout
-
-        def i2v(key: str) -> bool:
-            return is_i2v(self._seed, whole.epoch, key, whole.bucket.num_frames, self._i2v_share)
-
-        def wanted(key: str, extensions: Sequence[str]) -> Sequence[str]:
-            frame = [kind for kind in FRAMES if kind in extensions][:1] or FRAMES[:1]  # the reader reports its absence
-            return [LATENT, *([] if dropped(key) else [TEXT]), *(frame if self._raw and i2v(key) else [])]
-
-        sample = self._readers[whole.dataset].read(shard, position, wanted)
+        sample = self._readers[whole.dataset].read(shard, position, self._wanted)
         meta, members = sample.meta, sample.members
+        dropped = keyed_uniform(self._seed, whole.epoch, meta.key, "caption") < self._caption_dropout
+        i2v = is_i2v(self._seed, whole.epoch, meta.key, meta.num_frames, self._i2v_share)
         try:
-            if dropped(meta.key):
-                empty = self._empty_text[whole.dataset]
-                text = torch.from_numpy(empty.reshape(2, -1, meta.text.shape[1]))
-            else:
-                text = self._unpack(members[TEXT], meta.text)
             latent = self._unpack(members[LATENT], meta.latent)
+            text = (torch.from_numpy(self._empty_text[whole.dataset].reshape(2, -1, meta.text.shape[1])) if dropped
+                    else self._unpack(members[TEXT], meta.text))
         except (SampleError, ValueError) as error:
             error.add_note(f"shard {sample.shard}, key {meta.key}")
             raise
-        frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members), None)
-        return _Loaded(sample, latent, text, i2v(meta.key), dropped(meta.key), frame)
+        frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members and i2v), None)
+        return _Loaded(sample, latent, text, i2v, dropped, frame)
+
+    def _wanted(self, extensions: Sequence[str]) -> Sequence[str]:
+        """The same members every time, needed or not, so that a cache of samples has one kind of entry."""
+        frame = [kind for kind in FRAMES if kind in extensions][:1]
+        return [LATENT, TEXT, *(frame if self._raw else [])]
 
     def _unpack(self, member: memoryview, info: TensorInfo) -> Tensor:
         """A tensor member's byte planes, uint8 [2, *shape], pinned where there is a GPU."""
@@ -246,10 +242,10 @@ class Feed:
 
     def _encode_frame(self, loaded: "_Loaded", stored_C1HW: Tensor, whole: GlobalBatch) -> None:
         """Overwrite the stored latent of frame 0 by the raw frame's, or report why it can't be."""
-        if self._raw is None or loaded.frame is None:
+        if self._raw is None or not loaded.is_i2v:
             return
-        container, data = loaded.frame
-        latent_C1HW = self._raw.encode(container, data, whole.bucket)
+        container, data = loaded.frame or (FRAMES[0], b"")
+        latent_C1HW = self._raw.encode(container, data, whole.bucket) if data else "missing"
         if isinstance(latent_C1HW, Tensor):
             stored_C1HW.copy_(latent_C1HW)
         else:

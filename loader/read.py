@@ -37,7 +37,7 @@ from loader.sample import JSON, LATENT, SampleError, SampleMeta, decode_meta, sp
 
 log = logging.getLogger(__name__)
 
-Wanted = Callable[[str, Sequence[str]], Sequence[str]]  # (key, extensions it has) -> extensions to read
+Wanted = Callable[[Sequence[str]], Sequence[str]]  # the extensions that a sample has -> those to read beside json
 
 
 class TooManyDamagedError(ValueError):
@@ -78,10 +78,13 @@ class File(Protocol):
 
 
 class Store(Protocol):
-    """Where a dataset lies. Both methods raise FileNotFoundError for what isn't there."""
+    """Where a dataset lies. Both methods raise FileNotFoundError for what isn't there.
 
-    def read_file(self, name: str) -> bytes: ...
-    def open(self, name: str, size: int) -> File: ...
+    `xxh3` is the file's hash by the manifest, "" where there is none: a name for caches. Readers check it themselves.
+    """
+
+    def read_file(self, name: str, xxh3: str = "") -> bytes: ...
+    def open(self, name: str, size: int, xxh3: str) -> File: ...
 
 
 class LocalFile:
@@ -107,23 +110,31 @@ class LocalStore:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def read_file(self, name: str) -> bytes:
+    def read_file(self, name: str, xxh3: str = "") -> bytes:
         return (self.folder / name).read_bytes()
 
-    def open(self, name: str, size: int) -> File:
+    def open(self, name: str, size: int, xxh3: str) -> File:
         return LocalFile(self.folder / name)
 
 
-def open_store(location: Path | str) -> Store:
-    """The store behind a folder or a URL. Raises DatasetError for a URL that can't be used."""
+def open_store(location: Path | str, cache_dir: Path | None = None, cache_bytes: int = 0) -> Store:
+    """The store behind a folder or a URL; a remote one keeps up to `cache_bytes` in `cache_dir`, where there is one.
+
+    Raises DatasetError for a URL that can't be used.
+    """
     if "://" not in str(location):
         return LocalStore(Path(location))
-    raise DatasetError(f"{location}: remote datasets are not supported yet; copy it to a local folder")
+    try:
+        from loader.remote import Cache, RemoteStore
+    except ImportError as error:
+        raise DatasetError(f"{location}: remote datasets need the extra remote: pip install 'newsreel[remote]' "
+                           f"({error})") from error
+    return RemoteStore(str(location), Cache(cache_dir, cache_bytes) if cache_dir else None)
 
 
-def read_dataset(location: Path | str) -> tuple[Store, Manifest]:
+def read_dataset(location: Path | str, cache_dir: Path | None = None, cache_bytes: int = 0) -> tuple[Store, Manifest]:
     """The store of a dataset and its manifest. Raises DatasetError."""
-    store = open_store(location)
+    store = open_store(location, cache_dir, cache_bytes)
     return store, load_manifest(partial(store.read_file, MANIFEST_FILE), f"{location}/{MANIFEST_FILE}")
 
 
@@ -141,18 +152,18 @@ def open_shard(store: Store, split: str, info: ShardInfo) -> Shard:
     name = f"{split}/{info.name}"
     part = ".idx"
     try:
-        index = store.read_file(f"{name}.idx")
+        index = store.read_file(f"{name}.idx", info.idx_xxh3)
         if xxhash.xxh3_128_hexdigest(index) != info.idx_xxh3:
             raise DatasetError("its hash differs from the manifest's")
         samples = decode_index(index, f"{name}.idx")
         if len(samples) != info.num_samples:
             raise DatasetError(f"it holds {len(samples)} samples, the manifest says {info.num_samples}")
         part = ".xxh3"
-        hashes = store.read_file(f"{name}.xxh3")
+        hashes = store.read_file(f"{name}.xxh3", info.xxh3_xxh3)
         if xxhash.xxh3_128_hexdigest(hashes) != info.xxh3_xxh3:
             raise DatasetError("its hash differs from the manifest's")
         part = ".tar"
-        file = store.open(f"{name}.tar", info.bytes)
+        file = store.open(f"{name}.tar", info.bytes, info.tar_xxh3)
         return Shard(info, file, samples, decode_hashes(hashes, f"{name}.xxh3"))
     except (OSError, DatasetError) as error:
         raise DamagedError(Damage(info.name, "", f"{info.name}{part}", _reason(error))) from error
@@ -175,7 +186,7 @@ def read_sample(shard: Shard, position: int, wanted: Wanted) -> Sample:
     def damaged(extension: str, reason: str) -> DamagedError:
         return DamagedError(Damage(shard.info.name, key, f"{key}.{extension}", reason))
 
-    extensions = [JSON, *wanted(key, list(members))]
+    extensions = [JSON, *wanted(list(members))]
     for extension in extensions:
         if extension not in members:
             raise damaged(extension, f"missing; the sample has {', '.join(members)}")

@@ -30,7 +30,7 @@ def dataset(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "dataset"))
 
 
-def everything(key: str, extensions: Sequence[str]) -> Sequence[str]:
+def everything(extensions: Sequence[str]) -> Sequence[str]:
     return (LATENT, TEXT, JPG)
 
 
@@ -153,7 +153,7 @@ def test_the_stand_in_is_the_next_sample_of_the_shard_then_the_like_of_the_next_
 def test_a_member_that_the_sample_lacks_is_named(source: Path) -> None:
     lacking = reader(source, max_damaged=1)
     with pytest.raises(TooManyDamagedError, match=r"key [0-9a-f]{32}, member [0-9a-f]{32}\.mp4: missing"):
-        lacking.read(0, 0, lambda key, extensions: ("mp4",))
+        lacking.read(0, 0, lambda extensions: ("mp4",))
 
 
 def test_too_many_damaged_samples_stop_the_run(dataset: Path) -> None:

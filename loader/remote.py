@@ -1,0 +1,184 @@
+"""Datasets behind http(s):// or s3://: Range reads of whole samples, with a cache on disk that ranks share.
+
+obstore does the transport: one wheel without dependencies whose requests run outside Python's lock, with S3, GCS, Azure
+and plain HTTP behind one call. (fsspec would bring aiohttp, an event loop, and a package more for each kind of store.)
+
+A request is repeated until `patience_s` is over, so a server may die and return; what is not there is not asked for
+again. The cache is content-addressed: an entry's name holds the hash of its shard from the manifest, so that nothing
+in it is ever out of date, and each entry begins with its own hash, so that a half-written or damaged one is a miss. It
+may be deleted at any time. Ranks of a host share it without a server: entries appear by rename, and whoever has
+written a hundredth of the bound looks, under a file lock, whether the least recently used must go.
+
+Left out: reading ahead within a shard (the shuffle parts neighbours), and a cache in memory (the page cache is one).
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import obstore
+import obstore.exceptions
+import obstore.store
+import xxhash
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+PATIENCE_S = 600.0
+_STALE_S = 600.0  # a temporary file this old belongs to a killed process
+_PERMANENT = (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError,
+              obstore.exceptions.NotSupportedError, obstore.exceptions.InvalidPathError)
+
+
+class RemoteError(ConnectionError):
+    """A store does not answer, or refuses; the message names the object, the cause and the way out."""
+
+
+class Cache:
+    """Byte strings by name in a folder of at most about `max_bytes`; any number of processes may share it."""
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self._folder, self._max_bytes = folder, max_bytes
+        self._unchecked_bytes = 0
+        self._lock = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._make_room()
+
+    def get(self, name: str) -> memoryview | None:
+        """What `put` stored under `name`, or None if it is not there (any more) or damaged."""
+        path = self._path(name)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        payload = memoryview(data)[16:]
+        return payload if xxhash.xxh3_128_digest(payload) == data[:16] else None
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Store `data`. A full disk is no fault of the reader's: it is logged, and the cache stays as it is."""
+        path = self._path(name)
+        temporary = path.with_name(f"tmp-{os.getpid()}-{threading.get_ident()}")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(xxhash.xxh3_128_digest(data))
+                file.write(data)
+            temporary.replace(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning("%s: the cache can't take %d bytes more: %s", self._folder, len(data), error.strerror)
+            temporary.unlink(missing_ok=True)
+        with self._lock:
+            self._unchecked_bytes += len(data)
+            due = self._unchecked_bytes > self._max_bytes // 100
+            self._unchecked_bytes *= not due
+        if due:
+            self._make_room()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name[:2] / name
+
+    def _make_room(self) -> None:
+        """Above nine tenths of the bound, delete the least recently used down to eight; one process at a time."""
+        with (self._folder / "lock").open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # another one is at it
+            entries = []
+            for path in self._folder.glob("*/*"):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue  # a temporary file that has just got its name
+                entries.append((status.st_mtime, status.st_size, path))
+            total = sum(size for _, size, _ in entries)
+            keep = total if total <= 0.9 * self._max_bytes else int(0.8 * self._max_bytes)
+            for mtime, size, path in sorted(entries):
+                stale = path.name.startswith("tmp-") and mtime < time.time() - _STALE_S
+                if total > keep or stale:
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+
+class RemoteStore:
+    """A dataset folder behind a URL; see loader.read.Store. Credentials and endpoints come from the environment
+    (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), as every tool for S3 reads them.
+
+    Without `cache` each epoch reads everything from the server. Raises RemoteError once `patience_s` is over.
+    """
+
+    def __init__(self, url: str, cache: Cache | None, patience_s: float = PATIENCE_S):
+        self.url, self.cache, self._patience_s = url.rstrip("/"), cache, patience_s
+        try:
+            self._store = obstore.store.from_url(
+                self.url, client_options={"allow_http": url.startswith("http:") or _plain_endpoint(),
+                                          "timeout": "60s", "connect_timeout": "5s"},
+                retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=0)})
+        except (ValueError, obstore.exceptions.BaseError) as error:
+            raise RemoteError(f"{url}: not a store that can be read: {error}") from error
+
+    def read_file(self, name: str, xxh3: str = "") -> bytes:
+        """A whole object; cached where its hash is known. Raises FileNotFoundError and RemoteError."""
+        cached = self.cache.get(xxh3) if self.cache and xxh3 else None
+        if cached is not None:
+            return bytes(cached)
+        data = self._retry(name, lambda: obstore.get(self._store, name).bytes().to_bytes())
+        if self.cache and xxh3:
+            self.cache.put(xxh3, data)
+        return data
+
+    def open(self, name: str, size: int, xxh3: str) -> "RemoteFile":
+        return RemoteFile(self, name, size, xxh3)
+
+    def read_range(self, name: str, start: int, end: int) -> memoryview:
+        """Bytes start:end of an object. Raises FileNotFoundError and RemoteError."""
+        return self._retry(name, lambda: memoryview(obstore.get_range(self._store, name, start=start, end=end)))
+
+    def _retry(self, name: str, request: Callable[[], Result]) -> Result:
+        deadline_s, pause_s = time.monotonic() + self._patience_s, 0.1
+        while True:
+            try:
+                return request()
+            except FileNotFoundError:
+                raise FileNotFoundError(errno.ENOENT, "No such object", f"{self.url}/{name}") from None
+            except obstore.exceptions.BaseError as error:
+                cause = str(error).split("\n")[0]
+                if isinstance(error, _PERMANENT):
+                    raise RemoteError(f"{self.url}/{name}: refused: {cause}. Check the credentials, and that the "
+                                      f"server takes Range requests") from error
+                if time.monotonic() + pause_s > deadline_s:
+                    raise RemoteError(f"{self.url}/{name}: no answer for {self._patience_s:g} s: {cause}. Start "
+                                      f"again once the server is back: the run resumes") from error
+                log.warning("%s/%s: %s; trying again", self.url, name, cause)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 5.0)
+
+
+class RemoteFile:
+    """A tar behind a URL; see loader.read.File."""
+
+    def __init__(self, store: RemoteStore, name: str, size: int, xxh3: str):
+        self._store, self._name, self._size, self._xxh3 = store, name, size, xxh3
+
+    def read(self, offset: int, size: int) -> memoryview:
+        cache, entry = self._store.cache, f"{self._xxh3}-{offset}-{size}"
+        cached = cache.get(entry) if cache else None
+        if cached is not None:
+            return cached
+        data = self._store.read_range(self._name, offset, min(offset + size, self._size))
+        if cache:
+            cache.put(entry, data)
+        return data
+
+
+def _plain_endpoint() -> bool:
+    return any(os.environ.get(name, "").startswith("http:") for name in ("AWS_ENDPOINT", "AWS_ENDPOINT_URL"))

@@ -1,0 +1,237 @@
+"""Datasets over HTTP and S3: the same bytes as locally, through dying servers, killed readers and a bounded cache."""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from loader.feed import Feed
+from loader.manifest import DatasetError
+from loader.read import read_dataset
+from loader.remote import Cache, RemoteError, RemoteStore
+from tools.synthetic import write_synthetic_dataset
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Files below `server.folder`, with Range; every request is noted in `server.requests`."""
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        server.requests.append((self.path, self.headers.get("Range", ""), self.headers.get("Authorization", "")))
+        path = server.folder / self.path.lstrip("/")
+        if server.status != 200 or not path.is_file():
+            return self._answer(server.status if server.status != 200 else 404, b"")
+        data = path.read_bytes()
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if match is None or not server.takes_ranges:
+            return self._answer(200, data)
+        start, end = int(match[1]), min(int(match[2]) + 1, len(data))
+        self._answer(206, data[start:end], f"bytes {start}-{end - 1}/{len(data)}")
+
+    def _answer(self, status: int, data: bytes, content_range: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.send_header("ETag", '"1"')
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, folder: Path, port: int = 0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.folder, self.requests, self.status, self.takes_ranges = folder, list[tuple[str, str, str]](), 200, True
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "data"
+    write_synthetic_dataset(folder, {"64x32x5": 40, "64x32x1": 20}, samples_per_shard=8, text_dim=8)
+    return folder
+
+
+@pytest.fixture
+def server(dataset: Path) -> Iterator[Server]:
+    server = Server(dataset.parent)
+    yield server
+    server.stop()
+
+
+def make(location: Path | str, cache_dir: Path | None = None, cache_bytes: int = 10**9, rank: int = 0) -> Feed:
+    return Feed([location], split="train", global_batch=8, micro_batch=4, rank=rank, world_size=2, seed=1,
+                i2v_share=0.4, caption_dropout=0.1, condition="latent", device="cpu", num_threads=2, max_ahead=4,
+                cache_dir=cache_dir, cache_bytes=cache_bytes)
+
+
+def take(feed: Feed, num: int) -> list[tuple[list[str], float]]:
+    return [(batch.keys, batch.latent_BCTHW.float().sum().item() + batch.text_BSD.float().sum().item())
+            for batch, _ in (next(feed) for _ in range(num))]
+
+
+def test_over_http_it_reads_the_same_batches_by_ranges(dataset: Path, server: Server) -> None:
+    with make(dataset) as local, make(f"{server.url}/data") as remote:
+        assert take(remote, 10) == take(local, 10)
+    assert not [path for path, span, _ in server.requests if path.endswith(".tar") and not span]
+
+
+def test_over_s3_requests_are_signed(dataset: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret",
+                        "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    with make(dataset) as local, make("s3://data") as remote:  # path-style: /bucket/key
+        assert take(remote, 4) == take(local, 4)
+    assert all(authorization.startswith("AWS4-HMAC-SHA256") for _, _, authorization in server.requests)
+
+
+def test_a_server_that_dies_and_returns_in_mid_epoch_costs_time_only(dataset: Path, caplog: pytest.LogCaptureFixture
+                                                                     ) -> None:
+    server = Server(dataset.parent)
+    with make(dataset) as local, make(f"{server.url}/data") as remote:
+        expected = take(local, 12)
+        got = take(remote, 2)
+        server.stop()
+        back: list[Server] = []
+        timer = threading.Timer(0.7, lambda: back.append(Server(dataset.parent, server.server_port)))
+        timer.start()
+        got += take(remote, 10)
+        timer.join()
+        assert got == expected and remote.damages == []
+    back[0].stop()
+    assert "trying again" in caplog.text
+
+
+def test_server_errors_are_retried_and_then_named(server: Server) -> None:
+    server.status = 503
+    with pytest.raises(RemoteError, match=rf"{server.url}/data/x: no answer for 0\.5 s.*resumes"):
+        RemoteStore(f"{server.url}/data", None, patience_s=0.5).read_file("x")
+    assert len(server.requests) >= 3
+
+
+def test_what_will_not_get_better_is_not_retried(server: Server) -> None:
+    store = RemoteStore(f"{server.url}/data", None)
+    with pytest.raises(FileNotFoundError, match="data/nothing"):
+        store.read_file("nothing")
+    server.status = 403
+    with pytest.raises(RemoteError, match=r"refused.*credentials"):
+        store.read_file("manifest.json")
+    server.status, server.takes_ranges = 200, False
+    with pytest.raises(RemoteError, match="Range"):
+        store.open("manifest.json", 100, "").read(0, 10)
+    assert len(server.requests) == 3
+    with pytest.raises(DatasetError, match="no manifest"):
+        read_dataset(f"{server.url}/elsewhere")
+    with pytest.raises(RemoteError, match="ftp://x"):
+        read_dataset("ftp://x/y")
+
+
+def test_what_was_read_once_comes_from_the_cache(server: Server, dataset: Path, tmp_path: Path) -> None:
+    with make(f"{server.url}/data", tmp_path) as first, make(dataset) as local:
+        expected = take(local, 14)
+        assert take(first, 14) == expected
+    server.requests.clear()
+    with make(f"{server.url}/data", tmp_path) as again:
+        assert take(again, 7) == expected[:7]
+    assert {path for path, _, _ in server.requests} == {"/data/manifest.json", "/data/empty_prompt.text.zst"}
+
+
+def test_a_damaged_cache_entry_is_fetched_anew(server: Server, dataset: Path, tmp_path: Path) -> None:
+    with make(f"{server.url}/data", tmp_path) as feed:
+        expected = take(feed, 4)
+    for path in tmp_path.glob("*/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data[:-1] if len(data) % 2 else data)
+    with make(f"{server.url}/data", tmp_path) as feed:
+        assert take(feed, 4) == expected and feed.damages == []
+
+
+def test_a_damaged_sample_on_the_server_is_found(server: Server, dataset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dataset, dataset.parent / "damaged"))
+    for tar in (copy / "train").glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        data[520] ^= 1
+        tar.write_bytes(data)
+    with make(f"{server.url}/damaged") as feed:
+        take(feed, 14)
+        assert feed.damages and all(damage.member.endswith(".json") for damage in feed.damages)
+    shutil.rmtree(copy)
+
+
+def cache_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*/*"))
+
+
+def fill(folder: Path, max_bytes: int, seed: int, num: int = 10**9) -> None:
+    cache = Cache(folder, max_bytes)
+    for i in range(num):
+        cache.put(f"{i % 97:02d}-{seed}-{i}", os.urandom(5000))
+
+
+def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1_000_000)
+    cache.put("used", b"x" * 5000)
+    for i in range(150):
+        cache.put(f"{i % 97:02d}-{i}", bytes([i % 256]) * 10_000)
+        os.utime(tmp_path / "us" / "used")
+        assert cache_size(tmp_path) <= 1_000_000
+    used = cache.get("used")
+    assert used is not None and bytes(used) == b"x" * 5000 and cache.get("00-0") is None
+    assert cache_size(tmp_path) > 500_000
+
+
+def test_processes_share_the_bound_and_a_killed_one_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    processes = [multiprocessing.get_context("spawn").Process(target=fill, args=(tmp_path, 1_000_000, seed))
+                 for seed in range(2)]
+    for process in processes:
+        process.start()
+    deadline_s = time.monotonic() + 60
+    while cache_size_now(tmp_path) < 700_000 and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    for process in processes:
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert 500_000 < cache_size(tmp_path) <= 1_100_000
+    (tmp_path / "00").mkdir(exist_ok=True)
+    stale = tmp_path / "00" / "tmp-1-1"  # as a process leaves it that is killed while writing
+    stale.write_bytes(b"half")
+    os.utime(stale, (0, 0))
+    fill(tmp_path, 1_000_000, seed=3, num=50)
+    assert not stale.exists() and cache_size(tmp_path) <= 1_000_000
+
+
+def cache_size_now(folder: Path) -> int:
+    """`cache_size` while others write and delete."""
+    total = 0
+    for path in folder.glob("*/*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
