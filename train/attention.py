@@ -39,7 +39,7 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
 
 def _best(device: torch.device, dtype: torch.dtype) -> AttentionName:
     if device.type == "cpu":
-        return "math"
+        return "flash"
     if dtype == torch.float32:
         return "efficient"
     major, _ = torch.cuda.get_device_capability(device)

@@ -21,14 +21,22 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """datasets: folders with a manifest.json. condition: where the clean first frame of I2V comes from."""
+    """datasets: folders or URLs with a manifest.json. weights: each one's share of the batches (default: by size).
+
+    condition: where the clean first frame of I2V comes from. cache_dir: keeps what was read from URLs, shared by the
+    ranks of a host; empty: none.
+    """
 
     datasets: list[str]
+    weights: list[float] = []
     condition: Literal["latent", "raw"] = "latent"
     i2v_share: Share = 0.4
     caption_dropout: Share = 0.1
     num_threads: Positive = 4
     max_ahead: Positive = 4
+    max_damaged: Annotated[int, Meta(ge=0)] = 16
+    cache_dir: str = ""
+    cache_gib: Annotated[float, Meta(gt=0.0)] = 64.0
 
 
 class LoRAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -66,8 +74,8 @@ class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """global_batch: samples per optimizer step over all GPUs. micro_batch: samples of one forward pass on one GPU;
-    global_batch / (micro_batch * GPUs) passes are accumulated. activation_memory: "block" keeps the inputs of each
-    block and computes the rest again in the backward pass, "all" keeps everything.
+    global_batch / (micro_batch * GPUs) passes are accumulated. activation_memory: what is kept for the
+    backward pass: "block" the inputs of each block, "all" everything, "6GiB" as much beyond "block" as that holds.
     """
 
     output: str
@@ -80,7 +88,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     global_batch: Positive
     micro_batch: Positive = 1
     seed: Annotated[int, Meta(ge=0)] = 0
-    activation_memory: Literal["block", "all"] = "block"
+    activation_memory: str = "block"
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 3
     log_every: Positive = 1
@@ -93,7 +101,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 # What may differ between a checkpoint and the run that goes on from it: none of it changes the samples or the maths.
 RESUMABLE_CHANGES = frozenset({
     "output", "num_steps", "checkpoint_every", "keep_checkpoints", "log_every", "activation_memory", "micro_batch",
-    "model.path", "model.attention", "data.datasets", "data.num_threads", "data.max_ahead"})
+    "model.path", "model.attention", "data.datasets", "data.num_threads", "data.max_ahead",
+    "data.max_damaged", "data.cache_dir", "data.cache_gib"})
 
 
 def flat(config: msgspec.Struct, prefix: str = "") -> dict[str, object]:

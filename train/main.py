@@ -22,7 +22,7 @@ from train import checkpoint, dist, flow, lora, optim
 from train.attention import Attention, choose_attention
 from train.config import RESUMABLE_CHANGES, FlowConfig, TrainConfig, flat
 from train.metrics import Metrics, peak_memory_gib
-from train.remat import RunBlock, block_runner
+from train.remat import RunBlock, block_runner, parse_activation_memory
 from train.wan import Wan
 from train.weights import load_transformer
 
@@ -46,13 +46,14 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         raise ValueError(f"global_batch = {config.global_batch} is not a multiple of micro_batch x processes = "
                          f"{config.micro_batch} x {world.size}")
     attention_name, attention = choose_attention(config.model.attention, device, dtype)
-    run_block = block_runner(config.activation_memory)
+    budget_bytes = parse_activation_memory(config.activation_memory)
 
     model = load_transformer(Path(config.model.path), device, dtype)
     adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout,
                            config.seed)
     if config.lora.init:
         lora.load_diffusers(adapters, Path(config.lora.init))
+    run_block = block_runner(model, budget_bytes)
     flat_parameters = optim.flatten(adapters.parameters())
     optimizer = optim.make_optimizer(flat_parameters.vector, config.optim.name, config.optim.lr,
                                      (config.optim.beta1, config.optim.beta2), config.optim.eps,
@@ -60,10 +61,13 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
     scaler = torch.amp.GradScaler(device.type, config.optim.loss_scale, enabled=dtype == torch.float16)
     vae = load_vae_encoder(Path(config.model.path), device, dtype) if config.data.condition == "raw" else None
     feed = stack.enter_context(Feed(
-        [Path(dataset) for dataset in config.data.datasets], split="train", global_batch=config.global_batch,
+        config.data.datasets, split="train", global_batch=config.global_batch,
         micro_batch=config.micro_batch, rank=world.rank, world_size=world.size, seed=config.seed,
         i2v_share=config.data.i2v_share, caption_dropout=config.data.caption_dropout, condition=config.data.condition,
-        device=device, num_threads=config.data.num_threads, max_ahead=config.data.max_ahead, vae=vae))
+        device=device, num_threads=config.data.num_threads, max_ahead=config.data.max_ahead, vae=vae,
+        weights=config.data.weights or None, max_damaged=config.data.max_damaged,
+        cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else None,
+        cache_bytes=int(config.data.cache_gib * 2**30)))
 
     first_step, newest = 0, checkpoint.latest(output)
     if newest is not None:
@@ -79,8 +83,9 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
     if metrics:
         (output / "config.toml").write_text(dump_toml(config), encoding="utf-8")
         metrics.say(f"{len(adapters.tensors())} adapters, {flat_parameters.vector.numel():,} parameters on "
-                    f"{world.size} x {device.type}; {config.model.dtype}, {attention_name} attention, keeps "
-                    f"{config.activation_memory}; " + (f"resumed from {newest}" if newest else "from the start"))
+                    f"{world.size} x {device.type}; {config.model.dtype}, {attention_name} attention, "
+                    f"activation_memory = {config.activation_memory}; "
+                    + (f"resumed from {newest}" if newest else "from the start"))
 
     batches = iter(feed)
     logged_step, num_tokens, wait_s, start_s = first_step, 0, 0.0, time.perf_counter()

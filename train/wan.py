@@ -165,8 +165,8 @@ class Wan(nn.Module):
 
         latent_BCThw: noised latent, any float dtype. t_BR: float32 timesteps 0..1000 of the two modulation rows.
         num_clean_frames_B: int64, latent frames at the start that use row 0 (I2V: 1, else 0). text_BSD: UMT5 rows,
-        padded with zero rows to 512 **before** this call. `run_block(block, *inputs)` says what each block keeps for
-        the backward pass (train/remat.py); None: everything. Returns float32 [B, C, T, h, w].
+        padded with zero rows to 512 **before** this call. `run_block(index, block, *inputs)` says what each block
+        keeps for the backward pass (train/remat.py); None: everything. Returns float32 [B, C, T, h, w].
         """
         dtype = self.patch_embedding.weight.dtype
         x_BLD = self.patch_embedding(patchify(latent_BCThw, self.config.patch_size).to(dtype)).float()
@@ -176,9 +176,9 @@ class Wan(nn.Module):
         time_BR6D = self.time_proj(F.silu(time_BRD)).unflatten(-1, (6, -1))
         text_BSD = self.text_2(gelu_tanh(self.text_1(text_BSD.to(dtype))))
         rope = rope_tables(frames, rows, columns, self.config.attention_head_dim, x_BLD.device)
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             inputs = (x_BLD, text_BSD, time_BR6D, boundary_B, rope, attention)
-            x_BLD = block(*inputs) if run_block is None else run_block(block, *inputs)
+            x_BLD = block(*inputs) if run_block is None else run_block(index, block, *inputs)
         shift_BRD, scale_BRD = (self.scale_shift_table + time_BRD.unsqueeze(2)).unbind(2)
         _, h_BLD = residual_norm(x_BLD, None, None, Rows(shift_BRD, boundary_B), Rows(1 + scale_BRD, boundary_B),
                                  self.config.eps, dtype)

@@ -1,0 +1,79 @@
+"""What is kept is a matter of bytes and time only: the gradients are the same bit for bit."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train import lora, remat
+from train.attention import choose_attention
+from train.wan import TI2V_5B, Wan
+from train.weights import load_transformer
+
+CPU = torch.device("cpu")
+TOKENS, TEXT_TOKENS = 2 * 3 * 4, 512
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that really run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(checkpoint: Path, budget_bytes: float) -> tuple[list[Tensor], Counter[Any], Wan]:
+    model = load_transformer(checkpoint, CPU, torch.float32)
+    adapters = lora.attach(model, lora.TARGETS, 8, 20.0, dropout=0.1, seed=1)
+    adapters.set_seeds(torch.tensor([7, 8]))
+    for _, b in adapters.tensors().values():
+        b.normal_(generator=torch.Generator().manual_seed(0))
+    adapters.refresh()
+    generator = torch.Generator().manual_seed(3)
+    latent, text = (torch.randn(2, *shape, generator=generator) for shape in ((48, 2, 6, 8), (TEXT_TOKENS, 32)))
+    _, attention = choose_attention("auto", CPU, torch.float32)
+    with Count() as count:
+        velocity = model(latent, torch.tensor([[0.0, 700.0]] * 2), torch.tensor([0, 1]), text, attention,
+                         remat.block_runner(model, budget_bytes))
+        velocity.square().mean().backward()
+    return [p.grad for p in adapters.parameters() if p.grad is not None], count.operations, model
+
+
+def test_every_budget_gives_the_same_bits_and_a_larger_one_computes_less_again(tiny_checkpoint: Path) -> None:
+    expected, operations, model = gradients(tiny_checkpoint, float("inf"))
+    sizes = remat.output_bytes(model.config, TOKENS, TEXT_TOKENS, 4)
+    everything = 2 * 2 * sum(sizes.values())  # two samples, two blocks
+    budgets = [0, 2 * sizes["attn1"], 4 * sizes["attn1"], everything // 2, everything]
+    num_gemms, num_attentions = [], []
+    for budget_bytes in budgets:
+        found, operations, _ = gradients(tiny_checkpoint, budget_bytes)
+        for ours, twin in zip(found, expected, strict=True):
+            assert torch.equal(ours, twin)
+        num_gemms.append(operations[torch.ops.aten.addmm.default])
+        num_attentions.append(sum(operations[op] for op in remat._ATTENTION))
+    assert num_attentions[:3] == [8, 7, 6] and num_attentions[4] == 4  # two blocks, self and cross, once or twice
+    assert num_gemms[0] == num_gemms[2] > num_gemms[3] > num_gemms[4]
+
+
+@pytest.mark.parametrize("budget_gib", [0.5, 2.0, 8.0, 17.0])
+def test_the_plan_fills_the_budget_and_never_exceeds_it(budget_gib: float) -> None:
+    sizes = remat.output_bytes(TI2V_5B, 11_440, 512, 2)
+    kept = remat.choose_kept(sizes, 30, budget_gib * 2**30)
+    used = sum(sizes[name] for block in kept for name in block)
+    assert used <= budget_gib * 2**30
+    assert used > 0.9 * budget_gib * 2**30
+    assert all("attn1" in block for block in kept) or not any(block - {"attn1"} for block in kept[-1:])
+
+
+def test_a_wrong_budget_is_named() -> None:
+    assert remat.parse_activation_memory("6.5GiB") == 6.5 * 2**30
+    with pytest.raises(ValueError, match=r'activation_memory = "6GB": use "all", "block" or'):
+        remat.parse_activation_memory("6GB")
