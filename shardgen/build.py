@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from msgspec.structs import replace
 from tqdm import tqdm
 
 from loader.config import ConfigError, dump_toml
@@ -22,6 +23,7 @@ from shardgen.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig, check_paths
 from shardgen.executors import Failure, run_local, run_ray
 from shardgen.ingest import ingest_labels
+from shardgen.pictures import choose_mp4_encoder
 from shardgen.recipe import full_recipe
 from shardgen.report import summary, write_reports
 from shardgen.stages import fetch_media, filter_labels, plan_shards, probe_media, settle_duplicates
@@ -39,6 +41,7 @@ def build(config: ShardgenConfig) -> bool:
     Raises ConfigError, CatalogError, ExecutorError or OSError; what was finished then stands.
     """
     check_paths(config)
+    config = settle_encoder(config)
     output, root = Path(config.output), Path(config.labels.root)
     output.mkdir(parents=True, exist_ok=True)
     with alone_in(output), Catalog(output / CATALOG_FILE) as catalog:
@@ -111,7 +114,8 @@ def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
 def record_shard(catalog: Catalog, result: ShardResult, before: ShardInfo | None) -> str | None:
     """Write a finished shard into the catalog. One that stood `before` must be what it was; else says so."""
     if before is None:
-        catalog.finish_shard(result.name, result.info, [(lost.key, lost.reason, lost.detail) for lost in result.lost])
+        lost = [(lost.key, lost.reason, lost.detail) for lost in result.lost]
+        catalog.finish_shard(result.name, result.info, lost, result.notes)
         return None
     if result.info == before:
         return None
@@ -136,7 +140,14 @@ def encode_spec(config: ShardgenConfig) -> EncodeSpec:
         output=str(Path(config.output).resolve()), model=str(Path(encode.model).resolve()), device=encode.device,
         dtype=encode.dtype, threads=encode.threads, text_batch=encode.text_batch, vae_batch=encode.vae_batch,
         fit=config.windows.fit, zstd_level=encode.zstd_level, jpg_quality=encode.jpg_quality,
-        jpg_for_images=encode.jpg_for_images, mp4=encode.mp4)
+        jpg_for_images=encode.jpg_for_images, mp4=encode.mp4,
+        mp4_encoder="h264_nvenc" if encode.mp4_encoder == "h264_nvenc" else "libx264")
+
+
+def settle_encoder(config: ShardgenConfig) -> ShardgenConfig:
+    """The configuration with the H.264 encoder by name: from here on it is part of the recipe. Raises PictureError."""
+    encoder = choose_mp4_encoder(config.encode.mp4_encoder) if config.encode.mp4 else "libx264"
+    return replace(config, encode=replace(config.encode, mp4_encoder=encoder))
 
 
 def worker_environments(config: ShardgenConfig) -> list[dict[str, str]]:

@@ -313,12 +313,16 @@ class Catalog:
         bodies = self.db.execute("SELECT body FROM windows WHERE clip = ?", (clip,))
         return sorted((_unpack_window(row[0]) for row in bodies), key=lambda window: (window.shot, window.start_ms))
 
-    def finish_shard(self, name: str, info: ShardInfo | None, failed: Sequence[tuple[str, str, str]] = ()) -> None:
+    def finish_shard(self, name: str, info: ShardInfo | None, failed: Sequence[tuple[str, str, str]] = (),
+                     notes: Sequence[tuple[str, str]] = ()) -> None:
         """A shard is on disk (None: no sample of it could be made); `failed` is (key, reason, detail) of lost windows.
 
         A clip that has lost all its windows becomes `failed` with that reason; one that keeps some is flagged.
+        `notes` are (key, flag): the clip of that window gets the flag.
         """
         with self.transaction() as db:
+            db.executemany("UPDATE clips SET flags = trim(flags || ' ' || ?2) WHERE id = (SELECT clip FROM windows "
+                           "WHERE key = ?1) AND instr(' ' || flags || ' ', ' ' || ?2 || ' ') = 0", notes)
             for key, reason, detail in failed:
                 clip = db.execute("SELECT clip FROM windows WHERE key = ?", (key,)).fetchone()["clip"]
                 db.execute("UPDATE clips SET num_windows = num_windows - 1, flags = trim(flags || ' window_lost'), "

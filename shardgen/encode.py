@@ -35,7 +35,8 @@ from loader.sample import (
     encode_tensor,
 )
 from loader.vae import load_vae_encoder
-from shardgen.media import Frames, MediaError, decode_windows, encode_jpeg, encode_mp4
+from shardgen.media import Frames, MediaError, decode_windows
+from shardgen.pictures import encode_jpeg, encode_mp4, window_faults
 from shardgen.plan import Window
 from shardgen.text import TextEncoder
 from shardgen.units import EncodeSpec, Lost, ShardJob, ShardResult
@@ -52,6 +53,7 @@ class Decoded(NamedTuple):
     window: Window
     frames: Frames
     pictures: dict[str, bytes]
+    faults: list[str]
     error: MediaError | None = None
 
 
@@ -109,6 +111,7 @@ def encode_shard(job: ShardJob, spec: EncodeSpec, decode_threads: int = 2) -> Sh
         if decoded.error is not None:
             lost.append(Lost(decoded.window.key, decoded.error.reason, decoded.error.detail))
             continue
+        notes += [(decoded.window.key, fault) for fault in decoded.faults]
         batch.append(decoded)
         if len(batch) == spec.vae_batch:
             encode_batch(batch)
@@ -171,10 +174,11 @@ def _decode_clip(job: ShardJob, spec: EncodeSpec, windows: list[Window]) -> list
     try:
         starts_ms = [window.start_ms for window in windows]
         for index, frames in decode_windows(path, starts_ms, windows[0].fps, bucket, spec.fit):
-            decoded[index] = Decoded(windows[index], frames, _pictures(windows[index], frames, spec))
+            decoded[index] = Decoded(windows[index], frames, _pictures(windows[index], frames, spec),
+                                     window_faults(frames))
     except MediaError as error:
         for index, window in enumerate(windows):
-            decoded.setdefault(index, Decoded(window, np.empty(0, np.uint8), {}, error))
+            decoded.setdefault(index, Decoded(window, np.empty(0, np.uint8), {}, [], error))
     return [decoded[index] for index in range(len(windows))]
 
 
@@ -183,7 +187,7 @@ def _pictures(window: Window, frames: Frames, spec: EncodeSpec) -> dict[str, byt
     if window.media_type == "video" or spec.jpg_for_images:
         members[JPG] = encode_jpeg(frames[0], spec.jpg_quality)
     if spec.mp4 and window.media_type == "video":
-        members[MP4] = encode_mp4(frames, window.fps)
+        members[MP4] = encode_mp4(frames, window.fps, spec.mp4_encoder)
     return members
 
 

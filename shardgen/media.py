@@ -1,9 +1,10 @@
-"""Footage in, pixels out: probe a file, decode windows of it to constant rate at a bucket's size, encode JPEG and MP4.
+"""Footage in, pixels out: probe a file, decode windows of it to constant rate at a bucket's size.
 
 Frames are chosen by timestamp, never by number: output frame i of a window is the source frame on the screen at
 `start + i / fps`, so 29.97, 25 and variable rates all come out at the right speed. Each chosen frame is scaled once,
 from the source straight to its final size, with the pixel aspect ratio, the rotation, the YUV matrix and the range that
-the file states (unstated: BT.601 up to 576 lines and BT.709 above, narrow range, as players assume).
+the file states (unstated: BT.601 up to 576 lines and BT.709 above, narrow range, as players assume). Interlaced frames
+pass bwdif first, one frame out for each frame in.
 
 `probe` decodes the whole file. That is a second decode next to the one that feeds the encoder, and it is deliberate:
 shards are planned from what the probe saw, so rot has to be found before the plan, not in the middle of a shard.
@@ -13,7 +14,6 @@ Left out: seeking (a clip is at most some 45 s, all its windows come out of one 
 pass can't) and tone mapping (HDR is refused by name).
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Literal
 import av
 import msgspec
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image, ImageOps
 from PIL.Image import DecompressionBombError
 
@@ -32,9 +33,10 @@ Fitting = Literal["letterbox", "crop"]
 START_TOLERANCE_S = 0.001      # start_ms is rounded to whole milliseconds; a frame may begin up to 0.5 ms after it
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _HDR = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
-_SCALER = 512 | 8192 | 16384 | 262144 | 524288  # lanczos, full chroma in and out, accurate rounding, bit-exact
+SCALER = (Interpolation.LANCZOS | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP |
+          Interpolation.ACCURATE_RND | Interpolation.BITEXACT)
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # AVColorSpace -> swscale's matrix
-_BT709, _BT601, _MPEG, _JPEG = 1, 5, 1, 2
+BT709, BT601, NARROW, FULL = Colorspace.ITU709, Colorspace.ITU601, ColorRange.MPEG, ColorRange.JPEG
 
 
 class MediaError(ValueError):
@@ -108,7 +110,7 @@ def probe(path: Path) -> Probe:
     with _open(path) as container:
         stream = container.streams.video[0]
         sar = stream.sample_aspect_ratio or Fraction(1)
-        for frame, begin_s, frame_end_s in _frames(container):
+        for frame, begin_s, frame_end_s in _timed(_decoded(container), stream.average_rate):
             first = first or frame
             starts_s.append(begin_s)
             end_s = frame_end_s
@@ -151,8 +153,9 @@ def decode_windows(path: Path, starts_ms: Sequence[int], fps: float, bucket: Buc
     windows: dict[int, Frames] = {}
     done = 0
     with _open(path) as container:
-        sar = container.streams.video[0].sample_aspect_ratio or Fraction(1)
-        for frame, _, end_s in _frames(container):
+        stream = container.streams.video[0]
+        sar = stream.sample_aspect_ratio or Fraction(1)
+        for frame, _, end_s in _timed(_deinterlaced(_decoded(container)), stream.average_rate):
             picture = None
             while slots[done][0] + START_TOLERANCE_S < end_s:
                 _, index, i = slots[done]
@@ -165,37 +168,6 @@ def decode_windows(path: Path, starts_ms: Sequence[int], fps: float, bucket: Buc
                 if done == len(slots):
                     return
     raise MediaError("media_truncated", f"the footage ends at {end_s:.3f} s, a window needs {slots[-1][0]:.3f} s")
-
-
-def encode_jpeg(picture: Frames, quality: int = 95) -> bytes:
-    """A uint8 RGB [H, W, 3] picture as a JPEG without chroma subsampling: it feeds an encoder, not eyes."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return buffer.getvalue()
-
-
-def encode_mp4(frames: Frames, fps: float) -> bytes:
-    """uint8 RGB [F, H, W, 3] as H.264 High, 8-bit yuv420p BT.709, constant rate, closed GOP of at most 12 frames.
-
-    One thread and no encoder strings in the container: the bytes are a function of the frames and of PyAV's version.
-    """
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={
-            "profile": "high", "crf": "18", "preset": "medium", "g": "12", "threads": "1",
-            "x264-params": "open-gop=0:colorprim=bt709:transfer=bt709:colormatrix=bt709:range=tv"})
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.codec_context.colorspace, stream.codec_context.color_range = _BT709, _MPEG
-        stream.codec_context.color_primaries = stream.codec_context.color_trc = _BT709
-        for i, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-                format="yuv420p", interpolation=_SCALER, dst_colorspace=_BT709, src_color_range=_JPEG,
-                dst_color_range=_MPEG, threads=1)
-            frame.pts, frame.time_base = i, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
 
 
 def _open(path: Path) -> Any:
@@ -215,15 +187,32 @@ def _open(path: Path) -> Any:
     return container
 
 
-def _frames(container: Any) -> Iterator[tuple[Any, float, float]]:
-    """(frame, begin_s, end_s) for each frame in display order, counted from the first one. Raises MediaError.
-
-    A file that ends early, or a packet that does not decode, is an error after the last good frame.
-    """
-    stream = container.streams.video[0]
-    num_packets, demuxed_s, origin = 0, 0.0, None
+def _timed(frames: Iterator[Any], average_rate: Fraction | None) -> Iterator[tuple[Any, float, float]]:
+    """(frame, begin_s, end_s) for each frame, counted from the first one. Raises MediaError."""
+    origin: Fraction | None = None
     held: tuple[Any, float] | None = None
     begin_s = -1.0
+    for frame in frames:
+        if frame.pts is None:
+            raise MediaError("media_timestamps", "a frame has no timestamp")
+        time = frame.pts * frame.time_base
+        origin = time if origin is None else origin
+        previous_s, begin_s = begin_s, float(time - origin)
+        if begin_s <= previous_s:
+            raise MediaError("media_timestamps", f"timestamps go back from {previous_s} to {begin_s} s")
+        if held is not None:
+            yield *held, begin_s
+        held = frame, begin_s
+    if held is not None:
+        frame, begin_s = held
+        length_s = frame.duration * frame.time_base if frame.duration else 1 / (average_rate or 24)
+        yield frame, begin_s, begin_s + float(length_s)
+
+
+def _decoded(container: Any) -> Iterator[Any]:
+    """All frames in display order. Raises MediaError at the first damage, and at the end if some were missing."""
+    stream = container.streams.video[0]
+    num_packets, demuxed_s = 0, 0.0
     try:
         for packet in container.demux():
             if packet.pts is not None:
@@ -236,26 +225,42 @@ def _frames(container: Any) -> Iterator[tuple[Any, float, float]]:
             for frame in packet.decode():
                 if frame.is_corrupt:
                     raise MediaError("media_undecodable", f"a frame near packet {num_packets} is damaged")
-                if frame.pts is None:
-                    raise MediaError("media_timestamps", f"a frame near packet {num_packets} has no timestamp")
-                origin = frame.pts if origin is None else origin
-                previous_s, begin_s = begin_s, float((frame.pts - origin) * frame.time_base)
-                if begin_s <= previous_s:
-                    raise MediaError("media_timestamps", f"timestamps go back from {previous_s} to {begin_s} s")
-                if held is not None:
-                    yield *held, begin_s
-                held = frame, begin_s
+                yield frame
     except av.FFmpegError as error:
         raise MediaError("media_undecodable", f"packet {num_packets} does not decode: {error.strerror}") from error
-    if held is not None:
-        frame, begin_s = held
-        length = frame.duration * frame.time_base if frame.duration else 1 / (stream.average_rate or 24)
-        yield frame, begin_s, begin_s + float(length)
     if stream.frames > num_packets:
         raise MediaError("media_truncated", f"the header promises {stream.frames} frames, the file holds {num_packets}")
     promised_s = (container.duration or 0) / av.time_base + max(container.start_time or 0, 0) / av.time_base
     if promised_s - demuxed_s > 0.5:
         raise MediaError("media_truncated", f"the header promises {promised_s:.2f} s, the file holds {demuxed_s:.2f} s")
+
+
+def _deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:
+    """Frames as they are up to the first interlaced one, from there on through bwdif, which passes progressive ones."""
+    graph: Any = None
+    for frame in frames:
+        if graph is None and frame.interlaced_frame:
+            graph = av.filter.Graph()
+            source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format,
+                                      time_base=frame.time_base)
+            bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+            graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
+        if graph is None:
+            yield frame
+        else:
+            graph.vpush(frame)
+            yield from _pulled(graph)
+    if graph is not None:
+        graph.vpush(None)
+        yield from _pulled(graph)
+
+
+def _pulled(graph: Any) -> Iterator[Any]:
+    try:
+        while True:
+            yield graph.vpull()
+    except (av.BlockingIOError, av.EOFError):  # it wants another frame, or has none left
+        return
 
 
 def _rotation(frame: Any) -> int:
@@ -269,13 +274,13 @@ def _fit_frame(frame: Any, sar: Fraction, rotation_deg: int, bucket: Bucket, fit
     place = fit(frame.width, frame.height, sar, rotation_deg, bucket, fitting)
     turned = rotation_deg % 180 != 0
     width, height = (place.height_px, place.width_px) if turned else (place.width_px, place.height_px)
-    colour: dict[str, int] = {}
+    colour: dict[str, Any] = {}
     if not frame.format.is_rgb:
-        guess = _BT709 if frame.height > 576 or frame.width >= 1280 else _BT601
-        full = frame.color_range == _JPEG or frame.format.name.startswith("yuvj")
+        guess = BT709 if frame.height > 576 or frame.width >= 1280 else BT601
+        full = frame.color_range == FULL or frame.format.name.startswith("yuvj")
         colour = {"src_colorspace": _MATRICES.get(int(frame.colorspace), guess),
-                  "src_color_range": _JPEG if full else _MPEG, "dst_color_range": _JPEG}
-    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation=_SCALER, threads=1, **colour)
+                  "src_color_range": FULL if full else NARROW, "dst_color_range": FULL}
+    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation=SCALER, threads=1, **colour)
     return _place(np.rot90(scaled.to_ndarray(), rotation_deg // 90), place, bucket)
 
 

@@ -6,6 +6,7 @@ import msgspec
 
 from loader.manifest import ShardInfo
 from shardgen.media import Fitting
+from shardgen.pictures import Mp4Encoder
 from shardgen.plan import ShardPlan
 
 
@@ -24,6 +25,7 @@ class EncodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     jpg_quality: int
     jpg_for_images: bool
     mp4: bool
+    mp4_encoder: Mp4Encoder
 
 
 class ShardJob(msgspec.Struct, frozen=True):

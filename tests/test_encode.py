@@ -12,7 +12,8 @@ from loader.manifest import decode_index
 from loader.sample import EMPTY_PROMPT_FILE, Bucket, SampleMeta, TensorInfo, decode_meta, decode_tensor, sample_key
 from loader.vae import load_vae_encoder
 from shardgen.encode import EncodeError, encode_shard
-from shardgen.media import decode_window, encode_mp4
+from shardgen.media import decode_window
+from shardgen.pictures import encode_mp4
 from shardgen.plan import ShardPlan, Window
 from shardgen.units import EncodeSpec, Lost, ShardJob, encode_unit
 from shardgen.write import file_xxh3
@@ -23,7 +24,7 @@ BUCKET = Bucket(96, 64, 5)
 def spec_for(tiny_checkpoint: Path, output: Path, **changes: object) -> EncodeSpec:
     spec = EncodeSpec(output=str(output), model=str(tiny_checkpoint), device="cpu", dtype="float32", threads=1,
                       text_batch=2, vae_batch=2, fit="letterbox", zstd_level=3, jpg_quality=95, jpg_for_images=False,
-                      mp4=False)
+                      mp4=False, mp4_encoder="libx264")
     return msgspec.structs.replace(spec, **changes)
 
 
