@@ -6,7 +6,6 @@ one, exactly. Nothing random comes from a global generator: what happens to a sa
 
 import argparse
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from loader.vae import load_vae_encoder
 from train import checkpoint, dist, flow, lora, optim
 from train.attention import Attention, choose_attention
 from train.config import RESUMABLE_CHANGES, FlowConfig, TrainConfig, flat
-from train.metrics import Metrics, peak_memory_gib
+from train.metrics import Metrics, Stopwatch, peak_memory_gib
 from train.remat import RunBlock, block_runner, parse_activation_memory
 from train.wan import Wan
 from train.weights import load_transformer
@@ -87,18 +86,20 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
                     f"activation_memory = {config.activation_memory}; "
                     + (f"resumed from {newest}" if newest else "from the start"))
 
-    batches = iter(feed)
-    logged_step, num_tokens, wait_s, start_s = first_step, 0, 0.0, time.perf_counter()
+    stopwatch, logged_step, num_tokens = Stopwatch(device), first_step, 0
     for step in range(first_step, config.num_steps):
         flat_parameters.buffer.zero_()
         for _ in range(num_micro):
-            batch, feed_state = next(batches)
+            batch, feed_state = next(feed)
+            stopwatch.lap("data_wait_s")
             loss = micro_batch_loss(model, adapters, batch, config.flow, attention, run_block)
-            scaler.scale(loss / (num_micro * world.size)).backward()
             flat_parameters.loss.add_(loss.detach() / (num_micro * world.size))
+            stopwatch.lap("forward_s")
+            scaler.scale(loss / (num_micro * world.size)).backward()
+            stopwatch.lap("backward_s")
             num_tokens += batch.bucket.num_tokens * len(batch.keys) * world.size
-            wait_s += batch.wait_s
         dist.all_reduce_sum(flat_parameters.buffer, world)
+        stopwatch.lap("sync_s")
         lr = optim.learning_rate(step, config.optim.lr, config.optim.schedule, config.optim.warmup_steps,
                                  config.num_steps)
         optimizer.param_groups[0]["lr"] = lr
@@ -107,22 +108,27 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         scaler.step(optimizer)
         scaler.update()
         adapters.refresh()
+        stopwatch.lap("optimizer_s")
 
         done = step + 1
-        if metrics and (done % config.log_every == 0 or done == config.num_steps):
-            mean_loss, norm = flat_parameters.loss.item(), grad_norm.item()  # host sync
-            elapsed_s = time.perf_counter() - start_s
-            metrics.write({
-                "step": done, "epoch": batch.epoch, "loss": mean_loss, "lr": lr, "grad_norm": norm,
-                "loss_scale": scaler.get_scale(), "s_per_step": elapsed_s / (done - logged_step),
-                "tokens_per_s": num_tokens / elapsed_s, "data_wait_share": wait_s / elapsed_s,
-                "memory_gib": peak_memory_gib(device)})
-            logged_step, num_tokens, wait_s, start_s = done, 0, 0.0, time.perf_counter()
+        if done % config.log_every == 0 or done == config.num_steps:
+            laps_s, num_logged = stopwatch.read(), done - logged_step  # host sync
+            elapsed_s = sum(laps_s.values())
+            if metrics:
+                metrics.write({
+                    "step": done, "epoch": batch.epoch, "loss": flat_parameters.loss.item(), "lr": lr,
+                    "grad_norm": grad_norm.item(), "loss_scale": scaler.get_scale(),
+                    "s_per_step": elapsed_s / num_logged,
+                    **{name: seconds / num_logged for name, seconds in laps_s.items()},
+                    "tokens_per_s": num_tokens / elapsed_s, "data_wait_share": laps_s["data_wait_s"] / elapsed_s,
+                    "memory_gib": peak_memory_gib(device)})
+            logged_step, num_tokens = done, 0
         if metrics and (done % config.checkpoint_every == 0 or done == config.num_steps):
             checkpoint.save(output, done, {
                 "step": done, "config": flat(config), "parameters": flat_parameters.vector.detach(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "feed": feed_state,
             }, lambda folder: lora.save_both(adapters, folder), config.keep_checkpoints)
+        stopwatch.lap("other_s")
     dist.barrier(world)
     if metrics:
         lora.save_both(adapters, output)
@@ -139,6 +145,9 @@ def main() -> None:
         with ExitStack() as stack:
             train(load_toml(arguments.config, TrainConfig, arguments.set), stack.enter_context(dist.process_group()),
                   stack)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train: {error}\ntrain: the GPU's memory is full. Set activation_memory to \"block\" or a smaller "
+                 f"budget, micro_batch = 1, or build smaller windows.buckets")
     except (ValueError, OSError) as error:  # every fault of the user's is one of these, and says what to do
         sys.exit(f"train: {error}")
 

@@ -7,6 +7,8 @@ left, so that the file always reads as one run.
 import os
 import resource
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,6 +62,44 @@ class Metrics:
         self._bar.close()
         self._writer.close()
         self._file.close()
+
+
+class Stopwatch:
+    """Where the time goes: every moment since the last `read` belongs to the lap that ends after it.
+
+    On a GPU the laps are events on its stream, so they say how long the device was busy with (or idle before) a lap,
+    and nothing waits for them but `read`. On the CPU they are wall-clock time.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._laps: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, name: str) -> None:
+        """What was done since the last lap was `name`."""
+        self._laps.append((name, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds per name since the last `read`; their sum is all of the time. A host sync on a GPU."""
+        if self._cuda:
+            torch.cuda.current_stream().synchronize()
+        seconds: dict[str, float] = {}
+        for (_, start), (name, end) in pairwise(self._laps):
+            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+                elapsed_s = start.elapsed_time(end) / 1000
+            else:
+                assert isinstance(start, float) and isinstance(end, float)
+                elapsed_s = end - start
+            seconds[name] = seconds.get(name, 0.0) + elapsed_s
+        del self._laps[:-1]
+        return seconds
 
 
 def peak_memory_gib(device: torch.device) -> float:
