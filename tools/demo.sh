@@ -10,7 +10,7 @@ begin() { step="$1"; printf '\n[%3d s] %s\n' "$SECONDS" "$step"; }
 begin "install into .venv"
 bash tools/install.sh cpu
 SECONDS=0  # downloads do not count
-export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error OMP_NUM_THREADS=1
 
 begin "a tiny Wan2.2-TI2V-5B with random weights"
 python -m tools.tiny_checkpoint $demo/model

@@ -1,7 +1,7 @@
 """Plot a run: `python -m tools.plot RUN` writes RUN/metrics.png with loss, learning rate and throughput.
 
 It draws what RUN/metrics.jsonl holds and nothing else: a value that was not measured leaves a gap. The loss of single
-steps is noisy, because each step draws other timesteps; the line over it is their running mean.
+steps is noisy, because each step draws other timesteps; the line over it is the mean of the last twentieth of the run.
 """
 
 import argparse
@@ -15,8 +15,6 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-
-MEAN_OVER = 20  # steps of the running mean
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
@@ -47,10 +45,11 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 def plot(metrics: dict[str, np.ndarray], title: str, path: Path) -> None:
     """Three panels above each other, one x axis."""
     step = metrics["step"]
+    width = max(len(step) // 20, 5)
     figure, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(9, 8), layout="constrained",
                                                  height_ratios=(2, 1, 1))
-    _line(top, step, metrics, "loss", "loss", color="0.75", label="each step")
-    top.plot(step, running_mean(metrics["loss"], MEAN_OVER), color="tab:blue", label=f"mean of {MEAN_OVER} steps")
+    _line(top, step, metrics, "loss", "loss", color="0.75", label="each record")
+    top.plot(step, running_mean(metrics["loss"], width), color="tab:blue", label=f"mean of {width} records")
     top.legend(loc="upper right")
     top.set_title(title)
     _line(middle, step, metrics, "lr", "learning rate", color="tab:orange")

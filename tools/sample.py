@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 
 from loader.sample import Bucket
-from shardgen.media import encode_mp4
+from shardgen.pictures import encode_mp4
 
 FPS = 24.0
 SHEET_COLUMNS = 5
@@ -131,7 +133,8 @@ def sample(model: Path, lora: Path, output: Path, prompts: list[str], options: O
         "clips": [{"prompt": prompt, "mean_difference_levels": round(difference, 3)}
                   for prompt, difference in zip(prompts, differences, strict=True)],
     }, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    print(f"{lora}: all {num_tensors} tensors are in the transformer, scale alpha/r {scales}")
+    print(f"{lora}: all {num_tensors} tensors are in the transformer, scale {scales} (alpha / rank; in a "
+          f"ComfyUI file it is part of the tensors)")
     for number, (prompt, difference) in enumerate(zip(prompts, differences, strict=True), start=1):
         print(f"{number}: LoRA differs from base by {difference:.2f} of 255 levels on average: {prompt}")
     print(f"{output / 'contact_sheet.png'}: base above LoRA, seed {options.seed}")
@@ -153,6 +156,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
                         help="default: float32 on the CPU, float16 on a GPU")
     arguments = parser.parse_args()
+    diffusers_logging.disable_progress_bar()  # of loading; the denoising keeps its own
+    transformers.logging.disable_progress_bar()
     image = Image.open(arguments.image).convert("RGB") if arguments.image else None
     options = Options(arguments.shape, arguments.steps, arguments.guidance, arguments.seed,
                       arguments.negative_prompt, image)

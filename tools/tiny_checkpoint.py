@@ -16,6 +16,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+import transformers
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import nn
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    transformers.logging.disable_progress_bar()
     write_tiny_checkpoint(arguments.folder, arguments.seed)
     print(f"{arguments.folder}: a tiny Wan2.2-TI2V-5B with random weights, seed {arguments.seed}")
 
