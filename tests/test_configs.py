@@ -1,0 +1,37 @@
+"""Every configuration in configs/ decodes strictly, and every constraint file pins what its machine needs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from loader.config import load_toml
+from shardgen.config import ShardgenConfig
+from train.config import TrainConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+KINDS = {"shardgen": ShardgenConfig, "train": TrainConfig}
+FILES = sorted(CONFIGS.glob("*/*.toml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_configuration_decodes(path: Path) -> None:
+    kind = KINDS[path.parent.name]
+    assert isinstance(load_toml(path, kind), kind)
+
+
+def test_there_are_configurations_of_both_kinds() -> None:
+    assert {path.parent.name for path in FILES} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", ["cpu", "v100", "hopper"])
+def test_constraints_are_exact_pins(name: str) -> None:
+    lines = (CONFIGS / f"env/{name}.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    assert sum(pin.startswith("torch==") for pin in pins) == 1
+
+
+def test_v100_pins_the_last_wheels_that_contain_sm_70() -> None:
+    pins = (CONFIGS / "env/v100.txt").read_text(encoding="utf-8").splitlines()
+    assert {"torch==2.10.0", "nvidia-dali-cuda120==2.4.0", "bitsandbytes==0.50.2"} <= set(pins)
