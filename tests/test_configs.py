@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from loader.config import load_toml
@@ -10,7 +11,7 @@ from shardgen.config import ShardgenConfig
 from train.config import TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-KINDS = {"shardgen": ShardgenConfig, "train": TrainConfig}
+KINDS: dict[str, type[msgspec.Struct]] = {"shardgen": ShardgenConfig, "train": TrainConfig}
 FILES = sorted(CONFIGS.glob("*/*.toml"))
 
 
