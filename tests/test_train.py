@@ -174,6 +174,14 @@ def test_a_changed_configuration_is_refused_by_name(base: TrainConfig, one_rank:
     assert process.returncode == 1 and "seed: 3 then, 4 now" in said and "Traceback" not in said
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(base: TrainConfig, tmp_path: Path) -> None:
+    (process,) = start(base, tmp_path, 1, optim=OptimConfig(lr=1e30, clip_norm=0.0))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "lower optim.lr" in said and "Traceback" not in said
+    folder = checkpoint.latest(tmp_path)
+    assert folder is not None and folder.name == f"step-{len(records(tmp_path)):08d}" != f"step-{NUM_STEPS:08d}"
+
+
 def test_torchrun_starts_it_and_only_the_newest_checkpoints_stay(base: TrainConfig, two_ranks: Path) -> None:
     kept = sorted(path.name for path in (two_ranks / checkpoint.FOLDER).iterdir())
     assert kept == ["step-00000004", "step-00000005", "step-00000006"]

@@ -5,6 +5,7 @@ one, exactly. Nothing random comes from a global generator: what happens to a sa
 """
 
 import argparse
+import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,6 +46,7 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         raise ValueError(f"global_batch = {config.global_batch} is not a multiple of micro_batch x processes = "
                          f"{config.micro_batch} x {world.size}")
     attention_name, attention = choose_attention(config.model.attention, device, dtype)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums over K = 14336 overflow in fp16
     budget_bytes = parse_activation_memory(config.activation_memory)
 
     model = load_transformer(Path(config.model.path), device, dtype)
@@ -111,19 +113,23 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         stopwatch.lap("optimizer_s")
 
         done = step + 1
-        if done % config.log_every == 0 or done == config.num_steps:
+        save = done % config.checkpoint_every == 0 or done == config.num_steps
+        if save or done % config.log_every == 0:
             laps_s, num_logged = stopwatch.read(), done - logged_step  # host sync
-            elapsed_s = sum(laps_s.values())
+            elapsed_s, mean_loss = sum(laps_s.values()), flat_parameters.loss.item()
+            if not math.isfinite(mean_loss):  # the same on all ranks; nothing of this is saved
+                raise ValueError(f"the loss of step {done} is {mean_loss}: lower optim.lr or clip_norm and go on "
+                                 f"from {checkpoint.latest(output) or 'the start'}")
             if metrics:
                 metrics.write({
-                    "step": done, "epoch": batch.epoch, "loss": flat_parameters.loss.item(), "lr": lr,
+                    "step": done, "epoch": batch.epoch, "loss": mean_loss, "lr": lr,
                     "grad_norm": grad_norm.item(), "loss_scale": scaler.get_scale(),
                     "s_per_step": elapsed_s / num_logged,
                     **{name: seconds / num_logged for name, seconds in laps_s.items()},
                     "tokens_per_s": num_tokens / elapsed_s, "data_wait_share": laps_s["data_wait_s"] / elapsed_s,
                     "memory_gib": peak_memory_gib(device)})
             logged_step, num_tokens = done, 0
-        if metrics and (done % config.checkpoint_every == 0 or done == config.num_steps):
+        if metrics and save:
             checkpoint.save(output, done, {
                 "step": done, "config": flat(config), "parameters": flat_parameters.vector.detach(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "feed": feed_state,
