@@ -31,7 +31,7 @@ from shardgen.config import (
     recipe_of,
 )
 from shardgen.ingest import ingest_labels
-from shardgen.media import encode_mp4
+from shardgen.pictures import encode_mp4
 from shardgen.tables import FINAL
 
 Ends = dict[str, tuple[str, str]]
