@@ -8,10 +8,12 @@ manifest is written last, by rename, when every planned shard stands.
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 from tqdm import tqdm
@@ -21,11 +23,12 @@ from loader.manifest import MANIFEST_FILE, Manifest, ShardInfo, Split, encode_ma
 from loader.sample import EMPTY_PROMPT_FILE
 from shardgen.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig, check_paths
+from shardgen.estimate import estimate, remember_rate
 from shardgen.executors import Failure, run_local, run_ray
 from shardgen.ingest import ingest_labels
 from shardgen.pictures import choose_mp4_encoder
 from shardgen.recipe import full_recipe
-from shardgen.report import summary, write_reports
+from shardgen.report import status_line, summary, write_reports
 from shardgen.stages import fetch_media, filter_labels, plan_shards, probe_media, settle_duplicates
 from shardgen.tables import FETCHED, INGESTED, SOUND, UNAVAILABLE, WANTED
 from shardgen.units import EncodeSpec, ShardJob, ShardResult, encode_unit
@@ -33,49 +36,72 @@ from shardgen.write import remove_leftovers, stored_size, write_atomic
 
 CATALOG_FILE = "catalog.sqlite"
 CONFIG_FILE = "config.toml"
+STAGES = ("labels", "filter", "fetch", "probe", "plan", "encode", "report")
 
 
-def build(config: ShardgenConfig) -> bool:
-    """Build the dataset that `config` describes. Returns False if shards are left that couldn't be encoded now.
+def build(config: ShardgenConfig, last_stage: str = STAGES[-1], dry_run: bool = False) -> bool:
+    """Build the dataset that `config` describes, up to `last_stage`. With `dry_run` only the labels are read and
+    filtered, and what is to be expected is printed.
 
-    Raises ConfigError, CatalogError, ExecutorError or OSError; what was finished then stands.
+    Returns False if shards are left that couldn't be encoded now. Raises ConfigError, CatalogError, PictureError,
+    ExecutorError or OSError; what was finished then stands.
     """
     check_paths(config)
     config = settle_encoder(config)
-    output, root = Path(config.output), Path(config.labels.root)
+    output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    failures: list[str] = []
     with alone_in(output), Catalog(output / CATALOG_FILE) as catalog:
         remove_leftovers(output)
         recipe = full_recipe(config, catalog.recall, catalog.remember)
         catalog.adopt_recipe(recipe_id(recipe), f"{config.labels.limit} {config.labels.sample_fraction}")
         write_atomic(output / CONFIG_FILE, dump_toml(config).encode())
+        for name in run_stages(catalog, config, recipe, failures):
+            if dry_run and name == "filter":
+                print(estimate(catalog, config))
+                return True
+            if name == last_stage:
+                print(status_line(catalog.buckets()))
+                break
+    for failure in failures:
+        print(f"not encoded: {failure}")
+    return not failures
 
-        with stage("1/7 read labels", None, "label") as bar:
-            ingest_labels(catalog, root, max_bytes=config.labels.max_bytes, workers=config.labels.workers,
-                          advance=bar.update)
-        with stage("2/7 filter labels", catalog.count(INGESTED)) as bar:
-            filter_labels(catalog, config, bar.update)
-        with stage("3/7 fetch and hash", catalog.count(WANTED, UNAVAILABLE)) as bar:
-            fetch_media(catalog, config, bar.update)
-        with stage("4/7 probe", catalog.count(FETCHED)) as bar:
-            probe_media(catalog, config, bar.update)
-        settle_duplicates(catalog)
-        with stage("5/7 plan", catalog.count(SOUND)) as bar:
-            plan_shards(catalog, config, bar.update)
-        failures = encode_shards(catalog, config)
 
-        finished = catalog.finished_shards()
-        with stage("7/7 report", catalog.count()) as bar:
-            write_reports(catalog, output, root, bar.update)
-        if not failures:
-            splits: dict[Split, list[ShardInfo]] = {
-                "train": [info for split, info in finished if split == "train"],
-                "val": [info for split, info in finished if split == "val"]}
-            write_atomic(output / MANIFEST_FILE, encode_manifest(Manifest(recipe, recipe_id(recipe), splits)))
-        print(summary(catalog.buckets(), catalog.count(), finished))
-        for failure in failures:
-            print(f"not encoded: {failure}")
-        return not failures
+def run_stages(catalog: Catalog, config: ShardgenConfig, recipe: dict[str, Any], failures: list[str]) -> Iterator[str]:
+    """All stages in order, each with its bar; yields the name of each when it is done. Shards that can't be encoded
+    now are added to `failures`, a line each, and then no manifest is written."""
+    output, root = Path(config.output), Path(config.labels.root)
+    with stage("labels", None, "label") as bar:
+        ingest_labels(catalog, root, max_bytes=config.labels.max_bytes, workers=config.labels.workers,
+                      advance=bar.update)
+    yield "labels"
+    with stage("filter", catalog.count(INGESTED)) as bar:
+        filter_labels(catalog, config, bar.update)
+    yield "filter"
+    with stage("fetch", catalog.count(WANTED, UNAVAILABLE)) as bar:
+        fetch_media(catalog, config, bar.update)
+    yield "fetch"
+    with stage("probe", catalog.count(FETCHED)) as bar:
+        probe_media(catalog, config, bar.update)
+    yield "probe"
+    settle_duplicates(catalog)
+    with stage("plan", catalog.count(SOUND)) as bar:
+        plan_shards(catalog, config, bar.update)
+    yield "plan"
+    failures += encode_shards(catalog, config)
+    yield "encode"
+
+    finished = catalog.finished_shards()
+    with stage("report", catalog.count()) as bar:
+        report = write_reports(catalog, output, root, config.windows.fit, bar.update)
+    if not failures:
+        splits: dict[Split, list[ShardInfo]] = {
+            "train": [info for split, info in finished if split == "train"],
+            "val": [info for split, info in finished if split == "val"]}
+        write_atomic(output / MANIFEST_FILE, encode_manifest(Manifest(recipe, recipe_id(recipe), splits)))
+    print(summary(report, finished))
+    yield "report"
 
 
 def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
@@ -99,15 +125,18 @@ def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
             yield ShardJob(plan, media)
 
     failures: list[str] = []
+    num_samples, begin_s = 0, time.monotonic()
     work = partial(encode_unit, spec=encode_spec(config), decode_threads=config.executor.decode_threads)
-    with stage("6/7 encode", len(names), "shard") as bar:
+    with stage("encode", len(names), "shard") as bar:
         for job, result in run_units(work, jobs(), config):
             if isinstance(result, Failure):
                 failures.append(f"{job.plan.name if job else EMPTY_PROMPT_FILE}: {result}")
             elif isinstance(result, ShardResult):
                 problem = record_shard(catalog, result, finished.get(result.name))
                 failures += [problem] if problem else []
+                num_samples += result.info.num_samples if result.info else 0
                 bar.update(1)
+    remember_rate(catalog, time.monotonic() - begin_s, num_samples)
     return failures
 
 
@@ -182,4 +211,5 @@ def alone_in(output: Path) -> Iterator[None]:
 
 def stage(name: str, total: int | None, unit: str = "clip") -> "tqdm[None]":
     """The progress bar of a stage."""
-    return tqdm(desc=f"{name:<18}", total=total, unit=f" {unit}s", dynamic_ncols=True)
+    return tqdm(desc=f"{STAGES.index(name) + 1}/{len(STAGES)} {name:<6}", total=total, unit=f" {unit}s",
+                dynamic_ncols=True)

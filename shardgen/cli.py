@@ -10,15 +10,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from tqdm import tqdm
 
 from loader.config import load_toml
 from loader.manifest import decode_index, read_manifest
 from loader.sample import JSON, LATENT, TEXT, decode_meta, decode_tensor, split_member_name
-from shardgen.build import build
+from shardgen.build import STAGES, build
+from shardgen.checks import Check
 from shardgen.config import ShardgenConfig
 from shardgen.executors import ExecutorError
-from shardgen.report import REPORT_FILE
+from shardgen.page import write_page
+from shardgen.report import REPORT_FILE, summary, summary_of_checks
 from shardgen.verify import verify_dataset
 from shardgen.write import IDX, TAR
 
@@ -42,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_build(options: argparse.Namespace) -> int:
     flags = {"executor.kind": options.executor, "executor.workers": options.workers, "labels.limit": options.limit}
     overrides = [*options.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
-    return OK if build(load_toml(options.config, ShardgenConfig, overrides)) else FAULTS
+    done = build(load_toml(options.config, ShardgenConfig, overrides), options.stage, options.dry_run)
+    return OK if done else FAULTS
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -85,7 +89,12 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def run_report(options: argparse.Namespace) -> int:
-    print((options.dataset / REPORT_FILE).read_text(encoding="utf-8"), end="")
+    report = msgspec.json.decode((options.dataset / REPORT_FILE).read_bytes())
+    shards = [(split, info) for split, infos in read_manifest(options.dataset).splits.items() for info in infos]
+    print(summary(report, shards))
+    print()
+    print(summary_of_checks(msgspec.convert(report["checks"], list[Check])))
+    print(f"\n{write_page(options.dataset, report)}")
     return OK
 
 
@@ -99,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--executor", choices=["local", "ray"], help="executor.kind")
     command.add_argument("--workers", type=int, metavar="N", help="executor.workers")
     command.add_argument("--limit", type=int, metavar="N", help="labels.limit: the first N label files only")
+    command.add_argument("--stage", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    command.add_argument("--dry-run", action="store_true", help="read and filter the labels, say what to expect")
     command.set_defaults(run=run_build)
 
     command = commands.add_parser("verify", help="check every byte of a dataset")
@@ -111,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("key", nargs="?", metavar="KEY", help="a key or its beginning")
     command.set_defaults(run=run_inspect)
 
-    command = commands.add_parser("report", help="print the quality report of a dataset")
+    command = commands.add_parser("report", help="print the quality report of a dataset and write it as one HTML page")
     command.add_argument("dataset", type=Path)
     command.set_defaults(run=run_report)
     return parser

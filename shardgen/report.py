@@ -1,74 +1,105 @@
-"""What became of the data: quality_report.json, clean_dataset.csv, defective_samples.csv, and the summary of a build.
+"""What became of the data: quality_report.json, clean_dataset.csv, defective_samples.csv, metadata.jsonl, the summary.
 
 What is counted is the label file, and each stands in exactly one status: the totals are asserted to add up, per
-category and in all. Both tables are made in one pass over the catalog, a row at a time, whatever its size.
+category and in all. All files are made in one pass over the catalog, a row at a time, whatever its size.
 """
 
 import csv
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from loader.manifest import ShardInfo
+from loader.sample import Bucket
 from shardgen.catalog import Catalog
-from shardgen.media import Probe
+from shardgen.checks import Check, Figures, metadata_line
+from shardgen.media import Fitting, Probe, fit
 from shardgen.tables import ACCEPTED, FINAL
 from shardgen.write import atomic_file, write_atomic
 
-REPORT_FILE, CLEAN_FILE, DEFECTIVE_FILE = "quality_report.json", "clean_dataset.csv", "defective_samples.csv"
+REPORT_FILE, METADATA_FILE = "quality_report.json", "metadata.jsonl"
+CLEAN_FILE, DEFECTIVE_FILE = "clean_dataset.csv", "defective_samples.csv"
 CLEAN_COLUMNS = ("label", "media", "clip_id", "media_type", "category", "programme", "split", "num_samples", "flags",
-                 "declared_size", "probed_size", "probed_fps", "probed_duration_s", "prompt")
+                 "declared_size", "probed_size", "scale_factor", "probed_fps", "probed_duration_s", "prompt")
 DEFECTIVE_COLUMNS = ("label", "clip_id", "media_type", "category", "status", "reason", "detail", "byte_offset",
                      "declared", "probed")
-_probe_decoder = msgspec.json.Decoder(Probe)
-Buckets = Sequence[tuple[str, str, str, int]]
+_decode_probe = msgspec.json.Decoder(Probe).decode
+Counts = Sequence[tuple[str, str, str, int]]  # (category, status, reason, label files), as catalog.buckets gives them
 
 
-def write_reports(catalog: Catalog, output: Path, root: Path, advance: Callable[[int], None]) -> None:
-    """Write the three files into `output`. Raises OSError."""
+def write_reports(catalog: Catalog, output: Path, root: Path, fitting: Fitting,
+                  advance: Callable[[int], None]) -> dict[str, Any]:
+    """Write the four files into `output`; returns what quality_report.json holds. Raises OSError."""
     sizes: Counter[tuple[str, str]] = Counter()
     lengths_s: Counter[int] = Counter()
-    with atomic_file(output / CLEAN_FILE) as clean_file, atomic_file(output / DEFECTIVE_FILE) as defective_file:
-        clean = csv.writer(clean_text := io.TextIOWrapper(clean_file, "utf-8", newline="", write_through=True))
-        defective = csv.writer(
-            defective_text := io.TextIOWrapper(defective_file, "utf-8", newline="", write_through=True))
-        clean.writerow(CLEAN_COLUMNS)
-        defective.writerow(DEFECTIVE_COLUMNS)
+    flags: Counter[str] = Counter()
+    programmes: dict[str, set[str]] = {"train": set(), "val": set()}
+    figures = Figures()
+    with (atomic_file(output / CLEAN_FILE) as clean_file, atomic_file(output / DEFECTIVE_FILE) as defective_file,
+          atomic_file(output / METADATA_FILE) as metadata_file):
+        clean_file.write(csv_row(CLEAN_COLUMNS))
+        defective_file.write(csv_row(DEFECTIVE_COLUMNS))
         for row in catalog.clips():
+            probe = _decode_probe(row["probe"]) if row["probe"] else None
+            if row["media_xxh3"]:
+                figures.add_media(row, probe)
+            if probe:
+                sizes[_declared_size(row), f"{probe.width_px}x{probe.height_px}"] += 1
             label = str((root / row["label"]).resolve())
-            if row["status"] == ACCEPTED:
-                probe = _probe_decoder.decode(row["probe"])
-                declared = f"{row['declared_width_px']}x{row['declared_height_px']}"
-                probed = f"{probe.width_px}x{probe.height_px}"
-                sizes[declared, probed] += 1
-                lengths_s[int(probe.duration_s)] += 1
-                prompts = dict.fromkeys(window.prompt for window in catalog.clip_windows(row["id"]))
-                clean.writerow((label, catalog.media_path(row["media_xxh3"]).resolve(), row["clip_id"],
-                                row["media_type"], row["category"], row["programme"], row["split"],
-                                row["num_windows"], row["flags"], declared, probed, probe.fps, probe.duration_s,
-                                "\n".join(prompts)))
+            if row["status"] != ACCEPTED:
+                defective_file.write(csv_row((label, *(row[name] for name in DEFECTIVE_COLUMNS[1:]))))
             else:
-                defective.writerow((label, *(row[name] for name in DEFECTIVE_COLUMNS[1:])))
+                assert probe is not None
+                windows = catalog.clip_windows(row["id"])
+                prompts = list(dict.fromkeys(window.prompt for window in windows))
+                factor = fit(probe.width_px, probe.height_px, Fraction(probe.sar_num, probe.sar_den),
+                             probe.rotation_deg, Bucket.parse(windows[0].bucket), fitting).factor
+                figures.add_accepted(probe, prompts)
+                lengths_s[int(probe.duration_s)] += probe.media_type == "video"
+                flags.update(row["flags"].split())
+                programmes[row["split"]].add(row["programme"])
+                clean_file.write(csv_row((
+                    label, catalog.media_path(row["media_xxh3"]).resolve(), row["clip_id"], row["media_type"],
+                    row["category"], row["programme"], row["split"], row["num_windows"], row["flags"],
+                    _declared_size(row), f"{probe.width_px}x{probe.height_px}", round(factor, 4), probe.fps,
+                    probe.duration_s, "\n".join(prompts))))
+                line = metadata_line(row, catalog.label(row["id"]), probe, prompts)
+                metadata_file.write(msgspec.json.encode(line) + b"\n")
             advance(1)
-        clean_text.detach()
-        defective_text.detach()
     report = quality_report(catalog.buckets(), catalog.count(), catalog.finished_shards())
+    report["programmes"] = {**{split: len(names) for split, names in programmes.items()},
+                            "on_both_sides": sorted(programmes["train"] & programmes["val"])}
+    report["flags"] = dict(sorted(flags.items()))
     report["declared_against_probed_size"] = [{"declared": declared, "probed": probed, "clips": count}
-                                              for (declared, probed), count in sorted(sizes.items())]
-    report["clips_by_whole_seconds"] = {str(seconds): count for seconds, count in sorted(lengths_s.items())}
+                                              for (declared, probed), count in sizes.most_common()]
+    report["accepted_videos_by_whole_seconds"] = {str(length): lengths_s[length] for length in sorted(+lengths_s)}
+    report["checks"] = figures.checks()
     write_atomic(output / REPORT_FILE, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    return report
 
 
-def quality_report(buckets: Buckets, num_labels: int, shards: Sequence[tuple[str, ShardInfo]]) -> dict[str, Any]:
+def _declared_size(row: Any) -> str:
+    return f"{row['declared_width_px']}x{row['declared_height_px']}" if row["declared_width_px"] else "unknown"
+
+
+def csv_row(values: Sequence[object]) -> bytes:
+    """One row, UTF-8, quoted where it has to be, so that newlines and quotes in captions survive."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(values)
+    return text.getvalue().encode()
+
+
+def quality_report(counts: Counts, num_labels: int, shards: Sequence[tuple[str, ShardInfo]]) -> dict[str, Any]:
     """Counts of label files by category, status and reason, and of samples by split and shape."""
-    check_totals(buckets, num_labels)
+    check_totals(counts, num_labels)
     categories: dict[str, Counter[str]] = {}
     reasons: dict[str, Counter[str]] = {}
-    for category, status, reason, count in buckets:
+    for category, status, reason, count in counts:
         categories.setdefault(category, Counter())[status] += count
         if reason:
             reasons.setdefault(status, Counter())[reason] += count
@@ -76,30 +107,29 @@ def quality_report(buckets: Buckets, num_labels: int, shards: Sequence[tuple[str
     for split, info in shards:
         samples.setdefault(split, Counter())[info.bucket] += info.num_samples
     return {"label_files": num_labels,
-            "statuses": {status: sum(counts[status] for counts in categories.values()) for status in FINAL},
-            "categories": {name: {**{status: counts[status] for status in FINAL}, "total": counts.total()}
-                           for name, counts in sorted(categories.items())},
-            "reasons": {status: dict(sorted(counts.items())) for status, counts in sorted(reasons.items())},
-            "samples": {split: dict(sorted(counts.items())) for split, counts in sorted(samples.items())}}
+            "statuses": {status: sum(each[status] for each in categories.values()) for status in FINAL},
+            "categories": {name: {**{status: each[status] for status in FINAL}, "total": each.total()}
+                           for name, each in sorted(categories.items())},
+            "reasons": {status: dict(each.most_common()) for status, each in sorted(reasons.items())},
+            "samples": {split: dict(sorted(each.items())) for split, each in sorted(samples.items())}}
 
 
-def check_totals(buckets: Buckets, num_labels: int) -> None:
+def check_totals(counts: Counts, num_labels: int) -> None:
     """Every label file stands in exactly one status, and a build has left none on its way."""
-    total = sum(count for *_, count in buckets)
+    total = sum(count for *_, count in counts)
     assert total == num_labels, f"{total} label files in buckets, {num_labels} in the catalog"
-    unsettled = {status for _, status, _, _ in buckets} - set(FINAL)
+    unsettled = {status for _, status, _, _ in counts} - set(FINAL)
     assert not unsettled, f"label files left in {sorted(unsettled)}"
 
 
-def summary(buckets: Buckets, num_labels: int, shards: Sequence[tuple[str, ShardInfo]]) -> str:
+def summary(report: dict[str, Any], shards: Sequence[tuple[str, ShardInfo]]) -> str:
     """The end of a build: a table of label files per category and status, the reasons, and what was written."""
-    report = quality_report(buckets, num_labels, shards)
     statuses = [status for status in FINAL if report["statuses"][status]]
     rows = [["category", *statuses, "total"]]
     for name, counts in report["categories"].items():
         rows.append([name or "(none)", *(str(counts[status]) for status in statuses), str(counts["total"])])
-    rows.append(["total", *(str(report["statuses"][status]) for status in statuses), str(num_labels)])
-    lines = ["", _table(rows), ""]
+    rows.append(["total", *(str(report["statuses"][status]) for status in statuses), str(report["label_files"])])
+    lines = ["", table(rows), ""]
     for status, reasons in report["reasons"].items():
         lines.append(f"{status}: " + ", ".join(f"{reason} {count}" for reason, count in reasons.items()))
     for split, counts in report["samples"].items():
@@ -110,7 +140,22 @@ def summary(buckets: Buckets, num_labels: int, shards: Sequence[tuple[str, Shard
     return "\n".join(lines)
 
 
-def _table(rows: list[list[str]]) -> str:
+def status_line(counts: Counts) -> str:
+    """Label files per status, on one line: where a build stands between two stages."""
+    statuses: Counter[str] = Counter()
+    for _, status, _, count in counts:
+        statuses[status] += count
+    return f"{statuses.total()} label files: " + ", ".join(f"{name} {count}" for name, count in statuses.most_common())
+
+
+def summary_of_checks(checks: Sequence[Check]) -> str:
+    """The figures as a table."""
+    return table([["check", "value", "", "target", "n"], *(
+        [check.name, str(check.value), "" if isinstance(check.value, str) else check.unit, check.target,
+         str(check.sample_size)] for check in checks)])
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned; Hangul is two cells wide in a terminal."""
     def width(text: str) -> int:
         return len(text) + sum("\u1100" <= character <= "\uffdc" for character in text)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import xxhash
 
 from loader.manifest import read_manifest
+from shardgen.build import alone_in
 from shardgen.catalog import Catalog
 from shardgen.cli import main as shardgen
 from shardgen.tables import FINAL
@@ -58,7 +60,7 @@ def test_every_label_file_of_the_corpus_ends_where_it_should(tiny_dataset: Path,
     assert len(found) == len(list(tiny_corpus.rglob("*.json")))
 
 
-def test_the_totals_add_up(tiny_dataset: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_totals_add_up(tiny_dataset: Path, tiny_corpus: Path) -> None:
     report = json.loads((tiny_dataset / "quality_report.json").read_text())
     num_labels = len(list(tiny_corpus.rglob("*.json")))
     assert report["label_files"] == num_labels == sum(report["statuses"].values())
@@ -73,8 +75,77 @@ def test_the_totals_add_up(tiny_dataset: Path, tiny_corpus: Path, capsys: pytest
     assert (len(kept), len(dropped)) == (report["statuses"]["accepted"], num_labels - report["statuses"]["accepted"])
     assert all(Path(row["media"]).is_absolute() and Path(row["media"]).is_file() for row in kept)
     assert any('"' in row["prompt"] for row in kept)
-    shardgen(["report", str(tiny_dataset)])
-    assert json.loads(capsys.readouterr().out) == report
+    metadata = [json.loads(line) for line in (tiny_dataset / "metadata.jsonl").read_text().splitlines()]
+    assert len(metadata) == len(kept)
+    assert list(metadata[0]) == ["clip_id", "video_url", "thumbnail_urls", "prompt", "stt_script", "duration", "fps"]
+    assert report["programmes"]["on_both_sides"] == []
+    checks = {check["name"]: check for check in report["checks"]}
+    assert checks["size_agreement"]["value"] == 0.0 and checks["size_agreement"]["sample_size"] >= len(kept)
+
+
+def test_the_report_is_printed_and_is_one_page_of_its_own(tiny_dataset: Path, tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, copy)
+    assert shardgen(["report", str(copy)]) == 0
+    printed = capsys.readouterr().out
+    assert "duplicate_media 1" in printed and "file_validity" in printed
+    page = (copy / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") > 30
+    assert "src='http" not in page and "<script" not in page and "<link" not in page
+    for text in ("the same bytes as another clip", "다른 클립과 똑같은 파일"):
+        assert text in page
+    report = json.loads((copy / "quality_report.json").read_text())
+    for reasons in report["reasons"].values():
+        assert all(f"<code>{reason}</code>" in page for reason in reasons)
+
+
+def test_a_dry_run_says_what_to_expect_and_encodes_nothing(tiny_recipe: Path, tiny_dataset: Path, tmp_path: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    assert shardgen(["build", str(tiny_recipe), "--set", f"output={tmp_path / 'dry'}", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "not measured" in printed and "label files: 42" in printed
+    assert not list((tmp_path / "dry").glob("*/*.tar"))
+    expected = int(printed.partition("samples:")[2].split()[0])
+    found = sum(info.num_samples for infos in read_manifest(tiny_dataset).splits.values() for info in infos)
+    assert found <= expected <= 1.6 * found
+
+
+def test_a_build_can_stop_after_a_stage_and_go_on(tiny_recipe: Path, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["build", str(tiny_recipe), "--set", f"output={tmp_path / 'out'}"]
+    assert shardgen([*arguments, "--stage", "probe"]) == 0
+    assert "sound" in capsys.readouterr().out and not (tmp_path / "out" / "train").exists()
+    assert shardgen([*arguments, "--stage", "plan"]) == 0
+    assert "accepted" in capsys.readouterr().out
+
+
+def test_user_faults_are_one_line_and_exit_2(tiny_recipe: Path, tmp_path: Path, tiny_corpus: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides, words in [
+            (["output=" + str(tiny_corpus / "out")], "choose a folder outside"),
+            (["labels.root=/nowhere"], "no such folder"), (["windows.fps=0"], "must be above 0"),
+            (["nonsense=1"], "known keys"), ([f"output={tmp_path / 'out'}", "encode.model=/nowhere"], "diffusers"),
+            ([f"output={tiny_recipe}/out"], "Not a directory")]:
+        arguments = [part for override in overrides for part in ("--set", override)]
+        assert shardgen(["build", str(tiny_recipe), *arguments]) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("shardgen: ") and words in message
+
+
+def test_two_builds_never_share_a_folder(tiny_recipe: Path, tiny_dataset: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    with alone_in(tiny_dataset):
+        assert shardgen(["build", str(tiny_recipe)]) == 2
+    assert "another build is at work" in capsys.readouterr().err
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tiny_recipe: Path, tiny_dataset: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    before = shard_bytes(tiny_dataset)
+    assert shardgen(["build", str(tiny_recipe), "--set", "prompt.stt=true"]) == 2
+    assert "a shard never changes" in capsys.readouterr().err
+    assert shard_bytes(tiny_dataset) == before
 
 
 def test_a_second_run_does_nothing(tiny_dataset: Path, tiny_recipe: Path) -> None:

@@ -1,0 +1,164 @@
+"""The quality report as one HTML page that needs nothing but itself: figures, bars, and examples with their frames.
+
+Korean stands beside English. The plots are bars drawn with CSS, so the page needs no script, no font and no network.
+"""
+
+import base64
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from loader.config import load_toml
+from loader.sample import Bucket
+from shardgen.catalog import Catalog, CatalogError
+from shardgen.checks import Check
+from shardgen.config import ShardgenConfig
+from shardgen.fetch import find_local
+from shardgen.media import MediaError, decode_windows, probe
+from shardgen.pictures import encode_jpeg
+from shardgen.tables import FINAL, UNREADABLE
+from shardgen.wording import wording
+from shardgen.write import write_atomic
+
+_THUMBNAIL = Bucket(224, 128, 1)  # only ever looked at
+_STYLE = """
+body{font:15px/1.5 system-ui,'Noto Sans KR','Malgun Gothic',sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse;margin:.5em 0 1.5em}
+td,th{padding:.15em .7em;border-bottom:1px solid #ddd;text-align:left}
+td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#3b7dd8;height:.9em;min-width:1px}
+.ko{color:#666}.clip{border:1px solid #ddd;border-radius:6px;padding:.6em;margin:.6em 0}.clip img{margin-right:4px}
+h3{margin:1.6em 0 .2em}code{color:#555}
+"""
+
+
+class Example(NamedTuple):
+    """A clip that stands for a status and reason: what it says, and JPEGs of its beginning, middle and end."""
+
+    status: str
+    reason: str
+    clip_id: str
+    label: str
+    detail: str
+    caption: str
+    pictures: list[bytes]
+
+
+def collect_examples(catalog: Catalog, root: Path, per_reason: int = 3) -> list[Example]:
+    """The first few clips of each status and reason, in path order. `root` is the label tree."""
+    taken: Counter[tuple[str, str]] = Counter()
+    examples = []
+    for row in catalog.clips():
+        kind = row["status"], row["reason"]
+        if taken[kind] < per_reason:
+            taken[kind] += 1
+            caption = ""
+            if row["status"] != UNREADABLE:
+                label = catalog.label(row["id"])
+                caption = "\n".join([*(scene.text for scene in label.scenes), *(each.text for each in label.objects)])
+            examples.append(Example(*kind, row["clip_id"], row["label"], row["detail"], caption,
+                                    _pictures(catalog, root, row)))
+    return sorted(examples, key=lambda example: (FINAL.index(example.status), example.reason))
+
+
+def _pictures(catalog: Catalog, root: Path, row: Any) -> list[bytes]:
+    """Beginning, middle and end of the clip; none where its media are missing, gone or rotten: words must do then."""
+    try:
+        path = catalog.media_path(row["media_xxh3"]) if row["media_xxh3"] else \
+            find_local(root / row["label"], row["clip_id"], row["media_type"])
+        if path is None:
+            return []
+        found = probe(path)
+        shares = (0.0,) if found.num_frames == 1 else (0.05, 0.5, 0.95)
+        starts_ms = [int(found.duration_s * share * 1000) for share in shares]
+        frames = dict(decode_windows(path, starts_ms, 24.0, _THUMBNAIL))
+    except (CatalogError, MediaError):
+        return []
+    return [encode_jpeg(frames[index][0], 80) for index in sorted(frames)]
+
+
+def render_page(report: Mapping[str, Any], checks: list[Check], examples: list[Example]) -> str:
+    """The whole page, from the decoded quality_report.json."""
+    return "\n".join(["<!doctype html><html lang=ko><meta charset=utf-8><title>newsreel: data quality</title>",
+                      f"<style>{_STYLE}</style><h1>Data quality <span class=ko>데이터 품질</span></h1>",
+                      *_counts(report), *_checks(checks), *_plots(report), *_examples(examples), "</html>", ""])
+
+
+def _counts(report: Mapping[str, Any]) -> Iterator[str]:
+    yield f"<h2>{report['label_files']} label files <span class=ko>라벨 파일</span></h2>"
+    statuses = [status for status in FINAL if report["statuses"][status]]
+    head = "".join(f"<th>{_both(status)}" for status in statuses)
+    yield f"<table><tr><th>category <span class=ko>분류</span>{head}<th>total <span class=ko>합계</span>"
+    total = {**report["statuses"], "total": report["label_files"]}
+    for name, counts in (*report["categories"].items(), ("total", total)):
+        cells = "".join(f"<td class=n>{counts[status]}" for status in (*statuses, "total"))
+        yield f"<tr><td>{escape(name or '-')}{cells}"
+    yield "</table>"
+
+
+def _checks(checks: list[Check]) -> Iterator[str]:
+    yield "<h2>Checks <span class=ko>점검</span></h2><table><tr><th>check<th>value<th>target<th>n<th>definition"
+    for check in checks:
+        unit = "" if isinstance(check.value, str) else f" {check.unit}"
+        yield (f"<tr><td>{escape(check.name)}<td class=n>{check.value}{escape(unit)}<td>{escape(check.target)}"
+               f"<td class=n>{check.sample_size}<td>{escape(check.definition)}")
+    yield "</table>"
+
+
+def _plots(report: Mapping[str, Any]) -> Iterator[str]:
+    yield from _bars("Reasons", "사유", {f"{_both(status)}: {_both(reason)}": count
+                                       for status, counts in report["reasons"].items()
+                                       for reason, count in counts.items()})
+    yield from _bars("Flags", "표시", {_both(name): count for name, count in report["flags"].items()})
+    lengths = {int(length): count for length, count in report["accepted_videos_by_whole_seconds"].items()}
+    yield from _bars("Length of accepted videos, s", "채택된 영상의 길이(초)",
+                     {str(length): lengths.get(length, 0) for length in range(max(lengths, default=-1) + 1)})
+    yield from _bars("Size: declared → probed", "해상도: 라벨 → 실제",
+                     {f"{each['declared']} → {each['probed']}": each["clips"]
+                      for each in report["declared_against_probed_size"][:20]})
+    yield from _bars("Samples", "표본", {f"{split} {bucket}": count for split, counts in report["samples"].items()
+                                         for bucket, count in counts.items()})
+
+
+def _bars(english: str, korean: str, counts: Mapping[str, int]) -> Iterator[str]:
+    yield f"<h3>{english} <span class=ko>{korean}</span></h3><table>"
+    most = max(counts.values(), default=1) or 1
+    for name, count in counts.items():
+        yield (f"<tr><td>{name}<td class=n>{count}<td style='width:420px'>"
+               f"<div class=bar style='width:{100 * count / most:.1f}%'></div>")
+    yield "</table>" if counts else "<tr><td>none <span class=ko>없음</span></table>"
+
+
+def _examples(examples: list[Example]) -> Iterator[str]:
+    yield "<h2>Examples <span class=ko>예시</span></h2>"
+    last = None
+    for example in examples:
+        if (example.status, example.reason) != last:
+            last = example.status, example.reason
+            reason = f": {_both(example.reason)}" if example.reason else ""
+            yield f"<h3>{_both(example.status)}{reason} <code>{escape(example.reason)}</code></h3>"
+        images = "".join(f"<img src='data:image/jpeg;base64,{base64.b64encode(data).decode()}'>"
+                         for data in example.pictures)
+        caption = escape(example.caption).replace("\n", "<br>")
+        yield (f"<div class=clip>{images}<div><b>{escape(example.clip_id)}</b> {escape(example.label)} "
+               f"<i>{escape(example.detail)}</i></div><div lang=ko>{caption}</div></div>")
+
+
+def _both(code: str) -> str:
+    english, korean = wording(code)
+    return f"{escape(english)} <span class=ko>{escape(korean)}</span>"
+
+
+def write_page(dataset: Path, report: Mapping[str, Any]) -> Path:
+    """Write report.html into `dataset` from its report, catalog and config; returns the path. Raises OSError or ConfigError
+    if one of them is not there."""
+    root = Path(load_toml(dataset / "config.toml", ShardgenConfig).labels.root)
+    with Catalog(dataset / "catalog.sqlite") as catalog:
+        examples = collect_examples(catalog, root)
+    checks = msgspec.convert(report["checks"], list[Check])
+    path = dataset / "report.html"
+    write_atomic(path, render_page(report, checks, examples).encode())
+    return path

@@ -1,0 +1,71 @@
+"""What the codes of statuses, reasons and flags mean, in English and in Korean, for people who read a report."""
+
+STATUSES = {
+    "accepted": ("accepted", "채택"),
+    "rejected": ("rejected by a rule", "규칙에 따라 제외"),
+    "duplicate": ("duplicate", "중복"),
+    "unavailable": ("media can't be had or used", "미디어를 쓸 수 없음"),
+    "unreadable": ("label can't be read", "라벨을 읽을 수 없음"),
+    "failed": ("lost in encoding", "인코딩 중 탈락"),
+    "skipped": ("not selected", "선택되지 않음"),
+    "gone": ("label file is gone", "라벨 파일이 사라짐"),
+}
+REASONS = {
+    "label_empty": ("the label file is empty", "라벨 파일이 비어 있음"),
+    "label_not_json": ("the label is not valid JSON", "올바른 JSON이 아님"),
+    "label_not_object": ("the label is not a JSON object", "JSON 객체가 아님"),
+    "label_wrong_type": ("a field has the wrong type", "필드의 자료형이 틀림"),
+    "label_too_deep": ("the label is nested too deeply", "중첩이 너무 깊음"),
+    "label_too_large": ("the label file is too large", "라벨 파일이 너무 큼"),
+    "label_unsafe_id": ("the clip id can't be used", "쓸 수 없는 클립 번호"),
+    "label_unreadable": ("the label file can't be opened", "라벨 파일을 열 수 없음"),
+    "label_bad_name": ("the file name is not UTF-8", "파일 이름이 UTF-8이 아님"),
+    "label_gone": ("the label file is gone", "라벨 파일이 사라짐"),
+    "clip_id_repeated": ("another label has the same clip id", "같은 클립 번호의 라벨이 또 있음"),
+    "not_selected": ("outside the limit or the sample", "표본에 들지 않음"),
+    "media_type_unwanted": ("this kind of media is not wanted", "대상이 아닌 미디어 종류"),
+    "caption_missing": ("there is no caption", "설명문이 없음"),
+    "caption_short": ("the caption is too short", "설명문이 너무 짧음"),
+    "caption_long": ("the caption is too long", "설명문이 너무 긺"),
+    "caption_repeated_word": ("a word is repeated", "같은 단어가 되풀이됨"),
+    "caption_repeated_char": ("a character is repeated", "같은 글자가 되풀이됨"),
+    "caption_special_chars": ("too many special characters", "특수 문자가 너무 많음"),
+    "duration_unknown": ("the label has no length", "길이 정보가 없음"),
+    "duration_short": ("too short", "너무 짧음"),
+    "duration_long": ("too long", "너무 긺"),
+    "resolution_unknown": ("the label has no resolution", "해상도 정보가 없음"),
+    "timecode_invalid": ("a timecode is impossible", "있을 수 없는 타임코드"),
+    "timecode_reversed": ("a shot ends before it begins", "끝이 시작보다 앞선 타임코드"),
+    "timecode_past_end": ("a shot lies past the end", "영상 끝을 넘는 타임코드"),
+    "shot_short": ("no shot is long enough for a window", "창 하나를 담을 만큼 긴 장면이 없음"),
+    "media_missing": ("there are no media", "미디어가 없음"),
+    "media_empty": ("the file has 0 bytes", "빈 파일"),
+    "media_undecodable": ("the media don't decode", "디코딩할 수 없음"),
+    "media_truncated": ("the media are cut off", "잘린 파일"),
+    "media_no_video": ("the file has no picture", "영상이 들어 있지 않음"),
+    "media_hdr": ("HDR is not supported", "HDR은 지원하지 않음"),
+    "media_timestamps": ("timestamps are missing or go back", "시간 정보가 없거나 거꾸로 감"),
+    "media_rotation": ("turned by an odd angle", "지원하지 않는 회전 각도"),
+    "media_type_differs": ("the file is of another kind than the label says", "라벨과 다른 종류의 파일"),
+    "media_unreadable": ("the file can't be read", "파일을 읽을 수 없음"),
+    "media_changing": ("the file changed while it was read", "읽는 동안 바뀐 파일"),
+    "duplicate_media": ("the same bytes as another clip", "다른 클립과 똑같은 파일"),
+    "picture_small": ("the picture is too small", "화면이 너무 작음"),
+    "upscale_large": ("enlarged too much", "지나친 확대"),
+    "url_refused": ("the URL may not be asked", "허용되지 않는 주소"),
+    "black": ("a black window", "검은 화면"),
+    "dark": ("a dark window", "어두운 화면"),
+    "frozen": ("a still window", "멈춘 화면"),
+    "prompt_truncated": ("a prompt above 512 tokens", "512토큰을 넘는 설명문"),
+    "window_lost": ("a window could not be encoded", "인코딩하지 못한 창"),
+    "timecodes_missing": ("no timecodes: the whole clip", "타임코드 없음: 클립 전체"),
+    "timecodes_wrong": ("wrong timecodes: the whole clip", "틀린 타임코드: 클립 전체"),
+    "label_changed": ("the label changed after planning", "계획 뒤에 바뀐 라벨"),
+}
+
+
+def wording(code: str) -> tuple[str, str]:
+    """(English, Korean) for a status, reason or flag; an HTTP status or an unknown code stands for itself."""
+    if code.startswith("http_"):
+        return f"the server could not give it ({code[5:]})", f"서버에서 받지 못함 ({code[5:]})"
+    return STATUSES.get(code) or REASONS.get(code) or (code, code)
