@@ -59,7 +59,10 @@ class Catalog:
             self.db.row_factory = sqlite3.Row
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = NORMAL")
+            self.db.execute("PRAGMA wal_autocheckpoint = 16384")  # pages: each checkpoint waits for the disk
             self.db.executescript(SCHEMA)
+            if self.db.execute("SELECT 1 FROM clips LIMIT 1").fetchone():
+                self.index()
         except sqlite3.Error as error:
             raise CatalogError(f"{path}: can't open the catalog: {error}") from error
 

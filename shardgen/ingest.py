@@ -7,43 +7,22 @@ run reads the rest: a file counts as unchanged if size and mtime are those of th
 """
 
 import os
-import stat
+import pickle
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import msgspec
-import xxhash
+from queue import SimpleQueue
+from subprocess import PIPE, Popen
 
 from shardgen.catalog import Catalog
-from shardgen.labels import Label, LabelError, parse_label
-from shardgen.tables import GONE, INGESTED, UNREADABLE, IngestRow, Seen
+from shardgen.reader import Chunk, Found, read_chunk, shown
+from shardgen.tables import GONE, Seen
 
 CHUNK_FILES = 512
 _MIN_FILES_FOR_POOL = 4096  # below, starting processes takes longer than reading the labels
-_pack = msgspec.msgpack.Encoder().encode
-
-
-class Chunk(NamedTuple):
-    """Label files of one folder (relative to `root`, "" for the root itself), and what the catalog knows of them."""
-
-    root: str
-    folder: str
-    names: list[str]
-    known: dict[str, Seen]
-    max_bytes: int
-
-
-class Found(NamedTuple):
-    """What reading a chunk gave. `new` holds IngestRows as plain tuples."""
-
-    new: list[tuple[Any, ...]]
-    changed: list[tuple[Seen, IngestRow]]
-    touched: list[tuple[Seen, int]]
-    num_files: int
 
 
 def ingest_labels(catalog: Catalog, root: Path, *, max_bytes: int = 1 << 20, workers: int = 0,
@@ -78,6 +57,7 @@ def _write(catalog: Catalog, batch: list[Found]) -> None:
 
 def _chunks(catalog: Catalog, root: Path, max_bytes: int, folders: set[str], gone: list[Seen]) -> Iterator[Chunk]:
     """Walk the tree in name order. Fills `folders` with those that hold labels, `gone` with files that are no more."""
+    is_empty = catalog.count() == 0  # nothing to look up then, and no index to do it with
     todo = [""]
     while todo:
         folder = todo.pop()
@@ -92,13 +72,13 @@ def _chunks(catalog: Catalog, root: Path, max_bytes: int, folders: set[str], gon
         if not names:
             continue
         names.sort()
-        folders.add(_shown(folder))
-        known = catalog.known_labels(_shown(folder))
-        there = set(map(_shown, names))
+        folders.add(shown(folder))
+        known = {} if is_empty else catalog.known_labels(shown(folder))
+        there = set(map(shown, names))
         gone += [seen for name, seen in known.items() if name not in there and seen.status != GONE]
         for start in range(0, len(names), CHUNK_FILES):
             part = names[start:start + CHUNK_FILES]
-            yield Chunk(str(root), folder, part, {name: known[name] for name in map(_shown, part) if name in known},
+            yield Chunk(str(root), folder, part, {name: known[name] for name in map(shown, part) if name in known},
                         max_bytes)
 
 
@@ -112,75 +92,40 @@ def _read_chunks(chunks: Iterator[Chunk], workers: int) -> Iterator[Found]:
     else:
         yield from map(read_chunk, first)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        pending: deque[Future[Found]] = deque(pool.submit(read_chunk, chunk) for chunk in first)
+    with ExitStack() as stack:
+        readers: SimpleQueue[Popen[bytes]] = SimpleQueue()
+        for _ in range(workers):
+            readers.put(stack.enter_context(_reader()))
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        pending = deque(pool.submit(_ask, readers, chunk) for chunk in first)
         for chunk in chunks:
             while len(pending) >= max(4 * workers, len(first)):
                 yield pending.popleft().result()
-            pending.append(pool.submit(read_chunk, chunk))
+            pending.append(pool.submit(_ask, readers, chunk))
         while pending:
             yield pending.popleft().result()
 
 
-def read_chunk(chunk: Chunk) -> Found:
-    """Read what the catalog doesn't know already. A file that can't be read becomes a row with the reason."""
-    found = Found([], [], [], len(chunk.names))
-    label_prefix = f"{_shown(chunk.folder)}/" if chunk.folder else ""
-    folder = os.open(f"{chunk.root}/{chunk.folder}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+@contextmanager
+def _reader() -> Iterator[Popen[bytes]]:
+    """A reading process; closing its stdin ends it."""
+    path = os.pathsep.join(filter(None, sys.path))
+    with Popen([sys.executable, "-c", "from shardgen.reader import main; main()"], stdin=PIPE, stdout=PIPE,
+               env={**os.environ, "PYTHONPATH": path}) as process:
+        yield process
+
+
+def _ask(readers: "SimpleQueue[Popen[bytes]]", chunk: Chunk) -> Found:
+    """Have a free reader read a chunk. Raises ChildProcessError if it has died."""
+    reader = readers.get()
+    assert reader.stdin is not None and reader.stdout is not None
     try:
-        for name in chunk.names:
-            shown = _shown(name)
-            seen = chunk.known.get(shown)
-            row = _read_label(folder, name, label_prefix + shown, seen, chunk.max_bytes)
-            if row is None:
-                continue
-            if seen is None:
-                found.new.append(tuple(row))  # pickles three times as fast as a NamedTuple
-            elif row.label_xxh3 and row.label_xxh3 == seen.label_xxh3 and seen.status != GONE:
-                found.touched.append((seen, row.mtime_ns))
-            else:
-                found.changed.append((seen, row))
+        pickle.dump(chunk, reader.stdin, pickle.HIGHEST_PROTOCOL)
+        reader.stdin.flush()
+        found: Found = pickle.load(reader.stdout)
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+        raise ChildProcessError("a process that reads labels died: killed from outside, or out of memory. What was "
+                                "read stands; run the build again to go on") from error
     finally:
-        os.close(folder)
+        readers.put(reader)
     return found
-
-
-def _read_label(folder: int, name: str, label: str, seen: Seen | None, max_bytes: int) -> IngestRow | None:
-    """One file of an open folder as a row; None if its size and mtime are those in the catalog."""
-    size_bytes, mtime_ns, digest = 0, 0, ""
-    try:
-        if not label.endswith(name):
-            raise LabelError("label_bad_name", "the file's name is not UTF-8; rename it")
-        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)  # a pipe would block
-        try:
-            status = os.fstat(descriptor)
-            size_bytes, mtime_ns = status.st_size, status.st_mtime_ns
-            if seen and seen.size_bytes == size_bytes and seen.mtime_ns == mtime_ns and seen.status != GONE:
-                return None
-            if not stat.S_ISREG(status.st_mode):
-                raise LabelError("label_unreadable", "not a regular file")
-            if size_bytes > max_bytes:
-                raise LabelError("label_too_large", f"{size_bytes} bytes; labels.max_bytes = {max_bytes}")
-            data = os.read(descriptor, size_bytes + 1)
-        finally:
-            os.close(descriptor)
-        digest = xxhash.xxh3_64_hexdigest(data)
-        return _row(label, size_bytes, mtime_ns, digest, parse_label(data))
-    except OSError as error:
-        problem = LabelError("label_unreadable", str(error.strerror))
-    except LabelError as error:
-        problem = error
-    return IngestRow(label, size_bytes, mtime_ns, digest, UNREADABLE, problem.reason, problem.detail[:500],
-                     problem.byte_offset, "", "", "", "", "", "", None, None, None, None, 0, b"")
-
-
-def _row(label: str, size_bytes: int, mtime_ns: int, digest: str, read: Label) -> IngestRow:
-    media_type = read.media_type or label.partition("/")[0]  # <root>/{image,video}/...
-    return IngestRow(label, size_bytes, mtime_ns, digest, INGESTED, "", "", None, read.clip_id, media_type,
-                     read.category, read.station, read.broadcast_date, read.url, read.width_px, read.height_px,
-                     read.duration_s, read.fps, len(read.objects), _pack(read))
-
-
-def _shown(name: str) -> str:
-    """A file name as SQLite can hold it: bytes that are not UTF-8 as \\xNN."""
-    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import msgspec
-import numpy as np
 
 MAX_ID_CHARS = 64
 _ID = re.compile(r"\w[\w-]*")
@@ -174,10 +173,16 @@ def _declared_size(raw: _Raw | None, media: _MediaInfo, details: _Details) -> tu
     inner = raw and raw.raw_data_info and raw.raw_data_info.basic_info
     outer = raw and raw.basic_info
     for text in (media.resolution, details.resolution, outer and outer.resolution, inner and inner.resolution):
-        match = _RESOLUTION.fullmatch(text) if text else None
-        if match and int(match[1]) and int(match[2]):
-            return int(match[1]), int(match[2])
+        if text and (size := _size(text)):
+            return size
     return None, None
+
+
+@lru_cache(maxsize=4096)
+def _size(text: str) -> tuple[int, int] | None:
+    """"1920, 1080" -> (1920, 1080); None for anything else."""
+    match = _RESOLUTION.fullmatch(text)
+    return (int(match[1]), int(match[2])) if match and int(match[1]) and int(match[2]) else None
 
 
 def _number(value: float | str | None) -> float | None:
@@ -197,6 +202,7 @@ def iso_date(text: str) -> str:
     return f"{match[3]}-{_MONTHS[match[1]]:02}-{match[2]}"
 
 
+@lru_cache(maxsize=4096)
 def length_s(text: str) -> float | None:
     """"HH:MM:SS.cc", hundredths of a second -> seconds; None for anything else."""
     match = _LENGTH.fullmatch(text)
@@ -248,6 +254,8 @@ def _explain(data: bytes, error: Exception) -> LabelError:
 
 def _offset_of(data: bytes, keys: list[str | int]) -> int | None:
     """Where in `data` the value at this path begins: a msgspec.Raw is a view of the buffer it was decoded from."""
+    import numpy as np  # takes longer to load than a thousand labels to read, and is needed for bad ones only
+
     view: Any = data
     try:
         for key in keys:

@@ -12,7 +12,7 @@ FINAL = (ACCEPTED, REJECTED, DUPLICATE, UNAVAILABLE, UNREADABLE, FAILED, SKIPPED
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS clips (
-    id INTEGER PRIMARY KEY, label TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY, label TEXT NOT NULL, size_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
     label_xxh3 TEXT NOT NULL, generation INTEGER NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL,
     detail TEXT NOT NULL, byte_offset INTEGER,
     clip_id TEXT NOT NULL, media_type TEXT NOT NULL, category TEXT NOT NULL, station TEXT NOT NULL,
@@ -38,6 +38,7 @@ CREATE INDEX IF NOT EXISTS windows_by_shard ON windows (shard);
 """
 # Built after the first bulk load: filling an index in random order would cost more than the load itself.
 INDEXES = """
+CREATE UNIQUE INDEX IF NOT EXISTS clips_by_label ON clips (label);
 CREATE INDEX IF NOT EXISTS clips_by_id ON clips (clip_id);
 CREATE INDEX IF NOT EXISTS clips_by_status ON clips (status);
 CREATE INDEX IF NOT EXISTS clips_by_media ON clips (media_xxh3) WHERE media_xxh3 != '';
