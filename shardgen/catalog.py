@@ -8,9 +8,9 @@ that the rows which change stay small. One process writes; WAL lets others read 
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
@@ -49,7 +49,7 @@ _unpack_label = msgspec.msgpack.Decoder(Label).decode
 _unpack_window = msgspec.json.Decoder(Window).decode
 
 
-class Catalog:
+class Catalog(AbstractContextManager["Catalog"]):
     """An open catalog. One thread of one process writes; every method commits whole or leaves nothing behind."""
 
     def __init__(self, path: Path) -> None:
@@ -65,9 +65,6 @@ class Catalog:
                 self.index()
         except sqlite3.Error as error:
             raise CatalogError(f"{path}: can't open the catalog: {error}") from error
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -111,8 +108,8 @@ class Catalog:
         elif self._meta("selection", selection) != selection:
             again = [SKIPPED, WANTED]
         with self.transaction() as db:
-            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)",
-                           [("recipe_id", recipe_id), ("selection", selection)])
+            self.remember("recipe_id", recipe_id)
+            self.remember("selection", selection)
             db.executemany("UPDATE clips SET status = ?, reason = '', detail = '' WHERE status = ?",
                            [(INGESTED, status) for status in again])
 
@@ -229,11 +226,22 @@ class Catalog:
 
     # -- media --------------------------------------------------------------------------------------------------------
 
-    def forget_bad_downloads(self) -> None:
-        """Forget URLs whose answer was no media, so that the next build asks them again."""
+    def unused_media(self) -> set[str]:
+        """Hashed media that no shard needs which is still to come or to be written."""
+        return {row[0] for row in self.db.execute(
+            "SELECT media_xxh3 FROM sources EXCEPT SELECT media_xxh3 FROM clips WHERE status IN ('fetched', 'sound') "
+            "EXCEPT SELECT media_xxh3 FROM clips JOIN windows ON clip = clips.id JOIN shards ON shard = name "
+            "WHERE NOT done")}
+
+    def forget_files(self, paths: Iterable[Path]) -> None:
+        """These cached files are deleted."""
         with self.transaction() as db:
-            db.execute("DELETE FROM sources WHERE source LIKE 'http%' AND media_xxh3 IN "
-                       "(SELECT media_xxh3 FROM media WHERE error_reason != '')")
+            db.executemany("DELETE FROM sources WHERE path = ?", [(str(path),) for path in paths])
+
+    def bad_downloads(self) -> list[Path]:
+        """Cached files of URLs whose answer was no media: the next build is to ask them again."""
+        return [Path(row[0]) for row in self.db.execute(
+            "SELECT path FROM sources JOIN media USING (media_xxh3) WHERE error_reason != '' AND source LIKE 'http%'")]
 
     def source(self, source: str) -> sqlite3.Row | None:
         """(path, size_bytes, mtime_ns, media_xxh3) of a local path or URL that was hashed before."""
@@ -291,7 +299,7 @@ class Catalog:
                            "num_windows = ?, flags = ? WHERE id = ?",
                            [(split, num, flags, clip) for clip, split, num, flags in accepted])
             if plans:
-                db.execute("INSERT OR REPLACE INTO meta VALUES ('generation', ?)", (str(self.generation + 1),))
+                self.remember("generation", str(self.generation + 1))
 
     def _refuse_repeated(self, db: sqlite3.Connection, window: Window) -> None:
         other = db.execute("SELECT label FROM windows JOIN clips ON clips.id = clip WHERE key = ?",

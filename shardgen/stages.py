@@ -19,6 +19,7 @@ import msgspec
 import xxhash
 
 from loader.sample import Bucket, sample_key
+from shardgen.cache import Room
 from shardgen.catalog import Catalog
 from shardgen.config import PromptConfig, ShardgenConfig, cache_folder
 from shardgen.fetch import (
@@ -160,8 +161,15 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
     schemes, max_bytes = tuple(fetch.schemes), int(fetch.max_file_gib * 2**30)
     patience = Patience(fetch.timeout_s, fetch.retries, fetch.backoff_s, max_bytes)
 
+    room = Room(cache, int(fetch.cache_limit_gib * 2**30))
+
     def get(request: _Request) -> Fetched:
-        return download(request.source, cache, schemes, patience) if request.host else hash_local(Path(request.source))
+        if not request.host:
+            return hash_local(Path(request.source))
+        if room.full:
+            raise FetchError("cache_full", f"{cache} holds {fetch.cache_limit_gib} GiB that shards still need; build "
+                             f"again to go on, or raise fetch.cache_limit_gib", may_pass=True)
+        return download(request.source, cache, schemes, patience)
 
     requests = _requests(catalog, config, advance)
     for request, got in in_parallel(requests, get, lambda request: request.host, workers=fetch.workers,
@@ -170,6 +178,8 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
             catalog.record([Outcome(clip, UNAVAILABLE, got.reason, got.detail) for clip in request.clips])
         else:
             catalog.record_source(request.clips, request.source, *got)
+            if request.host and room.take(got.size_bytes):
+                catalog.forget_files(room.evict(catalog.unused_media()))
         advance(len(request.clips))
 
 
@@ -237,7 +247,10 @@ def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
                 catalog.record_probe(media_xxh3, None, found.reason, found.detail)
         catalog.record([_judge_media(row, probes[row["media_xxh3"]], config) for row in rows])
         advance(len(rows))
-    catalog.forget_bad_downloads()
+    bad = catalog.bad_downloads()
+    catalog.forget_files(bad)  # before they are deleted: a name in the catalog must stand for a file
+    for path in bad:
+        path.unlink(missing_ok=True)
 
 
 def _probe(item: tuple[str, Path]) -> Probe | MediaError:

@@ -19,6 +19,7 @@ from bench.label_tree import defective_labels, label_bytes, label_files, make_la
 from loader.config import load_toml
 from loader.manifest import recipe_id
 from shardgen import stages
+from shardgen.cache import cached_files
 from shardgen.catalog import Catalog, CatalogError
 from shardgen.config import (
     EncodeConfig,
@@ -294,3 +295,28 @@ def test_media_behind_urls_are_fetched_once_and_asked_for_again_only_if_that_may
     (folder / "2000003.png").write_bytes(png(3))
     assert run(config) == {**first, "2000002.json": ("accepted", "")}
     assert run(config_of(root, fetch=FetchConfig(ask_again=True)))["2000003.json"] == ("accepted", "")
+
+
+def test_a_full_cache_keeps_what_shards_need_and_the_next_build_goes_on(root: Path, served: tuple[Path, str]) -> None:
+    folder, url = served
+    root.mkdir()
+    for i in range(6):
+        label = make_label(f"200000{i}", shots=(("", ""),), media_type="image")
+        label["source_data_info"]["clip_proxy_url"] = f"{url}/{i}.png"
+        (root / f"200000{i}.json").write_bytes(label_bytes(label))
+        (folder / f"{i}.png").write_bytes(png(i))
+    size = len(png(0))
+    config = config_of(root, fetch=FetchConfig(cache_limit_gib=2.5 * size / 2**30, workers=1))
+    cache = Path(config.output) / "cache"
+    fetched: list[int] = []
+    while not fetched or fetched[-1] < 6:
+        ends = Counter(run(config).values())
+        fetched.append(ends["accepted", ""])
+        assert ends["accepted", ""] + ends["unavailable", "cache_full"] == 6
+        assert sum(size for _, size, _ in cached_files(cache)) <= 5 * size
+        with open_catalog(config) as catalog:
+            for name in catalog.unfinished_shards():
+                for window in catalog.shard_plan(name).windows:
+                    assert catalog.media_path(window.media_xxh3).is_file()
+                catalog.finish_shard(name, None)
+    assert 3 <= fetched[0] < 6 and fetched == sorted(set(fetched))
