@@ -129,7 +129,9 @@ def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
     work = partial(encode_unit, spec=encode_spec(config), decode_threads=config.executor.decode_threads)
     with stage("encode", len(names), "shard") as bar:
         for job, result in run_units(work, jobs(), config):
-            if isinstance(result, Failure):
+            if isinstance(result, OSError):  # the output can't be written or the model read: no shard will fare better
+                raise result
+            if isinstance(result, ValueError):
                 failures.append(f"{job.plan.name if job else EMPTY_PROMPT_FILE}: {result}")
             elif isinstance(result, ShardResult):
                 problem = record_shard(catalog, result, finished.get(result.name))

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the data has faults or work is left, 2 the command can't b
 import argparse
 import json
 import os
+import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
+    except sqlite3.Error as error:
+        print(f"shardgen: the catalog can't be read or written: {error}; is the disk full, or the folder read-only? "
+              f"What was finished stands, run the same command to go on", file=sys.stderr)
+        return CANNOT
     except (ValueError, OSError, ExecutorError) as error:
         print(f"shardgen: {error}", file=sys.stderr)
         return CANNOT

@@ -13,7 +13,9 @@ a later run may do better.
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ from loader.vae import load_vae_encoder
 from shardgen.media import Frames, MediaError, decode_windows
 from shardgen.pictures import encode_jpeg, encode_mp4, window_faults
 from shardgen.plan import Window
-from shardgen.text import TextEncoder
+from shardgen.text import EncodedText, TextEncoder
 from shardgen.units import EncodeSpec, Lost, ShardJob, ShardResult
 from shardgen.write import file_xxh3, write_atomic, write_shard
 
@@ -58,7 +60,7 @@ class Decoded(NamedTuple):
 
 
 class Encoders:
-    """Both models, on the CPU until they are used; one at a time is on the device."""
+    """Both models. Their weights stay on the CPU; `on_device` lends one of them the device."""
 
     def __init__(self, spec: EncodeSpec) -> None:
         torch.set_num_threads(spec.threads)
@@ -69,13 +71,19 @@ class Encoders:
         self.vae = load_vae_encoder(Path(spec.model), "cpu", self.dtype)
         self.text = TextEncoder(Path(spec.model), self.device, self.dtype)
 
-    def take(self, model: torch.nn.Module | None) -> None:
-        """Put `model` on the device (None: neither) and the other one back on the CPU."""
-        for other in (self.vae, self.text.model):
-            if other is not model:
-                other.to("cpu")
-        if model is not None:
-            model.to(self.device)
+    @contextmanager
+    def on_device(self, model: torch.nn.Module) -> Iterator[None]:
+        """A copy of the weights on the device, dropped at the end: nothing is copied back."""
+        host = [(tensor, tensor.data) for tensor in chain(model.parameters(), model.buffers())]
+        for tensor, data in host:
+            tensor.data = data.to(self.device)
+        try:
+            yield
+        finally:
+            for tensor, data in host:
+                tensor.data = data
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def encode_video(self, windows: list[Frames]) -> np.ndarray[Any, Any]:
@@ -84,6 +92,11 @@ class Encoders:
         video_BCFHW = (pixels_BFHWC.movedim(-1, 1).float() / 127.5 - 1).to(self.dtype)
         latent_BCTHW = self.vae.encode(video_BCFHW)
         return latent_BCTHW.to(torch.float16).cpu().numpy()
+
+    def encode_text(self, prompts: list[str], batch_size: int) -> dict[str, EncodedText]:
+        """{prompt: EncodedText} of every different prompt."""
+        with self.on_device(self.text.model):
+            return self.text.encode(prompts, batch_size)
 
 
 @lru_cache(maxsize=1)
@@ -105,23 +118,20 @@ def encode_shard(job: ShardJob, spec: EncodeSpec, decode_threads: int = 2) -> Sh
             members[decoded.window.key] = {**decoded.pictures, LATENT: encode_tensor(latent, spec.zstd_level)}
             metas.append((decoded.window, TensorInfo("float16", latent.shape)))
 
-    encoders.take(encoders.vae)
-    batch: list[Decoded] = []
-    for decoded in _decode_ahead(job, spec, decode_threads):
-        if decoded.error is not None:
-            lost.append(Lost(decoded.window.key, decoded.error.reason, decoded.error.detail))
-            continue
-        notes += [(decoded.window.key, fault) for fault in decoded.faults]
-        batch.append(decoded)
-        if len(batch) == spec.vae_batch:
+    with encoders.on_device(encoders.vae):
+        batch: list[Decoded] = []
+        for decoded in _decode_ahead(job, spec, decode_threads):
+            if decoded.error is not None:
+                lost.append(Lost(decoded.window.key, decoded.error.reason, decoded.error.detail))
+                continue
+            notes += [(decoded.window.key, fault) for fault in decoded.faults]
+            batch.append(decoded)
+            if len(batch) == spec.vae_batch:
+                encode_batch(batch)
+                batch = []
+        if batch:
             encode_batch(batch)
-            batch = []
-    if batch:
-        encode_batch(batch)
-
-    encoders.take(encoders.text.model)
-    texts = encoders.text.encode([window.prompt for window, _ in metas], spec.text_batch)
-    encoders.take(None)
+    texts = encoders.encode_text([window.prompt for window, _ in metas], spec.text_batch)
     for window, latent_info in metas:
         text = texts[window.prompt]
         if text.truncated:
@@ -136,10 +146,7 @@ def encode_shard(job: ShardJob, spec: EncodeSpec, decode_threads: int = 2) -> Sh
 
 def encode_empty_prompt(spec: EncodeSpec) -> None:
     """Write empty_prompt.text.zst: the rows of the prompt "", one zstd frame as in a sample."""
-    encoders = load_encoders(spec)
-    encoders.take(encoders.text.model)
-    rows = encoders.text.encode([""], 1)[""].rows
-    encoders.take(None)
+    rows = load_encoders(spec).encode_text([""], 1)[""].rows
     write_atomic(Path(spec.output) / EMPTY_PROMPT_FILE, encode_tensor(rows, spec.zstd_level))
 
 

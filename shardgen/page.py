@@ -153,8 +153,10 @@ def _both(code: str) -> str:
 
 
 def write_page(dataset: Path, report: Mapping[str, Any]) -> Path:
-    """Write report.html into `dataset` from its report, catalog and config; returns the path. Raises OSError or ConfigError
-    if one of them is not there."""
+    """Write report.html into `dataset` from its report, catalog and config.toml; returns the path.
+
+    Raises OSError or ConfigError if one of them is not there.
+    """
     root = Path(load_toml(dataset / "config.toml", ShardgenConfig).labels.root)
     with Catalog(dataset / "catalog.sqlite") as catalog:
         examples = collect_examples(catalog, root)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -124,6 +125,7 @@ def test_user_faults_are_one_line_and_exit_2(tiny_recipe: Path, tmp_path: Path, 
                                              capsys: pytest.CaptureFixture[str]) -> None:
     for overrides, words in [
             (["output=" + str(tiny_corpus / "out")], "choose a folder outside"),
+            (["output=/proc/newsreel"], "/proc/newsreel"),
             (["labels.root=/nowhere"], "no such folder"), (["windows.fps=0"], "must be above 0"),
             (["nonsense=1"], "known keys"), ([f"output={tmp_path / 'out'}", "encode.model=/nowhere"], "diffusers"),
             ([f"output={tiny_recipe}/out"], "Not a directory")]:
@@ -179,9 +181,21 @@ def kill_until_built(recipe: Path, output: Path, num_kills: int, rng: random.Ran
     assert finished.returncode == 0, finished.stderr
 
 
-def test_killed_and_with_two_workers_it_ends_with_the_same_bytes(tiny_dataset: Path, tiny_recipe: Path,
-                                                                 tiny_corpus: Path, tmp_path: Path) -> None:
+def build_on_a_full_disk(recipe: Path, output: Path) -> None:
+    """No file may grow beyond 150 kB, which is less than a shard: a clear message, and nothing with a shard's name."""
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    full = subprocess.run(build_command(recipe, output), capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
+    assert "File too large" in full.stderr or "the catalog can't be read or written" in full.stderr
+    assert not (output / "manifest.json").exists() and not list(output.glob("*/*x9-000000.tar"))
+
+
+def test_after_a_full_disk_and_kills_two_workers_end_with_the_same_bytes(
+        tiny_dataset: Path, tiny_recipe: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     before = tree_state(tiny_corpus)
+    build_on_a_full_disk(tiny_recipe, tmp_path / "out")
     kill_until_built(tiny_recipe, tmp_path / "out", 2, random.Random(1))
     assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
     assert tree_state(tiny_corpus) == before
