@@ -103,10 +103,13 @@ def test_gelu(dtype: torch.dtype) -> None:
 
 
 COMPILE = '''
+import sys
+
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from train import kernels
 
+CAPABILITY, HALF_TYPE = int(sys.argv[1]), sys.argv[2]
 FLAGS = dict(HAS_Y=True, HAS_GATE=True, PER_TOKEN=True, HAS_DX_OUT=True, ROPE=True, BACKWARD=True, D=3072, BLOCK=4096,
              HALF_HEAD=64, NUM_NORMED=2, NUM_PARTS=3)
 FLOAT32 = "x_out gate shift scale mean_out rstd_out mean_in rstd_in dx_out weight_0 weight_1 cos sin".split()
@@ -118,20 +121,21 @@ for name in ("_residual_norm_forward", "_residual_norm_backward", "_gated_residu
     for parameter in function.params:
         n = parameter.name
         types[n] = ("constexpr" if parameter.is_constexpr else "*i64" if n == "boundary" else "fp32" if n == "eps" else
-                    "*fp32" if n in FLOAT32 else "*fp16" if n in HALF else
-                    ("*fp16" if "rope" in name else "*fp32") if n in ("x", "dx") else "i32")
+                    "*fp32" if n in FLOAT32 else HALF_TYPE if n in HALF else
+                    (HALF_TYPE if "rope" in name else "*fp32") if n in ("x", "dx") else "i32")
     names = list(types)
     constants = {(names.index(n),): FLAGS[n] for n in names if types[n] == "constexpr"}
-    binary = compile(ASTSource(function, types, constants), target=GPUTarget("cuda", 70, 32))
-    assert ".target sm_70" in binary.asm["ptx"] and binary.asm["cubin"]
+    binary = compile(ASTSource(function, types, constants), target=GPUTarget("cuda", CAPABILITY, 32))
+    assert f".target sm_{CAPABILITY}" in binary.asm["ptx"] and binary.asm["cubin"]
     print(name)
 '''
 
 
-def test_every_kernel_compiles_for_sm_70() -> None:
-    """To machine code, by the compiler in triton's wheel: no V100 is needed for that, nor any GPU."""
+@pytest.mark.parametrize(("capability", "half_type"), [("70", "*fp16"), ("90", "*bf16")], ids=["V100", "Hopper"])
+def test_every_kernel_compiles_for(capability: str, half_type: str) -> None:
+    """To machine code, by the compiler in triton's wheel: no GPU is needed for that."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE], cwd=Path(__file__).parent.parent, capture_output=True,
+    run = subprocess.run([sys.executable, "-c", COMPILE, capability, half_type], cwd=Path(__file__).parent.parent, capture_output=True,
                          text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.split()) == 6
