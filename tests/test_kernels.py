@@ -135,7 +135,7 @@ for name in ("_residual_norm_forward", "_residual_norm_backward", "_gated_residu
 def test_every_kernel_compiles_for(capability: str, half_type: str) -> None:
     """To machine code, by the compiler in triton's wheel: no GPU is needed for that."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE, capability, half_type], cwd=Path(__file__).parent.parent, capture_output=True,
-                         text=True, env=environment, timeout=120)
+    run = subprocess.run([sys.executable, "-c", COMPILE, capability, half_type], cwd=Path(__file__).parent.parent,
+                         capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.split()) == 6
