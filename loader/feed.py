@@ -222,12 +222,14 @@ class Feed:
 
     def _batch(self, whole: GlobalBatch, samples: list["_Loaded"]) -> Batch:
         """Copy to the device, merge the planes, pad the text."""
-        latents = [merge_planes(loaded.latent.to(self._device, non_blocking=True)) for loaded in samples]
-        latent_BCTHW = latents[0].unsqueeze(0) if len(latents) == 1 else torch.stack(latents)
-        text_BSD = torch.zeros((len(samples), MAX_TEXT_TOKENS, samples[0].text.shape[-1]), dtype=torch.float16,
-                               device=self._device)
+        num, text_dim = len(samples), samples[0].text.shape[-1]
+        latent_BCTHW = torch.empty((num, *whole.bucket.latent_shape), dtype=torch.float16, device=self._device)
+        text_BSD = torch.empty((num, MAX_TEXT_TOKENS, text_dim), dtype=torch.float16, device=self._device)
         for i, loaded in enumerate(samples):
-            text_BSD[i, :loaded.text.shape[1]] = merge_planes(loaded.text.to(self._device, non_blocking=True))
+            num_tokens = loaded.text.shape[1]
+            merge_planes(loaded.latent.to(self._device, non_blocking=True), latent_BCTHW[i])
+            merge_planes(loaded.text.to(self._device, non_blocking=True), text_BSD[i, :num_tokens])
+            text_BSD[i, num_tokens:] = 0
         condition_BC1HW = None
         if self._raw is not None:
             condition_BC1HW = latent_BCTHW[:, :, :1].clone()  # stays for the samples that are not I2V
@@ -283,11 +285,10 @@ def _first_frames(vae: VAEEncoder, device: torch.device) -> "FirstFrames":
     return FirstFrames(vae, device)
 
 
-def merge_planes(planes: Tensor) -> Tensor:
-    """uint8 [2, ...], high bytes and low bytes, to float16 [...]; on the device, where it costs nothing."""
-    merged = torch.empty((*planes.shape[1:], 2), dtype=torch.uint8, device=planes.device)
-    merged[..., 0], merged[..., 1] = planes[1], planes[0]
-    return merged.view(torch.float16).squeeze(-1)
+def merge_planes(planes: Tensor, out: Tensor) -> None:
+    """uint8 [2, ...], high bytes and low bytes, into float16 `out` [...], on whatever device both are."""
+    bits = out.view(torch.int16)
+    bits.copy_(planes[0]).bitwise_left_shift_(8).bitwise_or_(planes[1])
 
 
 def _empty_text(member: bytes) -> np.ndarray[Any, Any]:
