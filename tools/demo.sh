@@ -18,9 +18,10 @@ begin "a corpus in the users' layout, a third of it defective"
 python -m tools.sample_corpus $demo/corpus
 begin "labels and footage to shards"
 shardgen build configs/shardgen/demo.toml
-begin "verify every hash, shape and count"
+begin "verify every hash, shape and count; report"
 shardgen verify $demo/dataset
 shardgen inspect "$(ls $demo/dataset/train/train-160x96x9-*.tar | head -n 1)"
+shardgen report $demo/dataset
 begin "train a LoRA with two processes"
 torchrun --standalone --nproc-per-node 2 train/main.py configs/train/demo.toml
 begin "sample: base against LoRA, text to video"
@@ -39,7 +40,7 @@ cat <<END
 [$(printf %3d $SECONDS) s] done. The model's weights are random, so its pictures are noise; what the demo shows is the way.
   shards         $demo/dataset/manifest.json
   what became of each label file
-                 $demo/dataset/quality_report.json, clean_dataset.csv and defective_samples.csv
+                 $demo/dataset/report.html, clean_dataset.csv and defective_samples.csv
   LoRA           $demo/train/lora.safetensors (diffusers), lora_comfyui.safetensors (ComfyUI)
   contact sheet  $demo/samples/contact_sheet.png, base above LoRA
                  $demo/samples-i2v/contact_sheet.png, from an image
