@@ -211,3 +211,25 @@ def test_killed_thirty_times(tiny_dataset: Path, tiny_recipe: Path, tmp_path: Pa
 def test_ray_gives_the_same_bytes(tiny_dataset: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     subprocess.run(build_command(tiny_recipe, tmp_path / "out", "--executor", "ray"), check=True, capture_output=True)
     assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
+
+
+def test_a_clip_that_comes_later_goes_to_a_new_shard_and_a_lost_one_comes_back(
+        tiny_recipe: Path, tiny_dataset: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    output, corpus = tmp_path / "out", tmp_path / "corpus"
+    shutil.copytree(tiny_dataset, output)
+    shutil.copytree(tiny_corpus, corpus)
+    old = next(corpus.glob("video/*/2400101.json"))
+    old.with_name("2400199.json").write_text(old.read_text().replace("2400101", "2400199"))
+    media = old.with_suffix(".mp4").read_bytes()
+    old.with_name("2400199.mp4").write_bytes(media + b"\0\0\0\x08free")  # an empty box: other bytes, the same pictures
+    before = shard_bytes(output)
+    lost = next(output.glob("train/*x9-000000.tar"))
+    lost.unlink()
+
+    assert shardgen(["build", str(tiny_recipe), "--set", f"output={output}", "--set", f"labels.root={corpus}"]) == 0
+    after = shard_bytes(output)
+    assert {name: digest for name, digest in after.items() if name in before and name != "manifest.json"} == \
+        {name: digest for name, digest in before.items() if name != "manifest.json"}
+    new = [name for name in after if name not in before]
+    assert {Path(name).suffix for name in new} == {".tar", ".idx", ".xxh3"} and len({n[:-4] for n in new}) <= 3
+    assert shardgen(["verify", str(output), "--workers", "1"]) == 0
