@@ -87,12 +87,12 @@ class Cache:
         return self._folder / name[:2] / name
 
     def _make_room(self) -> None:
-        """Above nine tenths of the bound, delete the least recently used down to eight; one process at a time."""
+        """Above nine tenths of the bound, delete the least recently used down to eight; one process at a time.
+
+        The others wait for it: if they went on writing, a slow disk would let them run past the bound.
+        """
         with (self._folder / "lock").open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # another one is at it
+            fcntl.flock(lock, fcntl.LOCK_EX)
             entries = []
             for path in self._folder.glob("*/*"):
                 try:
