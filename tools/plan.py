@@ -1,0 +1,232 @@
+"""Does it fit, how long will it take, what to change: python -m tools.plan CONFIG.toml [--shape 1280x704x49] [--gpus 2]
+
+Counted, not guessed: the floating-point operations, the bytes of every part in memory, and what the configuration's
+`activation_memory` keeps or computes again. A time needs rates besides. Those of the H200 were measured there (24 heads
+of 128, 11,440 tokens, cuDNN attention; large bf16 products; a device copy); the other cards' are their data sheets'
+peaks times the share of its peak that the H200 reached, so their times are *modelled* and may be far off, above all
+V100's, whose attention kernel is another one. No time is measured here; no GPU is touched.
+
+Without --shape the buckets of the configured datasets are taken, each with its share of the samples.
+
+Left out: the network and the disks (the loader hides them or the metrics say so), the VAE of condition = "raw".
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from loader.config import load_toml
+from loader.read import read_dataset
+from loader.sample import MAX_TEXT_TOKENS, Bucket
+from train.config import TrainConfig
+from train.remat import choose_kept, output_bytes, parse_activation_memory
+from train.wan import WanConfig
+from train.weights import read_config
+
+GIB = 2**30
+CONTEXT_BYTES = 0.7 * GIB  # CUDA context, cuBLAS and cuDNN workspaces: an allowance, not measured
+
+
+class Card(NamedTuple):
+    """Rates that a step reaches, per second: operations of GEMMs and of attention (forward and backward together,
+    counting 3.5 times the forward), bytes moved."""
+
+    name: str
+    memory_gib: float
+    gemm_flops: float
+    attention_flops: float
+    copy_bytes: float
+    source: str
+
+
+_H200_GEMM, _H200_CUDNN, _H200_EFFICIENT = 788 / 989, 516 / 989, 134 / 989  # shares of the data sheet's 989 TFLOP/s
+CARDS = (
+    Card("V100-PCIE-32GB", 32, 112e12 * _H200_GEMM, 112e12 * _H200_EFFICIENT, 0.9e12 * 4.3 / 4.8,
+         "modelled: data sheet 112 TFLOP/s fp16, 0.9 TB/s; memory-efficient attention"),
+    Card("A100-SXM-80GB", 80, 312e12 * _H200_GEMM, 312e12 * _H200_CUDNN, 2.0e12 * 4.3 / 4.8,
+         "modelled: data sheet 312 TFLOP/s, 2.0 TB/s"),
+    Card("H100-SXM-80GB", 80, 788e12, 516e12, 3.35e12 * 4.3 / 4.8, "modelled: the H200's arithmetic, 3.35 TB/s"),
+    Card("H200", 139, 788e12, 516e12, 4.3e12, "rates measured one by one; the step itself was not"),
+)
+
+
+class Step(NamedTuple):
+    """What one sample's forward and backward pass needs: operations, bytes moved between the GEMMs, bytes kept."""
+
+    gemm_flops: float
+    attention_flops: float
+    moved_bytes: float
+    kept_bytes: float
+
+
+def layer_sizes(config: WanConfig) -> dict[str, tuple[int, int, bool]]:
+    """Every linear layer of a block: name -> (in, out, whether its rows are video tokens and not text tokens)."""
+    d, ffn = config.dim, config.ffn_dim
+    sizes = {f"attn{i}.to_{name}": (d, d, i == 1 or name in ("q", "out.0")) for i in (1, 2)
+             for name in ("q", "k", "v", "out.0")}
+    return sizes | {"ffn.net.0.proj": (d, ffn, True), "ffn.net.2": (ffn, d, True)}
+
+
+def num_parameters(config: WanConfig) -> tuple[int, int]:
+    """(in the compute dtype, in float32) of the frozen base: see train/weights.py for which are which."""
+    d, patch = config.dim, 4 * config.in_channels
+    half = config.num_layers * sum((k + 1) * n for k, n, _ in layer_sizes(config).values())
+    half += (patch + 1) * d + (config.text_dim + 1) * d + (d + 1) * d + (d + 1) * 4 * config.out_channels
+    full = config.num_layers * 12 * d + 2 * d + (config.freq_dim + 1) * d + (d + 1) * d + (d + 1) * 6 * d
+    return half, full
+
+
+def num_adapter_parameters(config: WanConfig, targets: list[str], rank: int) -> int:
+    return config.num_layers * rank * sum(k + n for name, (k, n, _) in layer_sizes(config).items() if name in targets)
+
+
+GROUPS = {"attn1.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn1.out": ("attn1.to_out.0",),
+          "attn2.q": ("attn2.to_q",), "attn2.kv": ("attn2.to_k", "attn2.to_v"), "attn2.out": ("attn2.to_out.0",),
+          "ffn.up": ("ffn.net.0.proj",), "ffn.down": ("ffn.net.2",)}
+
+
+def linear_flops(config: WanConfig, num_tokens: int, targets: list[str], rank: int,
+                 input_needs_gradient: bool) -> dict[str, tuple[float, float]]:
+    """Per GEMM of a block, adapters included: operations (forward, backward) for one sample; see train/fused.py.
+
+    The text needs no gradient, nor does the first block's input (`input_needs_gradient` False).
+    """
+    sizes, flops = layer_sizes(config), {}
+    for group, names in GROUPS.items():
+        width, _, video = sizes[names[0]]
+        num_rows = num_tokens if video else MAX_TEXT_TOKENS
+        num_out, low = sum(sizes[name][1] for name in names), rank * sum(name in targets for name in names)
+        product = 2.0 * num_rows
+        adapters = product * low * (num_out + width)  # the gradients of B and of A
+        if video and (group != "attn1.qkv" or input_needs_gradient):
+            adapters += product * (num_out * (width + low) + low * width)  # dy [W | B], then dh A
+        else:
+            adapters += product * num_out * low  # dy B
+        flops[group] = (product * (num_out * (width + low) + low * width), adapters)
+    return flops
+
+
+def attention_flops(config: WanConfig, num_tokens: int) -> dict[str, float]:
+    """Forward operations of a block's two attentions for one sample."""
+    return {"attn1": 4.0 * num_tokens**2 * config.dim, "attn2": 4.0 * num_tokens * MAX_TEXT_TOKENS * config.dim}
+
+
+def autograd_bytes(config: WanConfig, num_tokens: int, targets: list[str], dtype_bytes: int) -> float:
+    """What autograd keeps of one block and sample when nothing is computed again: the residual stream before each norm,
+    q, k and q of cross-attention after theirs, what the operations of train/remat.py put out (the output projections'
+    results only pass through), and the input of each adapted GEMM."""
+    row, layers = num_tokens * config.dim * dtype_bytes, layer_sizes(config)
+    sizes = output_bytes(config, num_tokens, MAX_TEXT_TOKENS, dtype_bytes)
+    total = 3.0 * 4 * num_tokens * config.dim + 3 * row
+    total += sum(size for name, size in sizes.items() if not name.endswith(".out"))
+    for names in GROUPS.values():
+        if not set(names).isdisjoint(targets):
+            width, _, video = layers[names[0]]
+            total += (num_tokens if video else MAX_TEXT_TOKENS) * width * dtype_bytes
+    return total
+
+
+def step_of(config: WanConfig, bucket: Bucket, targets: list[str], rank: int, dtype_bytes: int,
+            budget_bytes: float) -> Step:
+    """Count one sample: forward, the backward pass with respect to activations and adapters, and what is recomputed."""
+    tokens, d, blocks = bucket.num_tokens, config.dim, config.num_layers
+    attention = attention_flops(config, tokens)
+    first, other = (linear_flops(config, tokens, targets, rank, needs) for needs in (False, True))
+    gemm_total = sum(map(sum, first.values())) + (blocks - 1) * sum(map(sum, other.values()))
+    attention_total = blocks * 3.5 * sum(attention.values())
+    sizes = output_bytes(config, tokens, MAX_TEXT_TOKENS, dtype_bytes)
+    stream, row = 4 * tokens * d, dtype_bytes * tokens * d
+    # forward: three norms, the last residual, q/k/v, q, GELU; backward as much again and once more
+    moved = 9 * stream + 12 * row + 2 * tokens * config.ffn_dim * dtype_bytes
+    one_block = autograd_bytes(config, tokens, targets, dtype_bytes)
+    if budget_bytes == float("inf"):
+        return Step(gemm_total, attention_total, blocks * 3 * moved, blocks * one_block)
+    kept_bytes = blocks * stream + 0.0
+    for kept in choose_kept(sizes, blocks, budget_bytes):
+        attention_total += sum(value for name, value in attention.items() if name not in kept)
+        gemm_total += sum(forward for name, (forward, _) in other.items() if name not in kept
+                          and (name != "ffn.down" or "ffn.net.2" in targets))  # nobody needs the last one's output
+        kept_bytes += sum(sizes[name] for name in kept)
+    return Step(gemm_total, attention_total, blocks * 4 * moved, kept_bytes + one_block)  # one is at work
+
+
+def memory_parts(config: TrainConfig, wan: WanConfig, step: Step, bucket: Bucket) -> dict[str, float]:
+    """Bytes on one GPU, by part."""
+    half, full = num_parameters(wan)
+    dtype_bytes = 4 if config.model.dtype == "float32" else 2
+    adapters = num_adapter_parameters(wan, config.lora.targets, config.lora.rank)
+    spare = wan.num_layers * config.lora.rank * sum(
+        k + n for name, (k, n, _) in layer_sizes(wan).items() if name in config.lora.targets)
+    return {
+        "base model": half * dtype_bytes + 4.0 * full,
+        "LoRA, its gradient, its copies": adapters * 8.0 + spare * dtype_bytes,
+        "optimizer": adapters * (2.0 if config.optim.name == "adamw8bit" else 8.0),
+        "kept for the backward pass": config.micro_batch * step.kept_bytes,
+        "gradients on the way": config.micro_batch * bucket.num_tokens * (12.0 * wan.dim + 2 * dtype_bytes
+                                                                         * wan.ffn_dim),
+        "CUDA (an allowance)": CONTEXT_BYTES,
+    }
+
+
+def seconds(step: Step, card: Card) -> float:
+    """Of one sample's pass on `card`."""
+    return (step.gemm_flops / card.gemm_flops + step.attention_flops / card.attention_flops
+            + step.moved_bytes / card.copy_bytes)
+
+
+def buckets_of(config: TrainConfig) -> dict[Bucket, float]:
+    """The shapes of the configured datasets, each with its share of the samples. Raises DatasetError."""
+    counts: dict[Bucket, int] = {}
+    for location in config.data.datasets:
+        for shard in read_dataset(location)[1].splits.get("train", []):
+            bucket = Bucket.parse(shard.bucket)
+            counts[bucket] = counts.get(bucket, 0) + shard.num_samples
+    return {bucket: count / sum(counts.values()) for bucket, count in sorted(counts.items())}
+
+
+def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num_gpus: int) -> str:
+    """The whole answer as text."""
+    dtype_bytes = 4 if config.model.dtype == "float32" else 2
+    budget_bytes = parse_activation_memory(config.activation_memory)
+    steps = {bucket: step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
+                             budget_bytes / config.micro_batch) for bucket in shares}
+    largest = max(shares, key=lambda bucket: bucket.num_tokens)
+    parts = memory_parts(config, wan, steps[largest], largest)
+    total_gib = sum(parts.values()) / GIB
+    lines = [f"memory of one GPU at {largest} ({largest.num_tokens:,} tokens), micro_batch {config.micro_batch}, "
+             f"activation_memory = {config.activation_memory}"]
+    lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in parts.items()]
+    lines += [f"  {'together':<32}{total_gib:8.2f} GiB", "",
+              f"{config.num_steps:,} steps of {config.global_batch} samples on {num_gpus} GPU(s), shapes "
+              + ", ".join(f"{bucket} ({share:.0%})" for bucket, share in shares.items()),
+              f"  {'card':<16}{'fits':<6}{'s/step':>8}{'days':>8}   rates"]
+    for card in CARDS:
+        sample_s = sum(share * seconds(steps[bucket], card) for bucket, share in shares.items())
+        step_s = sample_s * config.global_batch / num_gpus
+        fits = "yes" if total_gib <= card.memory_gib else "no"
+        lines.append(f"  {card.name:<16}{fits:<6}{step_s:8.2f}{step_s * config.num_steps / 86400:8.2f}   {card.source}")
+    if total_gib > 32:
+        lines.append('To fit a smaller card: activation_memory = "block", micro_batch = 1, optim.name = "adamw8bit", '
+                     "or smaller windows.buckets")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="override one key of the file")
+    parser.add_argument("--shape", metavar="WIDTHxHEIGHTxFRAMES", help="instead of the datasets' shapes")
+    parser.add_argument("--gpus", type=int, default=2)
+    arguments = parser.parse_args()
+    try:
+        config = load_toml(arguments.config, TrainConfig, arguments.set)
+        wan = read_config(Path(config.model.path) / "transformer" / "config.json")
+        shares = {Bucket.parse(arguments.shape): 1.0} if arguments.shape else buckets_of(config)
+        print(report(config, wan, shares, arguments.gpus))
+    except (ValueError, OSError) as error:
+        sys.exit(f"plan: {error}")
+
+
+if __name__ == "__main__":
+    main()
