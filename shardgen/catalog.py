@@ -45,6 +45,7 @@ _BODY = len(IngestRow._fields) - 1
 _INSERT = (f"INSERT INTO clips (id, generation, {', '.join(IngestRow._fields[:_BODY])}) "
            f"VALUES (?, ?{', ?' * _BODY})")
 _REPLACE = f"UPDATE clips SET {' = ?, '.join(IngestRow._fields[:_BODY])} = ? WHERE id = ?"
+_CLIPS = "SELECT clips.*, probe, error_reason, error_detail FROM clips LEFT JOIN media USING (media_xxh3)"
 _unpack_label = msgspec.msgpack.Decoder(Label).decode
 _unpack_window = msgspec.json.Decoder(Window).decode
 
@@ -81,13 +82,10 @@ class Catalog(AbstractContextManager["Catalog"]):
 
     # -- the recipe ---------------------------------------------------------------------------------------------------
 
-    def _meta(self, name: str, default: str) -> str:
+    def recall(self, name: str, default: str = "") -> str:
+        """What `remember` was given under this name."""
         row = self.db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return str(row[0]) if row else default
-
-    def recall(self, name: str) -> str | None:
-        """What `remember` was given under this name."""
-        return self._meta(name, "") or None
 
     def remember(self, name: str, value: str) -> None:
         """Keep a value from run to run; it must not be empty."""
@@ -99,13 +97,13 @@ class Catalog(AbstractContextManager["Catalog"]):
         Raises CatalogError if shards were planned under another recipe, because they never change.
         """
         again = []
-        if (old := self._meta("recipe_id", recipe_id)) != recipe_id:
+        if (old := self.recall("recipe_id", recipe_id)) != recipe_id:
             if self.db.execute("SELECT 1 FROM shards LIMIT 1").fetchone():
                 raise CatalogError(f"{self.path}: its shards were planned under recipe {old}, the configuration gives "
                                    f"{recipe_id}, and a shard never changes: choose another output folder, or take the "
                                    f"configuration back to the one echoed beside the catalog")
             again = [WANTED, FETCHED, SOUND, REJECTED, DUPLICATE, UNAVAILABLE, SKIPPED]
-        elif self._meta("selection", selection) != selection:
+        elif self.recall("selection", selection) != selection:
             again = [SKIPPED, WANTED]
         with self.transaction() as db:
             self.remember("recipe_id", recipe_id)
@@ -118,7 +116,7 @@ class Catalog(AbstractContextManager["Catalog"]):
     @property
     def generation(self) -> int:
         """How many plans were made before now: what "catalogued first" counts by, whatever was interrupted when."""
-        return int(self._meta("generation", "0"))
+        return int(self.recall("generation", "0"))
 
     def known_labels(self, folder: str) -> dict[str, Seen]:
         """File name -> what was seen, of the label files directly in `folder` (relative, "" for the root)."""
@@ -176,10 +174,13 @@ class Catalog(AbstractContextManager["Catalog"]):
         where = f"status IN ({', '.join('?' * len(statuses))}) AND" if statuses else ""
         last = ""
         while page := self.db.execute(  # page by page: callers write between two rows
-                f"SELECT clips.*, media.probe, media.error_reason, media.error_detail FROM clips LEFT JOIN media "
-                f"USING (media_xxh3) WHERE {where} label > ? ORDER BY label LIMIT 2000", (*statuses, last)).fetchall():
+                f"{_CLIPS} WHERE {where} label > ? ORDER BY label LIMIT 2000", (*statuses, last)).fetchall():
             yield from page
             last = page[-1]["label"]
+
+    def claims(self, clip_id: str) -> list[sqlite3.Row]:
+        """Rows, as `clips` gives them, of every readable label that claims this id, in path order."""
+        return self.db.execute(f"{_CLIPS} WHERE clip_id = ? ORDER BY label", (clip_id,)).fetchall()
 
     def label(self, clip: int) -> Label:
         """The Label of row `clip`, as it was when it was read."""

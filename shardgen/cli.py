@@ -23,6 +23,7 @@ from shardgen.config import ShardgenConfig
 from shardgen.executors import ExecutorError
 from shardgen.page import write_page
 from shardgen.report import REPORT_FILE, summary, summary_of_checks
+from shardgen.sheet import inspect_clip
 from shardgen.verify import verify_dataset
 from shardgen.write import IDX, TAR
 
@@ -67,7 +68,11 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    stem = options.shard.with_suffix("")
+    if not options.target.endswith(TAR):
+        for line in inspect_clip(options.dataset, options.target, options.sheet):
+            print(line)
+        return OK
+    stem = Path(options.target).with_suffix("")
     index = decode_index(stem.with_suffix(IDX).read_bytes(), str(stem.with_suffix(IDX)))
     found = False
     with stem.with_suffix(TAR).open("rb") as tar:
@@ -122,9 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     command.set_defaults(run=run_verify)
 
-    command = commands.add_parser("inspect", help="what a shard, or one sample of it, holds")
-    command.add_argument("shard", type=Path, metavar="SHARD.tar")
-    command.add_argument("key", nargs="?", metavar="KEY", help="a key or its beginning")
+    command = commands.add_parser("inspect", help="what a shard or one sample of it holds, or what became of a clip")
+    command.add_argument("target", metavar="SHARD.tar|CLIP_ID")
+    command.add_argument("key", nargs="?", metavar="KEY", help="of a shard: a key or its beginning")
+    command.add_argument("--dataset", type=Path, default=Path(), help="of a clip: the build's output folder "
+                                                                      "(default: this folder)")
+    command.add_argument("--sheet", type=Path, metavar="OUT.png", help="of a clip: draw its windows")
     command.set_defaults(run=run_inspect)
 
     command = commands.add_parser("report", help="print the quality report of a dataset and write it as one HTML page")

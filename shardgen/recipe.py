@@ -19,7 +19,7 @@ PACKAGES = ("av", "ftfy", "numpy", "pillow", "tokenizers", "torch", "transformer
 MODEL_PARTS = ("text_encoder", "tokenizer", "vae")  # the transformer takes no part in a dataset
 
 
-def full_recipe(config: ShardgenConfig, recall: Callable[[str], str | None],
+def full_recipe(config: ShardgenConfig, recall: Callable[[str], str],
                 remember: Callable[[str, str], None]) -> dict[str, Any]:
     """The recipe as plain JSON types. `recall` and `remember` keep hashes of model files from run to run.
 
@@ -29,7 +29,7 @@ def full_recipe(config: ShardgenConfig, recall: Callable[[str], str | None],
     return recipe_of(config) | {"models": models, "packages": {name: version(name) for name in PACKAGES}}
 
 
-def _folder_xxh3(folder: Path, recall: Callable[[str], str | None], remember: Callable[[str, str], None]) -> str:
+def _folder_xxh3(folder: Path, recall: Callable[[str], str], remember: Callable[[str, str], None]) -> str:
     """xxh3_128 hex over the names and contents of all files in `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     if not files:
@@ -40,7 +40,7 @@ def _folder_xxh3(folder: Path, recall: Callable[[str], str | None], remember: Ca
         status = path.stat()
         name = f"model {path.resolve()} {status.st_size} {status.st_mtime_ns}"
         content = recall(name)
-        if content is None:
+        if not content:
             content = file_xxh3(path)
             remember(name, content)
         digest.update(f"{path.relative_to(folder)} {content}\n".encode())

@@ -16,7 +16,7 @@ import msgspec
 
 from loader.manifest import ShardInfo
 from loader.sample import Bucket
-from shardgen.catalog import Catalog
+from shardgen.catalog import Catalog, CatalogError
 from shardgen.checks import Check, Figures, metadata_line
 from shardgen.media import Fitting, Probe, fit
 from shardgen.tables import ACCEPTED, FINAL
@@ -64,7 +64,7 @@ def write_reports(catalog: Catalog, output: Path, root: Path, fitting: Fitting,
                 flags.update(row["flags"].split())
                 programmes[row["split"]].add(row["programme"])
                 clean_file.write(csv_row((
-                    label, catalog.media_path(row["media_xxh3"]).resolve(), row["clip_id"], row["media_type"],
+                    label, _media(catalog, row), row["clip_id"], row["media_type"],
                     row["category"], row["programme"], row["split"], row["num_windows"], row["flags"],
                     _declared_size(row), f"{probe.width_px}x{probe.height_px}", round(factor, 4), probe.fps,
                     probe.duration_s, "\n".join(prompts))))
@@ -81,6 +81,14 @@ def write_reports(catalog: Catalog, output: Path, root: Path, fitting: Fitting,
     report["checks"] = figures.checks()
     write_atomic(output / REPORT_FILE, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     return report
+
+
+def _media(catalog: Catalog, row: Any) -> str:
+    """Where the clip's footage lies; its URL if the cache has let it go since."""
+    try:
+        return str(catalog.media_path(row["media_xxh3"]).resolve())
+    except CatalogError:
+        return str(row["url"])
 
 
 def _declared_size(row: Any) -> str:
