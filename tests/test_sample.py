@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from loader.sample import Bucket
-from tools.sample import NotAppliedError, Options, contact_sheet, sample
+from tools.sample import NotAppliedError, Options, contact_sheet, main, sample
 
 PROMPT = "커다란 토끼가 풀밭에 서 있다."
 RANK, ALPHA = 4, 8.0
@@ -79,3 +79,10 @@ def test_contact_sheet_has_base_above_lora() -> None:
     base, lora = np.full((5, 32, 32, 3), 10, np.uint8), np.full((5, 32, 32, 3), 200, np.uint8)
     sheet = np.asarray(contact_sheet([("base", base), ("LoRA", lora)]))
     assert (sheet[10, -10] == 10).all() and (sheet[-10, -10] == 200).all()
+
+
+def test_a_wrong_shape_ends_with_advice_and_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ["--model", "m", "--lora", "l", "--output", str(tmp_path), "--prompt", "p", "--shape", "1280x720x49"]
+    monkeypatch.setattr("sys.argv", ["sample", *arguments])
+    with pytest.raises(SystemExit, match="the next smaller shape is 1280x704x49"):
+        main()

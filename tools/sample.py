@@ -9,6 +9,7 @@ above LoRA, and samples.json with what was measured. With --image every clip sta
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT")
-    parser.add_argument("--shape", type=Bucket.parse, default=Bucket.parse("832x480x49"), metavar="WxHxF")
+    parser.add_argument("--shape", default="832x480x49", metavar="WIDTHxHEIGHTxFRAMES")
     parser.add_argument("--image", type=Path, help="first frame: image-to-video")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=5.0)
@@ -158,12 +159,15 @@ def main() -> None:
     arguments = parser.parse_args()
     diffusers_logging.disable_progress_bar()  # of loading; the denoising keeps its own
     transformers.logging.disable_progress_bar()
-    image = Image.open(arguments.image).convert("RGB") if arguments.image else None
-    options = Options(arguments.shape, arguments.steps, arguments.guidance, arguments.seed,
-                      arguments.negative_prompt, image)
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "float16")
-    sample(arguments.model, arguments.lora, arguments.output, arguments.prompt, options, arguments.device,
-           getattr(torch, dtype))
+    try:
+        image = Image.open(arguments.image).convert("RGB") if arguments.image else None
+        options = Options(Bucket.parse(arguments.shape), arguments.steps, arguments.guidance, arguments.seed,
+                          arguments.negative_prompt, image)
+        sample(arguments.model, arguments.lora, arguments.output, arguments.prompt, options, arguments.device,
+               getattr(torch, dtype))
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample: {error}")
 
 
 if __name__ == "__main__":
