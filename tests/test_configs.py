@@ -1,6 +1,7 @@
 """Every configuration in configs/ decodes strictly, and every constraint file pins what its machine needs."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import msgspec
@@ -36,3 +37,12 @@ def test_constraints_are_exact_pins(name: str) -> None:
 def test_v100_pins_the_last_wheels_that_contain_sm_70() -> None:
     pins = (CONFIGS / "env/v100.txt").read_text(encoding="utf-8").splitlines()
     assert {"torch==2.10.0", "nvidia-dali-cuda120==2.4.0", "bitsandbytes==0.50.2"} <= set(pins)
+
+
+def test_cpu_pins_every_direct_dependency() -> None:
+    root = CONFIGS.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dali-cuda13"}
+    names = {re.split(r"[^\w-]", need)[0] for need in sum(extras.values(), project["dependencies"])} - {"newsreel"}
+    pinned = {line.partition("==")[0] for line in (CONFIGS / "env/cpu.txt").read_text(encoding="utf-8").splitlines()}
+    assert names - pinned == set()
