@@ -12,6 +12,7 @@ one at a time, so that its latent does not depend on who shares its batch.
 """
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from loader.manifest import DatasetError, Split
 from loader.order import GlobalBatch, Order, is_i2v, keyed_uniform, micro_slice, sample_seed
-from loader.read import Damage, Reader, Sample, read_dataset
+from loader.read import Damage, Reader, read_dataset
 from loader.sample import (
     EMPTY_PROMPT_FILE,
     LATENT,
@@ -115,6 +116,7 @@ class Feed:
                 log.info("%s: %d batches of %d an epoch; samples left out each epoch, others each time: %s", dataset,
                          num, global_batch, tails)
 
+        self._scratch = threading.local()
         self._next = (0, 0)  # (global batch, micro-step) of the next job
         self._consumed = 0
         self._pending: deque[Future[_Ready]] = deque()
@@ -184,63 +186,68 @@ class Feed:
     def _job(self, number: int, step: int) -> "_Ready":
         whole = self._order.batch(number)
         rows = micro_slice(step, self._rank, self._world_size, self._micro_batch)
-        samples = [self._load(whole, int(shard), int(position))
-                   for shard, position in zip(whole.shard_G[rows], whole.position_G[rows], strict=True)]
+        places = list(zip(whole.shard_G[rows].tolist(), whole.position_G[rows].tolist(), strict=True))
         last = step + 1 == self._num_micro
         if self._stream is None:
-            return _Ready(self._batch(whole, samples), None, last)
+            return _Ready(self._batch(whole, places), None, last)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            batch = self._batch(whole, samples)
+            batch = self._batch(whole, places)
             return _Ready(batch, self._stream.record_event(), last)
 
-    def _load(self, whole: GlobalBatch, shard: int, position: int) -> "_Loaded":
-        """Read one sample and unpack it into pinned memory."""
-        sample = self._readers[whole.dataset].read(shard, position, self._wanted)
-        meta, members = sample.meta, sample.members
-        dropped = keyed_uniform(self._seed, whole.epoch, meta.key, "caption") < self._caption_dropout
-        i2v = is_i2v(self._seed, whole.epoch, meta.key, meta.num_frames, self._i2v_share)
-        try:
-            latent = self._unpack(members[LATENT], meta.latent)
-            text = (torch.from_numpy(self._empty_text[whole.dataset].reshape(2, -1, meta.text.shape[1])) if dropped
-                    else self._unpack(members[TEXT], meta.text))
-        except (SampleError, ValueError) as error:
-            error.add_note(f"shard {sample.shard}, key {meta.key}")
-            raise
-        frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members and i2v), None)
-        return _Loaded(sample, latent, text, i2v, dropped, frame)
+    def _batch(self, whole: GlobalBatch, places: list[tuple[int, int]]) -> Batch:
+        """Read the samples at (shard, position) and place each one in the batch, on the device."""
+        latent_BCTHW = torch.empty((len(places), *whole.bucket.latent_shape), dtype=torch.float16, device=self._device)
+        loaded, texts = [], []
+        for i, (shard, position) in enumerate(places):
+            sample = self._readers[whole.dataset].read(shard, position, self._wanted)
+            meta, members = sample.meta, sample.members
+            dropped = keyed_uniform(self._seed, whole.epoch, meta.key, "caption") < self._caption_dropout
+            i2v = is_i2v(self._seed, whole.epoch, meta.key, meta.num_frames, self._i2v_share)
+            frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members and i2v), None)
+            text_SD = torch.empty((MAX_TEXT_TOKENS, meta.text.shape[1]), dtype=torch.float16, device=self._device)
+            num_tokens = meta.text.shape[0]
+            try:
+                self._place(members[LATENT], meta.latent, latent_BCTHW[i])
+                if dropped:
+                    planes = torch.from_numpy(self._empty_text[whole.dataset]).view(2, -1, meta.text.shape[1])
+                    num_tokens = planes.shape[1]
+                    merge_planes(planes.to(self._device), text_SD[:num_tokens])
+                else:
+                    self._place(members[TEXT], meta.text, text_SD[:num_tokens])
+            except (SampleError, RuntimeError) as error:
+                error.add_note(f"shard {sample.shard}, key {meta.key}")
+                raise
+            text_SD[num_tokens:] = 0
+            texts.append(text_SD)
+            loaded.append(_Loaded(sample.shard, meta.key, i2v, dropped, frame))
+        condition_BC1HW = None
+        if self._raw is not None:
+            condition_BC1HW = latent_BCTHW[:, :, :1].clone()  # stays for the samples that are not I2V
+            for one, stored in zip(loaded, condition_BC1HW, strict=True):
+                self._encode_frame(one, stored, whole)
+        return Batch(latent_BCTHW, torch.stack(texts) if len(texts) > 1 else texts[0].unsqueeze(0), condition_BC1HW,
+                     is_i2v=[one.is_i2v for one in loaded], caption_dropped=[one.caption_dropped for one in loaded],
+                     keys=[one.key for one in loaded],
+                     seeds=[sample_seed(self._seed, whole.epoch, one.key) for one in loaded], bucket=whole.bucket,
+                     dataset=whole.dataset, epoch=whole.epoch, index=whole.number, wait_s=0.0)
 
     def _wanted(self, extensions: Sequence[str]) -> Sequence[str]:
         """The same members every time, needed or not, so that a cache of samples has one kind of entry."""
         frame = [kind for kind in FRAMES if kind in extensions][:1]
         return [LATENT, TEXT, *(frame if self._raw else [])]
 
-    def _unpack(self, member: memoryview, info: TensorInfo) -> Tensor:
-        """A tensor member's byte planes, uint8 [2, *shape], pinned where there is a GPU."""
-        planes = torch.empty((2, *info.shape), dtype=torch.uint8, pin_memory=self._stream is not None)
+    def _place(self, member: memoryview, info: TensorInfo, out: Tensor) -> None:
+        """Unpack a tensor member into pinned memory, copy it to the device, merge its planes into `out` there."""
+        shape = (2, *info.shape)
+        if self._stream is not None:  # torch keeps pinned memory for the next one, once the copy is done
+            planes = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        else:  # one scratch per thread: fresh memory would cost a page fault per 4 KiB
+            scratch = getattr(self._scratch, "planes", None)
+            if scratch is None or scratch.numel() < 2 * out.numel():
+                scratch = self._scratch.planes = torch.empty(2 * out.numel(), dtype=torch.uint8)
+            planes = scratch[:2 * out.numel()].view(shape)
         decode_planes_into(member, info, planes.numpy().data.cast("B"))
-        return planes
-
-    def _batch(self, whole: GlobalBatch, samples: list["_Loaded"]) -> Batch:
-        """Copy to the device, merge the planes, pad the text."""
-        num, text_dim = len(samples), samples[0].text.shape[-1]
-        latent_BCTHW = torch.empty((num, *whole.bucket.latent_shape), dtype=torch.float16, device=self._device)
-        text_BSD = torch.empty((num, MAX_TEXT_TOKENS, text_dim), dtype=torch.float16, device=self._device)
-        for i, loaded in enumerate(samples):
-            num_tokens = loaded.text.shape[1]
-            merge_planes(loaded.latent.to(self._device, non_blocking=True), latent_BCTHW[i])
-            merge_planes(loaded.text.to(self._device, non_blocking=True), text_BSD[i, :num_tokens])
-            text_BSD[i, num_tokens:] = 0
-        condition_BC1HW = None
-        if self._raw is not None:
-            condition_BC1HW = latent_BCTHW[:, :, :1].clone()  # stays for the samples that are not I2V
-            for loaded, stored in zip(samples, condition_BC1HW, strict=True):
-                self._encode_frame(loaded, stored, whole)
-        keys = [loaded.sample.meta.key for loaded in samples]
-        return Batch(latent_BCTHW, text_BSD, condition_BC1HW, is_i2v=[loaded.is_i2v for loaded in samples],
-                     caption_dropped=[loaded.caption_dropped for loaded in samples], keys=keys,
-                     seeds=[sample_seed(self._seed, whole.epoch, key) for key in keys], bucket=whole.bucket,
-                     dataset=whole.dataset, epoch=whole.epoch, index=whole.number, wait_s=0.0)
-
+        merge_planes(planes.to(self._device, non_blocking=True), out)
 
     def _encode_frame(self, loaded: "_Loaded", stored_C1HW: Tensor, whole: GlobalBatch) -> None:
         """Overwrite the stored latent of frame 0 by the raw frame's, or report why it can't be."""
@@ -251,18 +258,17 @@ class Feed:
         if isinstance(latent_C1HW, Tensor):
             stored_C1HW.copy_(latent_C1HW)
         else:
-            key = loaded.sample.meta.key
-            self._readers[whole.dataset].report(Damage(loaded.sample.shard, key, f"{key}.{container}",
-                                                       f"{latent_C1HW}; the stored latent frame is used instead"))
+            self._readers[whole.dataset].report(
+                Damage(loaded.shard, loaded.key, f"{loaded.key}.{container}",
+                       f"{latent_C1HW}; the stored latent frame is used instead"))
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A sample in host memory: byte planes, uint8 [2, *shape], and the encoded first frame where it is wanted."""
+    """What is left to know of a sample whose tensors are in the batch; `frame` is its encoded first frame, for I2V."""
 
-    sample: Sample
-    latent: Tensor
-    text: Tensor
+    shard: str
+    key: str
     is_i2v: bool
     caption_dropped: bool
     frame: tuple[Literal["jpg", "mp4"], bytes] | None
