@@ -233,3 +233,24 @@ def test_a_clip_that_comes_later_goes_to_a_new_shard_and_a_lost_one_comes_back(
     new = [name for name in after if name not in before]
     assert {Path(name).suffix for name in new} == {".tar", ".idx", ".xxh3"} and len({n[:-4] for n in new}) <= 3
     assert shardgen(["verify", str(output), "--workers", "1"]) == 0
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_ray_node_is_killed_and_the_bytes_are_the_same(tiny_dataset: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        command = build_command(tiny_recipe, tmp_path / "out", "--executor", "ray", "--workers", "2",
+                                "--set", f"executor.address={cluster.address}")
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not list((tmp_path / "out").glob("*/*.tar")):
+            time.sleep(0.05)
+        assert process.poll() is None, "the build was over before a node could be killed"
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        _, messages = process.communicate(timeout=300)
+        assert process.returncode == 0, messages
+    finally:
+        cluster.shutdown()
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
