@@ -1,8 +1,9 @@
 """How fast samples come: `python -m bench.loader [--shape 1280x704x49] [--rounds 5] [--peers PYTHON] [--only NAME]`.
 
 Every subject gives the same two tensors per sample in this machine's memory: the latent, and the text padded to 512
-rows; the consumer copies both once, as a trainer does to its device, so that nothing lazy goes uncounted. Subjects: our feed; the limit, which is pread, zstd and one copy in as many threads, without hashes, order, merged
-planes or padding; webdataset, litdata and mosaicml-streaming under a torch DataLoader at their best of 0, 1 and 2
+rows; the consumer copies both once, as a trainer does to its device, so that nothing lazy goes uncounted. Subjects:
+our feed; the limit, which is pread, zstd and one copy in as many threads, without hashes, order, merged planes or
+padding; webdataset, litdata and mosaicml-streaming under a torch DataLoader at their best of 0, 1 and 2
 workers. Every run is a process of its own; the subjects take turns, `--rounds` times. PYTHON is an interpreter that has
 litdata and mosaicml-streaming installed (they pin many packages, so they are no dependency); without it they are left
 out, and the table says so. "cold" drops the files from the page cache first; "http" reads from a server on loopback.
@@ -178,7 +179,8 @@ def main() -> None:
             subjects += [(f"{name}, {n} workers", f"{name}:{n}", location, False) for n in (0, 1, 2)]
     else:
         print("litdata and mosaicml-streaming: left out, no --peers", file=sys.stderr)
-    subjects += [("ours, cold", "ours", location, True), ("webdataset, 0 workers, cold", "webdataset:0", location, True)]
+    subjects += [("ours, cold", "ours", location, True),
+                 ("webdataset, 0 workers, cold", "webdataset:0", location, True)]
     server = subprocess.Popen([sys.executable, "-m", "bench.range_server", str(folder)], stdout=subprocess.PIPE,
                               text=True)
     try:

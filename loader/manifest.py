@@ -77,8 +77,8 @@ def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
     try:
         manifest = msgspec.json.decode(read(), type=Manifest)
     except FileNotFoundError as error:
-        raise DatasetError(f"{name}: no manifest; a dataset is complete once `shardgen build` has written one. For "
-                           f"foreign shards run `python -m tools.index` first") from error
+        raise DatasetError(f"{name}: no manifest; a dataset is complete once `shardgen build` has written "
+                           f"one; run it again, it goes on where it stopped") from error
     except (OSError, msgspec.MsgspecError) as error:
         raise DatasetError(f"{name}: {error}") from error
     if manifest.format_version != FORMAT_VERSION:
