@@ -41,11 +41,14 @@ def save(output: Path, step: int, state: dict[str, Any], save_lora: Callable[[Pa
         file.flush()
         os.fsync(file.fileno())
     save_lora(temporary)
+    _fsync_folder(temporary)
     target = folder / f"step-{step:08d}"
     os.replace(temporary, target)
     _fsync_folder(folder)
     for _, old in _all(output)[:-keep]:
-        shutil.rmtree(old)
+        doomed = old.with_name(f".tmp-{old.name}")  # a kill while it is deleted must not leave half of a checkpoint
+        old.rename(doomed)
+        shutil.rmtree(doomed)
     return target
 
 

@@ -98,11 +98,14 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return Path(self.output)
 
 
-# What may differ between a checkpoint and the run that goes on from it: none of it changes the samples or the maths.
-RESUMABLE_CHANGES = frozenset({
-    "output", "num_steps", "checkpoint_every", "keep_checkpoints", "log_every", "activation_memory", "micro_batch",
-    "model.path", "model.attention", "data.datasets", "data.num_threads", "data.max_ahead",
-    "data.max_damaged", "data.cache_dir", "data.cache_gib"})
+def resumable_changes(config: TrainConfig) -> frozenset[str]:
+    """What may differ between a checkpoint and the run that goes on from it: where things lie, and how work is cut up,
+    but nothing that changes the samples or the maths. A constant learning rate lets a run be made longer."""
+    longer = {"num_steps"} if config.optim.schedule == "constant" else set()
+    return frozenset({
+        "output", "checkpoint_every", "keep_checkpoints", "log_every", "activation_memory", "micro_batch", "model.path",
+        "model.attention", "data.datasets", "data.num_threads", "data.max_ahead", "data.max_damaged", "data.cache_dir",
+        "data.cache_gib", *longer})
 
 
 def flat(config: msgspec.Struct, prefix: str = "") -> dict[str, object]:

@@ -20,7 +20,7 @@ from loader.feed import Batch, Feed
 from loader.vae import load_vae_encoder
 from train import checkpoint, dist, flow, lora, optim
 from train.attention import Attention, choose_attention
-from train.config import RESUMABLE_CHANGES, FlowConfig, TrainConfig, flat
+from train.config import FlowConfig, TrainConfig, flat, resumable_changes
 from train.metrics import Metrics, Stopwatch, peak_memory_gib
 from train.remat import RunBlock, block_runner, parse_activation_memory
 from train.wan import Wan
@@ -72,7 +72,7 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
 
     first_step, newest = 0, checkpoint.latest(output)
     if newest is not None:
-        state = checkpoint.load(newest, flat(config), RESUMABLE_CHANGES)
+        state = checkpoint.load(newest, flat(config), resumable_changes(config))
         first_step = state["step"]
         flat_parameters.vector.data.copy_(state["parameters"])
         adapters.refresh()
@@ -117,9 +117,11 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         if save or done % config.log_every == 0:
             laps_s, num_logged = stopwatch.read(), done - logged_step  # host sync
             elapsed_s, mean_loss = sum(laps_s.values()), flat_parameters.loss.item()
-            if not math.isfinite(mean_loss):  # the same on all ranks; nothing of this is saved
-                raise ValueError(f"the loss of step {done} is {mean_loss}: lower optim.lr or clip_norm and go on "
-                                 f"from {checkpoint.latest(output) or 'the start'}")
+            finite = math.isfinite(mean_loss) and (scaler.is_enabled() or math.isfinite(grad_norm.item()))
+            if not finite:  # the same on all ranks; nothing of this is saved
+                raise ValueError(f"step {done}: loss {mean_loss}, gradient norm {grad_norm.item()}. Start a new output "
+                                 f"with a lower optim.lr, from lora.init = the {lora.DIFFUSERS_FILE} in "
+                                 f"{checkpoint.latest(output) or 'an earlier run'}")
             if metrics:
                 metrics.write({
                     "step": done, "epoch": batch.epoch, "loss": mean_loss, "lr": lr,
