@@ -203,10 +203,11 @@ def alone_in(output: Path) -> Iterator[None]:
     """Hold the output folder's lock; it falls with the process. Raises ConfigError if another build has it."""
     folder = os.open(output, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{output}: another build is at work in this folder; wait for it or stop it") from error
         yield
-    except BlockingIOError as error:
-        raise ConfigError(f"{output}: another build is at work in this folder; wait for it or stop it") from error
     finally:
         os.close(folder)
 

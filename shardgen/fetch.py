@@ -129,6 +129,8 @@ def download(url: str, cache: Path, schemes: tuple[str, ...], patience: Patience
     done = hash_local(part)
     path = cache / done.media_xxh3[:2] / done.media_xxh3
     path.parent.mkdir(exist_ok=True)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())  # a name in the cache is a promise about the bytes, after a power failure too
     part.replace(path)
     _validator_file(part).unlink(missing_ok=True)
     return done._replace(path=path)

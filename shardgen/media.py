@@ -151,7 +151,7 @@ def decode_windows(path: Path, starts_ms: Sequence[int], fps: float, bucket: Buc
     slots = sorted((start_ms / 1000 + i / fps, index, i)
                    for index, start_ms in enumerate(starts_ms) for i in range(bucket.num_frames))
     windows: dict[int, Frames] = {}
-    done = 0
+    done, end_s = 0, 0.0
     with _open(path) as container:
         stream = container.streams.video[0]
         sar = stream.sample_aspect_ratio or Fraction(1)

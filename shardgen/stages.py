@@ -20,7 +20,7 @@ import xxhash
 
 from loader.sample import Bucket, sample_key
 from shardgen.cache import Room
-from shardgen.catalog import Catalog
+from shardgen.catalog import Catalog, CatalogError
 from shardgen.config import PromptConfig, ShardgenConfig, cache_folder
 from shardgen.fetch import (
     PERMANENT,
@@ -237,7 +237,12 @@ def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
             elif row["error_reason"]:
                 probes[row["media_xxh3"]] = MediaError(row["error_reason"], row["error_detail"])
         todo = dict.fromkeys(row["media_xxh3"] for row in rows if row["media_xxh3"] not in probes)
-        paths = [(media_xxh3, catalog.media_path(media_xxh3)) for media_xxh3 in todo]
+        paths = []
+        for media_xxh3 in todo:
+            try:
+                paths.append((media_xxh3, catalog.media_path(media_xxh3)))
+            except CatalogError as error:  # gone since it was hashed: the clips' fault, not the run's
+                probes[media_xxh3] = MediaError("media_missing", str(error))
         for (media_xxh3, _), found in in_parallel(paths, _probe, lambda item: "", workers=workers, per_host=1):
             assert not isinstance(found, FetchError)
             probes[media_xxh3] = found

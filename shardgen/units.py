@@ -54,8 +54,13 @@ class ShardResult(msgspec.Struct, frozen=True):
 
 def encode_unit(job: ShardJob | None, spec: EncodeSpec, decode_threads: int = 2) -> ShardResult | None:
     """What an executor runs: a shard, or, for None, the empty prompt."""
-    from shardgen.encode import encode_empty_prompt, encode_shard
-    if job is not None:
-        return encode_shard(job, spec, decode_threads)
-    encode_empty_prompt(spec)
-    return None
+    import torch
+
+    from shardgen.encode import EncodeError, encode_empty_prompt, encode_shard
+    try:
+        if job is not None:
+            return encode_shard(job, spec, decode_threads)
+        encode_empty_prompt(spec)
+        return None
+    except torch.OutOfMemoryError as error:
+        raise EncodeError(f"the GPU's memory is full ({error}); lower encode.vae_batch or encode.text_batch") from error

@@ -201,7 +201,7 @@ def check_across(dataset: Path, manifest: Manifest, checked: dict[str, Checked])
         yield f"text rows of different dimensions: {sorted(dims)}"
     for split, shards in manifest.splits.items():
         known = {info.name + suffix for info in shards for suffix in (TAR, IDX, XXH3)}
-        for path in sorted((dataset / split).iterdir()):
+        for path in sorted((dataset / split).glob("*")):
             if path.name not in known:
                 yield f"{path}: is not in {MANIFEST_FILE}"
     try:

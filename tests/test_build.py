@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -254,3 +255,22 @@ def test_a_ray_node_is_killed_and_the_bytes_are_the_same(tiny_dataset: Path, tin
     finally:
         cluster.shutdown()
     assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
+
+
+def test_a_split_without_samples_verifies_and_a_file_that_vanishes_costs_its_clip_alone(
+        tiny_recipe: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    root, output = tmp_path / "corpus", tmp_path / "out"
+    shutil.copytree(tiny_corpus, root)
+    options = ["--set", f"labels.root={root}", "--set", f"output={output}", "--set", "split.val_share=0.0"]
+    assert shardgen(["build", str(tiny_recipe), *options, "--stage", "fetch"]) == 0
+    with Catalog(output / "catalog.sqlite") as catalog:
+        rows = list(catalog.clips("fetched"))
+        uses = Counter(row["media_xxh3"] for row in rows)
+        gone = next(root / row["label"] for row in rows
+                    if row["media_type"] == "video" and uses[row["media_xxh3"]] == 1).with_suffix(".mp4")
+    gone.unlink()
+    assert shardgen(["build", str(tiny_recipe), *options]) == 0
+    assert not (output / "val").exists() and shardgen(["verify", str(output), "--workers", "1"]) == 0
+    with Catalog(output / "catalog.sqlite") as catalog:
+        (row,) = catalog.claims(gone.stem)
+    assert (row["status"], row["reason"]) == ("unavailable", "media_missing")
