@@ -19,7 +19,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 
 from loader.sample import Bucket
@@ -59,9 +59,10 @@ def load_pipeline(model: Path, device: str, dtype: torch.dtype, image_to_video: 
 
 
 def generate(pipeline: Any, prompt: str, options: Options) -> Frames:
-    """One clip, uint8 [F, H, W, 3]; the seed is of the CPU's generator, so devices agree on the noise."""
+    """One clip, uint8 [F, H, W, 3]; an image is letterboxed, as for training. The seed is of the CPU's generator, so
+    devices agree on the noise."""
     shape = options.shape
-    image = {} if options.image is None else {"image": options.image.resize((shape.width_px, shape.height_px))}
+    image = {} if options.image is None else {"image": ImageOps.pad(options.image, (shape.width_px, shape.height_px))}
     frames = pipeline(
         prompt=prompt, negative_prompt=options.negative_prompt, width=shape.width_px, height=shape.height_px,
         num_frames=shape.num_frames, num_inference_steps=options.num_steps, guidance_scale=options.guidance,
