@@ -172,8 +172,7 @@ class Catalog(AbstractContextManager["Catalog"]):
     def clips(self, *statuses: str) -> Iterator[sqlite3.Row]:
         """Rows of `clips` in these statuses (all if none is named), in path order, with their media's probe (JSON)."""
         # the plus keeps sqlite on the index of labels: on that of statuses it would sort all that is left for each page
-        where = f"+status IN ({', '.join('?' * len(statuses))}) AND" if statuses else ""
-        last = ""
+        where, last = f"+status IN ({', '.join('?' * len(statuses))}) AND" if statuses else "", ""
         while page := self.db.execute(  # page by page: callers write between two rows
                 f"{_CLIPS} WHERE {where} label > ? ORDER BY label LIMIT 2000", (*statuses, last)).fetchall():
             yield from page
