@@ -8,7 +8,7 @@ pass bwdif first, one frame out for each frame in.
 
 `probe` decodes the whole file. That is a second decode next to the one that feeds the encoder, and it is deliberate:
 shards are planned from what the probe saw, so rot has to be found before the plan, not in the middle of a shard.
-Decoders hide damage by default; here they are told to fail, and packets and frames are counted against the header.
+Decoders hide damage by default; here they are told to fail, and packets are counted against the header.
 
 Left out: seeking (a clip is at most some 45 s, all its windows come out of one pass, and a seek can be wrong where a
 pass can't) and tone mapping (HDR is refused by name).

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a LoRA, on a CPU: bash tools/demo.sh. Everything it makes lies under runs/demo.
-# Run again, it does again only what is not there: to start over, rm -r runs/demo.
+# Run again, shards and training go on from what is there, the rest is made anew: to start over, rm -r runs/demo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 demo=runs/demo step=start

@@ -6,8 +6,9 @@ The base GEMM and the low-rank path are one GEMM: W is stored with B behind its 
 
 so the large output is written once and never read again. This needs x in a buffer whose rows have R spare columns:
 who makes x leaves them free when asked (train/elementwise.py), and where x comes without them (attention's output) it
-is copied. The same buffer is all that the backward pass keeps. Dropout masks are computed from a seed both times, so
-they cost no memory, and they depend on the sample alone, never on the rank or micro-batch.
+is copied. The same buffer is all that the backward pass keeps. Dropout masks are computed from a seed both times: none
+is kept (while one is made, it costs several int64 tensors of x's size), and they depend on the sample alone, never on
+the rank or micro-batch.
 Gradients of A and B are float32: they are sums over thousands of tokens, and float16 would overflow.
 
 Everything here is cuBLAS through torch, which is all that sm_70 has tensor cores for.
