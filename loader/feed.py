@@ -128,6 +128,11 @@ class Feed:
         return sum(self._order.batches_per_epoch)
 
     @property
+    def buckets(self) -> list[Bucket]:
+        """All shapes that batches can have."""
+        return sorted({bucket for buckets in self._order.buckets for bucket in buckets})
+
+    @property
     def damages(self) -> list[Damage]:
         """The samples that this rank could not use so far, each once."""
         return [damage for reader in self._readers for damage in reader.damages]

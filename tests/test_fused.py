@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from train.elementwise import gelu_tanh
-from train.fused import LoRALinear, dropout_keep, has_spare_columns, lora_linear_eager
+from train.fused import LoRALinear, has_spare_columns, lora_linear_eager
 from train.lora import LoRAProjections
+from train.lowrank import dropout_keep, dropout_keys
 from train.wan import Projections
 
 LAYERS = {"attn1.to_q": 24, "attn1.to_k": 24, "attn1.to_v": 40}
-SEEDS_B = torch.tensor([2**62 + 5, 77])
+KEYS_NB = dropout_keys(torch.tensor([2**62 + 5, 77]), 5)
 
 
 def adapted(targets: tuple[str, ...], dropout: float) -> LoRAProjections:
@@ -23,7 +24,8 @@ def adapted(targets: tuple[str, ...], dropout: float) -> LoRAProjections:
     torch.nn.init.normal_(module.b_NR)
     for destination, source in module.copies():
         destination.copy_(source)
-    module.seeds_B = SEEDS_B
+    module.a *= module.scale
+    module.key_B = KEYS_NB[3]
     return module
 
 
@@ -34,7 +36,7 @@ def eager(module: LoRAProjections, x_BLK: Tensor) -> Tensor:
         b_NR[start:end, i * 8:(i + 1) * 8] = module.b_NR[row:row + end - start]
         row += end - start
     return lora_linear_eager(x_BLK, module.weight[:, :16], module.bias, module.a_RK, b_NR, module.scale,
-                             module.dropout, module.seeds_B, module.layer)
+                             module.dropout, module.key_B)
 
 
 @pytest.mark.parametrize("targets", [tuple(LAYERS), ("attn1.to_v", "attn1.to_q"), ("attn1.to_k",)])
@@ -60,7 +62,7 @@ def test_gradients_of_adapters_are_float32_in_half_precision() -> None:
     module.weight.data, module.bias.data, module.a = (t.bfloat16() for t in (module.weight, module.bias, module.a))
     x_BLK = torch.randn(2, 5, 16).bfloat16()
     y: Tensor = LoRALinear.apply(x_BLK, module.weight, module.bias, module.a, module.a_RK, module.b_NR, module.blocks,
-                                 module.scale, 0.0, None, 0)
+                                 module.scale, 0.0, None)
     y.sum().backward()
     assert y.dtype == torch.bfloat16
     for parameter in (module.a_RK, module.b_NR):
@@ -68,15 +70,15 @@ def test_gradients_of_adapters_are_float32_in_half_precision() -> None:
 
 
 def test_dropout_follows_the_sample_and_the_layer_not_the_batch() -> None:
-    both = dropout_keep(SEEDS_B, 3, 50, 64, 0.1)
-    assert torch.equal(both[1:], dropout_keep(SEEDS_B[1:], 3, 50, 64, 0.1))
+    both = dropout_keep(KEYS_NB[3], 50, 64, 0.1)
+    assert torch.equal(both[1:], dropout_keep(KEYS_NB[3, 1:], 50, 64, 0.1))
     assert not torch.equal(both[0], both[1])
-    assert not torch.equal(both, dropout_keep(SEEDS_B, 4, 50, 64, 0.1))
+    assert not torch.equal(both, dropout_keep(KEYS_NB[4], 50, 64, 0.1))
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_drops_its_share_of_every_row_and_column(p: float) -> None:
-    keep_LK = dropout_keep(torch.tensor([123456789]), 1, 1000, 1000, p)[0].float()
+    keep_LK = dropout_keep(dropout_keys(torch.tensor([123456789]), 1)[0], 1000, 1000, p)[0].float()
     five_sigma = 5 * (p * (1 - p)) ** 0.5
     assert abs(keep_LK.mean() - (1 - p)) < five_sigma / 1000
     assert (keep_LK.mean(0) - (1 - p)).abs().max() < five_sigma / 1000**0.5

@@ -16,6 +16,7 @@ from train.weights import load_transformer
 
 CPU = torch.device("cpu")
 TOKENS, TEXT_TOKENS = 2 * 3 * 4, 512
+SHAPE = remat.Shape(2, TOKENS, TEXT_TOKENS)
 
 
 class Count(TorchDispatchMode):
@@ -40,9 +41,10 @@ def gradients(checkpoint: Path, budget_bytes: float) -> tuple[list[Tensor], Coun
     generator = torch.Generator().manual_seed(3)
     latent, text = (torch.randn(2, *shape, generator=generator) for shape in ((48, 2, 6, 8), (TEXT_TOKENS, 32)))
     _, attention = choose_attention("auto", CPU, torch.float32)
+    plans = remat.plan_run(model.config, [SHAPE], lora.TARGETS, 4, budget_bytes, 0.0, 0)
     with Count() as count:
         velocity = model(latent, torch.tensor([[0.0, 700.0]] * 2), torch.tensor([0, 1]), text, attention,
-                         remat.block_runner(model, budget_bytes))
+                         remat.block_runner(model, plans))
         velocity.square().mean().backward()
     return [p.grad for p in adapters.parameters() if p.grad is not None], count.operations, model
 
@@ -75,5 +77,25 @@ def test_the_plan_fills_the_budget_and_never_exceeds_it(budget_gib: float) -> No
 
 def test_a_wrong_budget_is_named() -> None:
     assert remat.parse_activation_memory("6.5GiB") == 6.5 * 2**30
-    with pytest.raises(ValueError, match=r'activation_memory = "6GB": use "all", "block" or'):
+    with pytest.raises(ValueError, match=r'activation_memory = "6GB": use "auto", "all", "block" or'):
         remat.parse_activation_memory("6GB")
+
+
+@pytest.mark.parametrize("room_gib", [9.0, 16.0, 30.0, 100.0])
+def test_auto_fills_the_room_and_keeps_everything_where_it_fits(room_gib: float) -> None:
+    large, small = remat.Shape(1, 11_440, 512), remat.Shape(1, 1_170, 512)
+    room_bytes = room_gib * 2**30
+    for shapes in ([large], [small], [large, small]):
+        plans = remat.plan_run(TI2V_5B, shapes, lora.TARGETS[:3], 2, None, room_bytes, max_graph_tokens=4096)
+        total = sum(plan.num_bytes for plan in plans.values())  # a graph's memory stays while the other shape runs
+        assert total <= room_bytes
+        if any(plan.blocks is not None for plan in plans.values()):
+            assert total > 0.9 * room_bytes or (shapes == [small])
+    assert (plans[large].blocks is None) == (room_gib == 100.0)
+    graph_alone = remat.plan_run(TI2V_5B, [small], lora.TARGETS[:3], 2, None, room_bytes, max_graph_tokens=4096)
+    assert graph_alone[small].blocks is None  # nobody else needs the room
+
+
+def test_auto_asks_for_a_gpu() -> None:
+    with pytest.raises(ValueError, match='on a CPU use "block" or "all"'):
+        remat.room_bytes(CPU)

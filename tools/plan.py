@@ -20,7 +20,7 @@ from loader.config import load_toml
 from loader.read import read_dataset
 from loader.sample import MAX_TEXT_TOKENS, Bucket
 from train.config import TrainConfig
-from train.remat import choose_kept, output_bytes, parse_activation_memory
+from train.remat import GROUPS, Kept, Shape, describe, parse_activation_memory, plan_run
 from train.wan import WanConfig
 from train.weights import read_config
 
@@ -52,12 +52,11 @@ CARDS = (
 
 
 class Step(NamedTuple):
-    """What one sample's forward and backward pass needs: operations, bytes moved between the GEMMs, bytes kept."""
+    """What one sample's forward and backward pass needs: operations, and bytes moved between the GEMMs."""
 
     gemm_flops: float
     attention_flops: float
     moved_bytes: float
-    kept_bytes: float
 
 
 def layer_sizes(config: WanConfig) -> dict[str, tuple[int, int, bool]]:
@@ -79,11 +78,6 @@ def num_parameters(config: WanConfig) -> tuple[int, int]:
 
 def num_adapter_parameters(config: WanConfig, targets: list[str], rank: int) -> int:
     return config.num_layers * rank * sum(k + n for name, (k, n, _) in layer_sizes(config).items() if name in targets)
-
-
-GROUPS = {"attn1.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn1.out": ("attn1.to_out.0",),
-          "attn2.q": ("attn2.to_q",), "attn2.kv": ("attn2.to_k", "attn2.to_v"), "attn2.out": ("attn2.to_out.0",),
-          "ffn.up": ("ffn.net.0.proj",), "ffn.down": ("ffn.net.2",)}
 
 
 def linear_flops(config: WanConfig, num_tokens: int, targets: list[str], rank: int,
@@ -112,47 +106,27 @@ def attention_flops(config: WanConfig, num_tokens: int) -> dict[str, float]:
     return {"attn1": 4.0 * num_tokens**2 * config.dim, "attn2": 4.0 * num_tokens * MAX_TEXT_TOKENS * config.dim}
 
 
-def autograd_bytes(config: WanConfig, num_tokens: int, targets: list[str], dtype_bytes: int) -> float:
-    """What autograd keeps of one block and sample when nothing is computed again: the residual stream before each norm,
-    q, k and q of cross-attention after theirs, what the operations of train/remat.py put out (the output projections'
-    results only pass through), and the input of each adapted GEMM."""
-    row, layers = num_tokens * config.dim * dtype_bytes, layer_sizes(config)
-    sizes = output_bytes(config, num_tokens, MAX_TEXT_TOKENS, dtype_bytes)
-    total = 3.0 * 4 * num_tokens * config.dim + 3 * row
-    total += sum(size for name, size in sizes.items() if not name.endswith(".out"))
-    for names in GROUPS.values():
-        if not set(names).isdisjoint(targets):
-            width, _, video = layers[names[0]]
-            total += (num_tokens if video else MAX_TEXT_TOKENS) * width * dtype_bytes
-    return total
-
-
-def step_of(config: WanConfig, bucket: Bucket, targets: list[str], rank: int, dtype_bytes: int,
-            budget_bytes: float) -> Step:
+def step_of(config: WanConfig, bucket: Bucket, targets: list[str], rank: int, dtype_bytes: int, kept: Kept) -> Step:
     """Count one sample: forward, the backward pass with respect to activations and adapters, and what is recomputed."""
     tokens, d, blocks = bucket.num_tokens, config.dim, config.num_layers
     attention = attention_flops(config, tokens)
     first, other = (linear_flops(config, tokens, targets, rank, needs) for needs in (False, True))
     gemm_total = sum(map(sum, first.values())) + (blocks - 1) * sum(map(sum, other.values()))
     attention_total = blocks * 3.5 * sum(attention.values())
-    sizes = output_bytes(config, tokens, MAX_TEXT_TOKENS, dtype_bytes)
     stream, row = 4 * tokens * d, dtype_bytes * tokens * d
-    # forward: three norms, the last residual, q/k/v, q, GELU; backward as much again and once more
+    # forward: three norms, the last residual, q/k/v, q, GELU; backward as much again and half as much more
     moved = 9 * stream + 12 * row + 2 * tokens * config.ffn_dim * dtype_bytes
-    one_block = autograd_bytes(config, tokens, targets, dtype_bytes)
-    if budget_bytes == float("inf"):
-        return Step(gemm_total, attention_total, blocks * 3 * moved, blocks * one_block)
-    kept_bytes = blocks * stream + 0.0
-    for kept in choose_kept(sizes, blocks, budget_bytes):
-        attention_total += sum(value for name, value in attention.items() if name not in kept)
-        gemm_total += sum(forward for name, (forward, _) in other.items() if name not in kept
+    if kept.blocks is None:
+        return Step(gemm_total, attention_total, blocks * 2.5 * moved)
+    for names in kept.blocks:
+        attention_total += sum(value for name, value in attention.items() if name not in names)
+        gemm_total += sum(forward for name, (forward, _) in other.items() if name not in names
                           and (name != "ffn.down" or "ffn.net.2" in targets))  # nobody needs the last one's output
-        kept_bytes += sum(sizes[name] for name in kept)
-    return Step(gemm_total, attention_total, blocks * 4 * moved, kept_bytes + one_block)  # one is at work
+    return Step(gemm_total, attention_total, blocks * 3.5 * moved)
 
 
-def memory_parts(config: TrainConfig, wan: WanConfig, step: Step, bucket: Bucket) -> dict[str, float]:
-    """Bytes on one GPU, by part."""
+def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:
+    """Bytes on one GPU that stay from step to step, by part."""
     half, full = num_parameters(wan)
     dtype_bytes = 4 if config.model.dtype == "float32" else 2
     adapters = num_adapter_parameters(wan, config.lora.targets, config.lora.rank)
@@ -162,9 +136,6 @@ def memory_parts(config: TrainConfig, wan: WanConfig, step: Step, bucket: Bucket
         "base model": half * dtype_bytes + 4.0 * full,
         "LoRA, its gradient, its copies": adapters * 8.0 + spare * dtype_bytes,
         "optimizer": adapters * (2.0 if config.optim.name == "adamw8bit" else 8.0),
-        "kept for the backward pass": config.micro_batch * step.kept_bytes,
-        "gradients on the way": config.micro_batch * bucket.num_tokens * (12.0 * wan.dim + 2 * dtype_bytes
-                                                                         * wan.ffn_dim),
         "CUDA (an allowance)": CONTEXT_BYTES,
     }
 
@@ -189,26 +160,31 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
     """The whole answer as text."""
     dtype_bytes = 4 if config.model.dtype == "float32" else 2
     budget_bytes = parse_activation_memory(config.activation_memory)
-    steps = {bucket: step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
-                             budget_bytes / config.micro_batch) for bucket in shares}
+    resident = resident_parts(config, wan)
     largest = max(shares, key=lambda bucket: bucket.num_tokens)
-    parts = memory_parts(config, wan, steps[largest], largest)
-    total_gib = sum(parts.values()) / GIB
-    lines = [f"memory of one GPU at {largest} ({largest.num_tokens:,} tokens), micro_batch {config.micro_batch}, "
-             f"activation_memory = {config.activation_memory}"]
-    lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in parts.items()]
-    lines += [f"  {'together':<32}{total_gib:8.2f} GiB", "",
-              f"{config.num_steps:,} steps of {config.global_batch} samples on {num_gpus} GPU(s), shapes "
+    lines = [f"memory of one GPU, micro_batch {config.micro_batch}, activation_memory = {config.activation_memory}"]
+    lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in resident.items()]
+    lines += ["", f"{config.num_steps:,} steps of {config.global_batch} samples on {num_gpus} GPU(s), shapes "
               + ", ".join(f"{bucket} ({share:.0%})" for bucket, share in shares.items()),
-              f"  {'card':<16}{'fits':<6}{'s/step':>8}{'days':>8}   rates"]
+              f"  {'card':<16}{'GiB':>6} {'fits':<5}{'s/step':>8}{'days':>7}   what is kept at {largest}; rates"]
+    tight = False
     for card in CARDS:
-        sample_s = sum(share * seconds(steps[bucket], card) for bucket, share in shares.items())
-        step_s = sample_s * config.global_batch / num_gpus
-        fits = "yes" if total_gib <= card.memory_gib else "no"
-        lines.append(f"  {card.name:<16}{fits:<6}{step_s:8.2f}{step_s * config.num_steps / 86400:8.2f}   {card.source}")
-    if total_gib > 32:
-        lines.append('To fit a smaller card: activation_memory = "block", micro_batch = 1, optim.name = "adamw8bit", '
-                     "or smaller windows.buckets")
+        room_bytes = 0.95 * (card.memory_gib * GIB - sum(resident.values()))
+        shapes = {bucket: Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in shares}
+        plans = plan_run(wan, list(shapes.values()), config.lora.targets, dtype_bytes, budget_bytes, room_bytes,
+                         config.cuda_graph_tokens)
+        sample_s = sum(share * seconds(step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
+                                               plans[shapes[bucket]]), card) for bucket, share in shares.items())
+        step_s, total = sample_s * config.global_batch / num_gpus, sum(resident.values()) + max(
+            plan.num_bytes for plan in plans.values())
+        fits = total <= card.memory_gib * GIB
+        tight |= not fits
+        lines.append(f"  {card.name:<16}{total / GIB:6.1f} {'yes' if fits else 'no':<5}{step_s:8.2f}"
+                     f"{step_s * config.num_steps / 86400:7.2f}   {card.source}")
+        lines.append(f"  {'':<16}{describe(wan, plans[shapes[largest]])}")
+    if tight:
+        lines.append('To fit a smaller card: activation_memory = "auto" or "block", micro_batch = 1, optim.name = '
+                     '"adamw8bit", or smaller windows.buckets')
     return "\n".join(lines)
 
 

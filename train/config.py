@@ -75,7 +75,9 @@ class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """global_batch: samples per optimizer step over all GPUs. micro_batch: samples of one forward pass on one GPU;
     global_batch / (micro_batch * GPUs) passes are accumulated. activation_memory: what is kept for the
-    backward pass: "block" the inputs of each block, "all" everything, "6GiB" as much beyond "block" as that holds.
+    backward pass: "block" the inputs of each block, "all" everything, "6GiB" as much beyond "block" as that holds,
+    "auto" as much as the card has room for. cuda_graph_tokens: a micro-batch of at most so many tokens runs on a GPU as
+    CUDA graphs; 0: none does.
     """
 
     output: str
@@ -89,6 +91,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     micro_batch: Positive = 1
     seed: Annotated[int, Meta(ge=0)] = 0
     activation_memory: str = "block"
+    cuda_graph_tokens: Annotated[int, Meta(ge=0)] = 4096
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 3
     log_every: Positive = 1
@@ -103,9 +106,9 @@ def resumable_changes(config: TrainConfig) -> frozenset[str]:
     but nothing that changes the samples or the maths. A constant learning rate lets a run be made longer."""
     longer = {"num_steps"} if config.optim.schedule == "constant" else set()
     return frozenset({
-        "output", "checkpoint_every", "keep_checkpoints", "log_every", "activation_memory", "micro_batch", "model.path",
-        "model.attention", "data.datasets", "data.num_threads", "data.max_ahead", "data.max_damaged", "data.cache_dir",
-        "data.cache_gib", *longer})
+        "output", "checkpoint_every", "keep_checkpoints", "log_every", "activation_memory", "cuda_graph_tokens",
+        "micro_batch", "model.path", "model.attention", "data.datasets", "data.num_threads", "data.max_ahead",
+        "data.max_damaged", "data.cache_dir", "data.cache_gib", *longer})
 
 
 def flat(config: msgspec.Struct, prefix: str = "") -> dict[str, object]:

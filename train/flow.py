@@ -49,6 +49,13 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of Python numbers, through pinned memory: an ordinary copy would wait for all work on the GPU."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
 def sample_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
     """Standard normal float32 [B, *shape], sample by sample from its seed. CPU and GPU draw different numbers."""
     generator = torch.Generator(device)
@@ -60,8 +67,7 @@ def noise_latent(latent_BCThw: Tensor, noise_BCThw: Tensor, sigmas: Sequence[flo
     """Noise a batch of clean latents. `condition_BC1hw` replaces the clean first frame of I2V samples if given."""
     device = latent_BCThw.device
     x0 = latent_BCThw.float()
-    sigma_B = torch.tensor(sigmas, dtype=torch.float32, device=device)
-    i2v_B = torch.tensor(is_i2v, device=device)
+    sigma_B, i2v_B = to_device(sigmas, torch.float32, device), to_device(is_i2v, torch.bool, device)
     s, i2v = sigma_B.view(-1, 1, 1, 1, 1), i2v_B.view(-1, 1, 1, 1, 1)
     noised = (1 - s) * x0 + s * noise_BCThw
     first = x0[:, :, :1] if condition_BC1hw is None else condition_BC1hw.float()

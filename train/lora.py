@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.fused import LoRALinear
+from train.lowrank import dropout_keys
 from train.wan import Block, Projections, Wan
 
 TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
@@ -40,7 +41,7 @@ class LoRAProjections(nn.Module):
     """`Projections` with adapters on some of its layers; see train/fused.py for the arithmetic.
 
     a_RK and b_NR are the float32 parameters (b_NR stacked over the adapted layers, [sum of N, rank]); `weight` holds
-    [W | B] in the compute dtype and `a` a copy of A: `refresh` renews both after every change of the parameters.
+    [W | B] in the compute dtype and `a` = scale * A: `refresh` renews both after every change of the parameters.
     """
 
     a: Tensor
@@ -64,11 +65,11 @@ class LoRAProjections(nn.Module):
         self.a_RK = nn.Parameter(torch.empty(self.num_spare, width, dtype=torch.float32, device=device))
         num_adapted_out = sum(end - start for start, end in self.blocks)
         self.b_NR = nn.Parameter(torch.zeros(num_adapted_out, rank, dtype=torch.float32, device=device))
-        self.seeds_B: Tensor | None = None
+        self.key_B: Tensor | None = None  # of dropout, for the samples of this pass
 
     def forward(self, x_BLK: Tensor) -> Tensor:
         y: Tensor = LoRALinear.apply(x_BLK, self.weight, self.bias, self.a, self.a_RK, self.b_NR, self.blocks,
-                                     self.scale, self.dropout if self.training else 0.0, self.seeds_B, self.layer)
+                                     self.scale, self.dropout if self.training else 0.0, self.key_B)
         return y
 
     def parts(self) -> Iterable[tuple[str, Tensor, Tensor]]:
@@ -80,7 +81,7 @@ class LoRAProjections(nn.Module):
             row += end - start
 
     def copies(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """(destination, source) pairs that bring the compute-dtype copies up to date."""
+        """(destination, source) pairs that bring the compute-dtype copies up to date, but for A's scale."""
         yield self.a, self.a_RK.detach()
         for i, ((_, _, b), (start, end)) in enumerate(zip(self.parts(), self.blocks, strict=True)):
             column = self.width + i * self.rank
@@ -103,11 +104,14 @@ class LoRA:
         pairs = [pair for module in self._all for pair in module.copies()]
         with torch.no_grad():
             torch._foreach_copy_([destination for destination, _ in pairs], [source for _, source in pairs])
+            torch._foreach_mul_([module.a for module in self._all], self._all[0].scale)
 
     def set_seeds(self, seeds_B: Tensor) -> None:
         """Seeds (int64 [B]) of the samples of the next forward pass, for dropout."""
-        for module in self._all:
-            module.seeds_B = seeds_B
+        if any(module.dropout for module in self._all):
+            keys_NB = dropout_keys(seeds_B, 1 + max(module.layer for module in self._all))
+            for module in self._all:
+                module.key_B = keys_NB[module.layer]
 
     def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """"blocks.N.TARGET" -> (A [rank, in], B [out, rank]), float32 views."""
@@ -131,7 +135,7 @@ def attach(model: Wan, targets: Iterable[str], rank: int, alpha: float, dropout:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     modules: dict[int, list[LoRAProjections]] = {}
-    layer = 0
+    layer = -1
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         modules[index] = []

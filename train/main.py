@@ -13,30 +13,17 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # torchrun puts train/ there, not the root
 
 import torch
-from torch import Tensor
 
 from loader.config import dump_toml, load_toml
-from loader.feed import Batch, Feed
+from loader.feed import Feed
+from loader.sample import MAX_TEXT_TOKENS
 from loader.vae import load_vae_encoder
-from train import checkpoint, dist, flow, lora, optim
-from train.attention import Attention, choose_attention
-from train.config import FlowConfig, TrainConfig, flat, resumable_changes
+from train import checkpoint, dist, lora, optim, remat
+from train.attention import choose_attention
+from train.config import TrainConfig, flat, resumable_changes
 from train.metrics import Metrics, Stopwatch, peak_memory_gib
-from train.remat import RunBlock, block_runner, parse_activation_memory
-from train.wan import Wan
+from train.step import MicroStep, prepare
 from train.weights import load_transformer
-
-
-def micro_batch_loss(model: Wan, adapters: lora.LoRA, batch: Batch, config: FlowConfig, attention: Attention,
-                     run_block: RunBlock) -> Tensor:
-    """Mean loss of a micro-batch: float32 scalar."""
-    device = batch.latent_BCTHW.device
-    adapters.set_seeds(torch.tensor(batch.seeds, device=device))
-    noise = flow.sample_noise(batch.seeds, batch.latent_BCTHW.shape[1:], device)
-    sigmas = [flow.sample_sigma(seed, config.timesteps, config.shift) for seed in batch.seeds]
-    noised = flow.noise_latent(batch.latent_BCTHW, noise, sigmas, batch.is_i2v, batch.condition_BC1HW)
-    velocity = model(noised.latent_BCThw, noised.t_BR, noised.num_clean_frames_B, batch.text_BSD, attention, run_block)
-    return flow.sample_losses(velocity, noised.target_BCThw, noised.num_clean_frames_B).mean()
 
 
 def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
@@ -47,14 +34,13 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
                          f"{config.micro_batch} x {world.size}")
     attention_name, attention = choose_attention(config.model.attention, device, dtype)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums over K = 14336 overflow in fp16
-    budget_bytes = parse_activation_memory(config.activation_memory)
+    budget_bytes = remat.parse_activation_memory(config.activation_memory)
 
     model = load_transformer(Path(config.model.path), device, dtype)
     adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout,
                            config.seed)
     if config.lora.init:
         lora.load_diffusers(adapters, Path(config.lora.init))
-    run_block = block_runner(model, budget_bytes)
     flat_parameters = optim.flatten(adapters.parameters())
     optimizer = optim.make_optimizer(flat_parameters.vector, config.optim.name, config.optim.lr,
                                      (config.optim.beta1, config.optim.beta2), config.optim.eps,
@@ -69,6 +55,14 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         weights=config.data.weights or None, max_damaged=config.data.max_damaged,
         cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else None,
         cache_bytes=int(config.data.cache_gib * 2**30)))
+
+    plans = remat.plan_run(
+        model.config, [remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in feed.buckets],
+        config.lora.targets, dtype.itemsize, budget_bytes,
+        remat.room_bytes(device) - 8 * flat_parameters.vector.numel() if budget_bytes is None else 0.0,
+        config.cuda_graph_tokens if device.type == "cuda" else 0)
+    micro_step = MicroStep(model, adapters, attention, remat.block_runner(model, plans), scaler,
+                           1 / (num_micro * world.size), config.cuda_graph_tokens)
 
     first_step, newest = 0, checkpoint.latest(output)
     if newest is not None:
@@ -87,6 +81,8 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
                     f"{world.size} x {device.type}; {config.model.dtype}, {attention_name} attention, "
                     f"activation_memory = {config.activation_memory}; "
                     + (f"resumed from {newest}" if newest else "from the start"))
+        for bucket, plan in zip(feed.buckets, plans.values(), strict=True):
+            metrics.say(f"{bucket}: {remat.describe(model.config, plan)}")
 
     stopwatch, logged_step, num_tokens = Stopwatch(device), first_step, 0
     for step in range(first_step, config.num_steps):
@@ -94,10 +90,10 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         for _ in range(num_micro):
             batch, feed_state = next(feed)
             stopwatch.lap("data_wait_s")
-            loss = micro_batch_loss(model, adapters, batch, config.flow, attention, run_block)
-            flat_parameters.loss.add_(loss.detach() / (num_micro * world.size))
+            loss = micro_step.forward(prepare(batch, config.flow))
+            flat_parameters.loss.add_(loss / (num_micro * world.size))
             stopwatch.lap("forward_s")
-            scaler.scale(loss / (num_micro * world.size)).backward()
+            micro_step.backward()
             stopwatch.lap("backward_s")
             num_tokens += batch.bucket.num_tokens * len(batch.keys) * world.size
         dist.all_reduce_sum(flat_parameters.buffer, world)
@@ -154,8 +150,8 @@ def main() -> None:
             train(load_toml(arguments.config, TrainConfig, arguments.set), stack.enter_context(dist.process_group()),
                   stack)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"train: {error}\ntrain: the GPU's memory is full. Set activation_memory to \"block\" or a smaller "
-                 f"budget, micro_batch = 1, or build smaller windows.buckets")
+        sys.exit(f"train: {error}\ntrain: the GPU's memory is full. Set activation_memory to \"auto\", a smaller "
+                 f"budget or \"block\", micro_batch = 1, or build smaller windows.buckets")
     except (ValueError, OSError) as error:  # every fault of the user's is one of these, and says what to do
         sys.exit(f"train: {error}")
 

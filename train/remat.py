@@ -3,17 +3,20 @@
 "all" keeps every tensor that autograd asks for, "block" only the inputs of each block, so that its forward pass runs
 twice. Between the two lies a budget such as "6GiB": the outputs of the expensive operations are kept, those that save
 most time per byte first, in as many blocks as they fit; norms, rotations and GELU are always computed again, because
-they cost a pass over memory each and would fill it. Whatever is kept, the gradients are the same bit for bit:
-everything random in a block follows from the samples' seeds.
+they cost a pass over memory each and would fill it. "auto" takes what the card has left, and keeps all if all fits.
+Whatever is kept, the gradients are the same bit for bit: everything random in a block follows from the samples' seeds.
 
 Time saved per byte: a GEMM's output saves 2 K operations for 2 bytes, whatever its width; self-attention's 4 L; cross-
 attention's only 4 * 512. So self-attention comes first, the GEMMs next, smallest first, and cross-attention last.
+
+The plan is made for all shapes of a run before its first step, because shapes that run as CUDA graphs keep their memory
+while the others run.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +37,36 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
+# the layers of each GEMM of a block, by their names in diffusers
+GROUPS = {"attn1.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn1.out": ("attn1.to_out.0",),
+          "attn2.q": ("attn2.to_q",), "attn2.kv": ("attn2.to_k", "attn2.to_v"), "attn2.out": ("attn2.to_out.0",),
+          "ffn.up": ("ffn.net.0.proj",), "ffn.down": ("ffn.net.2",)}
+GRAPH_SHARE = 0.25  # of the memory, at most, for shapes that run as CUDA graphs beside others that don't
 
 
-def parse_activation_memory(text: str) -> float:
-    """Bytes that all blocks together may keep: "all" inf, "block" 0, "6GiB" or "6.5GiB". Raises ValueError."""
-    if text in ("all", "block"):
-        return float("inf") if text == "all" else 0.0
+class Shape(NamedTuple):
+    """A micro-batch: samples, video tokens and text tokens of each."""
+
+    batch: int
+    num_tokens: int
+    num_text_tokens: int
+
+
+class Kept(NamedTuple):
+    """Per block the operations whose outputs are kept, or None: everything. `num_bytes`: what that takes at its peak,
+    with what the block at work and the gradients on their way need."""
+
+    blocks: list[frozenset[str]] | None
+    num_bytes: float
+
+
+def parse_activation_memory(text: str) -> float | None:
+    """Bytes that all blocks together may keep: "all" inf, "block" 0, "6GiB" or "6.5GiB", "auto" None."""
+    if text in ("all", "block", "auto"):
+        return {"all": float("inf"), "block": 0.0, "auto": None}[text]
     match = re.fullmatch(r"(\d+(?:\.\d+)?)GiB", text)
     if match is None:
-        raise ValueError(f'activation_memory = "{text}": use "all", "block" or a budget such as "6.5GiB"')
+        raise ValueError(f'activation_memory = "{text}": use "auto", "all", "block" or a budget such as "6.5GiB"')
     return float(match.group(1)) * 2**30
 
 
@@ -53,6 +77,27 @@ def output_bytes(config: WanConfig, num_tokens: int, num_text_tokens: int, dtype
             "attn2": num_tokens * (row + statistics), "attn2.q": num_tokens * row,
             "attn2.kv": num_text_tokens * 2 * row, "attn2.out": num_tokens * row,
             "ffn.up": num_tokens * config.ffn_dim * dtype_bytes}
+
+
+def autograd_bytes(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_bytes: int) -> float:
+    """What autograd keeps of one block and sample when nothing is computed again: the residual stream before each norm,
+    q, k and q of cross-attention after theirs, what `output_bytes` counts (the output projections' results only pass
+    through), and the input of each adapted GEMM."""
+    row = shape.num_tokens * config.dim * dtype_bytes
+    sizes = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
+    total = 3.0 * 4 * shape.num_tokens * config.dim + 3 * row
+    total += sum(size for name, size in sizes.items() if not name.endswith(".out"))
+    for name, layers in GROUPS.items():
+        if not set(layers).isdisjoint(targets):
+            width = config.ffn_dim if name == "ffn.down" else config.dim
+            total += (shape.num_text_tokens if name == "attn2.kv" else shape.num_tokens) * width * dtype_bytes
+    return total
+
+
+def transient_bytes(config: WanConfig, shape: Shape, dtype_bytes: int) -> float:
+    """Gradients on their way through one block and sample, at their most: that of the stream, and two of the
+    feed-forward's width."""
+    return shape.num_tokens * (12.0 * config.dim + 2 * dtype_bytes * config.ffn_dim)
 
 
 def choose_kept(sizes: dict[str, int], num_blocks: int, budget_bytes: float) -> list[frozenset[str]]:
@@ -66,22 +111,71 @@ def choose_kept(sizes: dict[str, int], num_blocks: int, budget_bytes: float) -> 
     return [frozenset(block) for block in kept]
 
 
-def block_runner(model: Wan, budget_bytes: float) -> RunBlock:
-    """The `run_block` of Wan.forward. The plan is made anew for each shape, from the tokens of the micro-batch."""
+def plan_shape(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_bytes: int, budget_bytes: float | None,
+               room_bytes: float = 0.0) -> Kept:
+    """What to keep of `shape` under a budget, or (`budget_bytes` None) so that all of it fits into `room_bytes`."""
+    batch, blocks = shape.batch, config.num_layers
+    one_block = autograd_bytes(config, shape, targets, dtype_bytes)
+    at_work = batch * transient_bytes(config, shape, dtype_bytes)
+    everything = Kept(None, batch * blocks * one_block + at_work)
+    inputs = batch * (blocks * 4.0 * shape.num_tokens * config.dim + one_block) + at_work
+    if budget_bytes is None:
+        budget_bytes = float("inf") if everything.num_bytes <= room_bytes else max(room_bytes - inputs, 0.0)
     if budget_bytes == float("inf"):
+        return everything
+    sizes = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
+    kept = choose_kept(sizes, blocks, budget_bytes / batch)
+    return Kept(kept, inputs + batch * sum(sizes[name] for block in kept for name in block))
+
+
+def plan_run(config: WanConfig, shapes: Sequence[Shape], targets: Sequence[str], dtype_bytes: int,
+             budget_bytes: float | None, room_bytes: float, max_graph_tokens: int) -> dict[Shape, Kept]:
+    """`plan_shape` for every shape of a run; those up to `max_graph_tokens` keep their memory as CUDA graphs."""
+    graphs = [shape for shape in shapes if shape.batch * shape.num_tokens <= max_graph_tokens]
+    others = [shape for shape in shapes if shape not in graphs]
+    plans = {shape: plan_shape(config, shape, targets, dtype_bytes, budget_bytes,
+                               room_bytes * (GRAPH_SHARE if others else 1.0)) for shape in graphs}
+    room_bytes -= max((plan.num_bytes for plan in plans.values()), default=0.0)
+    return plans | {shape: plan_shape(config, shape, targets, dtype_bytes, budget_bytes, room_bytes)
+                    for shape in others}
+
+
+def room_bytes(device: torch.device) -> float:
+    """What this process can still take on a GPU, less a twentieth for what does not fit exactly.
+
+    Raises ValueError on a CPU."""
+    if device.type != "cuda":
+        raise ValueError('activation_memory = "auto" asks the GPU how much is free; on a CPU use "block" or "all"')
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    capped = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_reserved(device)
+    return 0.95 * min(free, capped)
+
+
+def describe(config: WanConfig, kept: Kept) -> str:
+    """One line for the log."""
+    if kept.blocks is None:
+        what = "everything is kept, nothing computed again"
+    else:
+        counts = {name: sum(name in block for block in kept.blocks) for name in _ORDER}
+        what = ", ".join(f"{name} of {num}" for name, num in counts.items() if num) or "only their inputs"
+        what = f"of {config.num_layers} blocks are kept: {what}"
+    return f"{what}; {kept.num_bytes / 2**30:.1f} GiB at the peak beside the model, by the plan"
+
+
+def block_runner(model: Wan, plans: dict[Shape, Kept]) -> RunBlock:
+    """The `run_block` of Wan.forward."""
+    if all(plan.blocks is None for plan in plans.values()):
         return None
-    dtype_bytes = model.patch_embedding.weight.element_size()
-    plans: dict[tuple[int, int, int], list[frozenset[str]]] = {}
 
     def run_block(index: int, block: Block, x_BLD: Tensor, text_BSD: Tensor, *rest: Any) -> Tensor:
-        batch, num_tokens, num_text_tokens = *x_BLD.shape[:2], text_BSD.shape[1]
-        if (batch, num_tokens, num_text_tokens) not in plans:
-            sizes = output_bytes(model.config, num_tokens, num_text_tokens, dtype_bytes)
-            plans[batch, num_tokens, num_text_tokens] = choose_kept(sizes, len(model.blocks), budget_bytes / batch)
-        kept = plans[batch, num_tokens, num_text_tokens][index]
-        contexts = partial(_contexts, block, kept) if kept else noop_context_fn
-        out: Tensor = checkpoint(block, x_BLD, text_BSD, *rest, use_reentrant=False, preserve_rng_state=False,
-                                 context_fn=contexts)
+        blocks = plans[Shape(x_BLD.shape[0], x_BLD.shape[1], text_BSD.shape[1])].blocks
+        if blocks is None:
+            out: Tensor = block(x_BLD, text_BSD, *rest)
+            return out
+        contexts = partial(_contexts, block, blocks[index]) if blocks[index] else noop_context_fn
+        out = checkpoint(block, x_BLD, text_BSD, *rest, use_reentrant=False, preserve_rng_state=False,
+                         context_fn=contexts)
         return out
 
     return run_block

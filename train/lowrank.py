@@ -1,0 +1,110 @@
+"""The low-rank half of a LoRA linear, with dropout by seed: three products that read the wide activations once each.
+
+    low = drop(x) A^T        dx += drop'(dlow A)        dA = dlow^T drop(x)
+
+Which elements of x survive is a pure function of (sample seed, layer, token, channel): a 32-bit integer hash that the
+CPU, the GPU and every kernel compute alike. So no mask is kept for the backward pass, and none depends on the rank or
+micro-batch. Without dropout all three are plain GEMMs. With it there are three ways, and the device decides:
+
+- sm_80 and newer: Triton kernels with tensor cores that hash while they read x (train/lowrank_kernels.py);
+- an older GPU: an elementwise kernel makes drop(x), cuBLAS multiplies, because tl.dot has no tensor cores there;
+- the CPU: the lines below in eager torch, the twin of both.
+
+Shapes: B samples, L tokens, M = B * L, K width of x, R = rank of all adapters together. Rows of x and dx may lie
+further apart than K.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+GOLDEN = 0x9E3779B1  # 2**32 / golden ratio, odd
+
+
+def dropout_keys(seeds_B: Tensor, num_layers: int) -> Tensor:
+    """A 32-bit key per layer and sample, int64 [num_layers, B], from 63-bit seeds."""
+    layers = torch.arange(num_layers, device=seeds_B.device)[:, None]
+    return _mix32((seeds_B & _MASK32) ^ _mix32((seeds_B >> 32) ^ ((layers + 1) * GOLDEN & _MASK32)))
+
+
+def dropout_keep(key_B: Tensor, length: int, width: int, p: float) -> Tensor:
+    """Which elements survive: bool [B, L, K]."""
+    index_LK = torch.arange(length * width, device=key_B.device).view(length, width)
+    return _mix32((index_LK * GOLDEN + key_B[:, None, None]) & _MASK32) >= threshold(p)
+
+
+def threshold(p: float) -> int:
+    """A hash below this drops its element."""
+    return int(p * 2**32)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A 32-bit finaliser (the constants of MurmurHash3) on int64 values below 2**32."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+    return x ^ (x >> 16)
+
+
+def dropped(x_BLK: Tensor, p: float, key_B: Tensor | None, kernels: bool = True) -> Tensor:
+    """drop(x): surviving elements divided by 1 - p. p = 0 returns x itself."""
+    if p == 0.0:
+        return x_BLK
+    assert key_B is not None, "LoRA dropout needs the samples' seeds"
+    if kernels and x_BLK.is_cuda:
+        from train.lowrank_kernels import drop
+
+        out: Tensor = drop(x_BLK, p, key_B)
+        return out
+    return torch.where(dropout_keep(key_B, x_BLK.shape[1], x_BLK.shape[2], p), x_BLK / (1 - p), 0)
+
+
+def project_down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_MR: Tensor,
+                 kernels: bool = True) -> None:
+    """out = drop(x) A^T, in x's dtype."""
+    if p > 0.0 and kernels and _has_dot(x_BLK):
+        from train.lowrank_kernels import drop_down
+
+        drop_down(x_BLK, a_RK, p, key_B, out_MR)
+    else:
+        torch.mm(dropped(x_BLK, p, key_B, kernels).flatten(0, 1), a_RK.T, out=out_MR)
+
+
+def add_project_up(dx_BLK: Tensor, dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None,
+                   kernels: bool = True) -> None:
+    """dx += drop'(dlow A), in place."""
+    if p == 0.0:
+        _rows(dx_BLK).addmm_(dlow_MR, a_RK)
+    elif kernels and _has_dot(dx_BLK):
+        from train.lowrank_kernels import drop_up_add
+
+        drop_up_add(dx_BLK, dlow_MR, a_RK, p, key_B)
+    else:
+        dx_BLK += dropped((dlow_MR @ a_RK).view(dx_BLK.shape), p, key_B, kernels)
+
+
+def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, kernels: bool = True) -> Tensor:
+    """dA = dlow^T drop(x): float32 [R, K]."""
+    if p > 0.0 and kernels and _has_dot(x_BLK):
+        from train.lowrank_kernels import drop_gradient
+
+        out: Tensor = drop_gradient(dlow_MR, x_BLK, p, key_B)
+        return out
+    return mm_float32(dlow_MR.T, dropped(x_BLK, p, key_B, kernels).flatten(0, 1))
+
+
+def mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b accumulated and returned in float32: sums over thousands of tokens would overflow float16."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _rows(x_BLK: Tensor) -> Tensor:
+    return x_BLK.view(-1, x_BLK.shape[-1]) if x_BLK.is_contiguous() else x_BLK.as_strided(
+        (x_BLK.shape[0] * x_BLK.shape[1], x_BLK.shape[2]), (x_BLK.stride(1), 1), x_BLK.storage_offset())
+
+
+def _has_dot(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
