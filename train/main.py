@@ -56,12 +56,12 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else None,
         cache_bytes=int(config.data.cache_gib * 2**30)))
 
+    shapes = {bucket: remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in feed.buckets}
     plans = remat.plan_run(
-        model.config, [remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in feed.buckets],
-        config.lora.targets, dtype.itemsize, budget_bytes,
+        model.config, list(shapes.values()), config.lora.targets, dtype.itemsize, budget_bytes,
         remat.room_bytes(device) - 8 * flat_parameters.vector.numel() if budget_bytes is None else 0.0,
         config.cuda_graph_tokens if device.type == "cuda" else 0)
-    micro_step = MicroStep(model, adapters, attention, remat.block_runner(model, plans), scaler,
+    micro_step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler,
                            1 / (num_micro * world.size), config.cuda_graph_tokens)
 
     first_step, newest = 0, checkpoint.latest(output)
@@ -81,8 +81,8 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
                     f"{world.size} x {device.type}; {config.model.dtype}, {attention_name} attention, "
                     f"activation_memory = {config.activation_memory}; "
                     + (f"resumed from {newest}" if newest else "from the start"))
-        for bucket, plan in zip(feed.buckets, plans.values(), strict=True):
-            metrics.say(f"{bucket}: {remat.describe(model.config, plan)}")
+        for bucket, shape in shapes.items():
+            metrics.say(f"{bucket}: {remat.describe(model.config, plans[shape])}")
 
     stopwatch, logged_step, num_tokens = Stopwatch(device), first_step, 0
     for step in range(first_step, config.num_steps):

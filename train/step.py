@@ -10,13 +10,15 @@ that may not happen in a capture. Graphs of all shapes share one pool of memory,
 Shapes: B samples, C latent channels, T/h/w latent frames, rows, columns, S = 512 text tokens, R = 2 modulation rows.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loader.feed import Batch
-from train import flow, lora
+from train import flow
 from train.attention import Attention
 from train.config import FlowConfig
 from train.remat import RunBlock
@@ -54,9 +56,9 @@ class _Graphs(NamedTuple):
 class MicroStep:
     """`forward` and then `backward` of one micro-batch; the gradient of `share` times its loss is added up."""
 
-    def __init__(self, model: Wan, adapters: lora.LoRA, attention: Attention, run_block: RunBlock,
+    def __init__(self, model: Wan, set_seeds: Callable[[Tensor], None], attention: Attention, run_block: RunBlock,
                  scaler: torch.amp.GradScaler, share: float, max_graph_tokens: int):
-        self._model, self._adapters, self._attention, self._run_block = model, adapters, attention, run_block
+        self._model, self._set_seeds, self._attention, self._run_block = model, set_seeds, attention, run_block
         self._scaler, self._share, self._max_graph_tokens = scaler, share, max_graph_tokens
         self._graphs: dict[torch.Size, _Graphs | None] = {}  # None: warmed up
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
@@ -65,8 +67,7 @@ class MicroStep:
     def forward(self, inputs: Inputs) -> Tensor:
         """The mean loss of the micro-batch: a float32 scalar without a graph, valid until the next call."""
         shape = inputs.latent_BCThw.shape
-        _, pt, ph, pw = 0, *self._model.config.patch_size
-        num_tokens = shape[0] * shape[2:].numel() // (pt * ph * pw)
+        num_tokens = shape[0] * shape[2:].numel() // math.prod(self._model.config.patch_size)
         if not inputs.latent_BCThw.is_cuda or num_tokens > self._max_graph_tokens:
             self._running = self._loss(inputs)
             return self._running.detach()
@@ -91,7 +92,7 @@ class MicroStep:
 
     def _loss(self, inputs: Inputs) -> Tensor:
         latent_BCThw, t_BR, num_clean_frames_B, text_BSD, target_BCThw, seeds_B = inputs
-        self._adapters.set_seeds(seeds_B)
+        self._set_seeds(seeds_B)
         velocity_BCThw = self._model(latent_BCThw, t_BR, num_clean_frames_B, text_BSD, self._attention, self._run_block)
         return flow.sample_losses(velocity_BCThw, target_BCThw, num_clean_frames_B).mean()
 

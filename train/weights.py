@@ -5,6 +5,7 @@ GEMM weights take the compute dtype; norms, modulation tables and the time embed
 on the float32 residual stream and cost nothing.
 """
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -30,16 +31,27 @@ def load_transformer(model_dir: Path, device: torch.device, dtype: torch.dtype) 
     """Build Wan from `model_dir`/transformer, frozen, GEMM weights in `dtype` on `device`. Raises WeightsError."""
     folder = model_dir / "transformer"
     config = read_config(folder / "config.json")
+    files = _tensor_files(folder)
+    handles = {file: safe_open(folder / file, framework="pt") for file in set(files.values())}
+    return build_transformer(config, files.keys(), lambda name: handles[files[name]].get_tensor(name), device, dtype,
+                             str(folder))
+
+
+def build_transformer(config: WanConfig, available: Collection[str], read: Callable[[str], Tensor],
+                      device: torch.device, dtype: torch.dtype, where: str) -> Wan:
+    """Build Wan and fill it from the diffusers tensors that `read` gives by name; `where` is for messages.
+
+    GEMM weights in `dtype`, the rest float32, on `device`, frozen. Raises WeightsError if `available` are not exactly
+    the tensors of a Wan2.2 transformer, or don't have the shapes of `config`.
+    """
     with torch.device("meta"):
         model = Wan(config)
     sources = tensor_sources(model)
-    files = _tensor_files(folder)
-    missing = sorted(name for names in sources.values() for name in names if name not in files)
-    unused = sorted(files.keys() - {name for names in sources.values() for name in names})
+    missing = sorted(name for names in sources.values() for name in names if name not in available)
+    unused = sorted(set(available) - {name for names in sources.values() for name in names})
     if missing or unused:
-        raise WeightsError(f"{folder}: not the tensors of a Wan2.2 transformer: {len(missing)} missing {missing[:3]}, "
+        raise WeightsError(f"{where}: not the tensors of a Wan2.2 transformer: {len(missing)} missing {missing[:3]}, "
                            f"{len(unused)} unknown {unused[:3]}")
-    handles = {file: safe_open(folder / file, framework="pt") for file in set(files.values())}
     parameters = dict(model.named_parameters())
     for name, names in sources.items():
         meta = parameters[name]
@@ -47,15 +59,14 @@ def load_transformer(model_dir: Path, device: torch.device, dtype: torch.dtype) 
         target = torch.empty(meta.shape, dtype=torch.float32 if float32 else dtype, device=device)
         row = 0
         for source in names:
-            tensor: Tensor = handles[files[source]].get_tensor(source)
-            tensor = tensor.reshape(-1, *meta.shape[1:])  # patch convolution -> GEMM; tables lose a leading 1
+            tensor = read(source).reshape(-1, *meta.shape[1:])  # patch convolution -> GEMM; tables lose a leading 1
             if row + tensor.shape[0] > target.shape[0]:
-                raise WeightsError(f"{folder / files[source]}: {source} has shape {list(tensor.shape)}, which does not "
-                                   f"fit {name} {list(meta.shape)} of config.json")
+                raise WeightsError(f"{where}: {source} has shape {list(tensor.shape)}, which does not fit {name} "
+                                   f"{list(meta.shape)} of config.json")
             target[row:row + tensor.shape[0]].copy_(tensor)
             row += tensor.shape[0]
         if row != target.shape[0]:
-            raise WeightsError(f"{folder}: {names} fill {row} of the {target.shape[0]} rows of {name}")
+            raise WeightsError(f"{where}: {names} fill {row} of the {target.shape[0]} rows of {name}")
         _assign(model, name, target)
     return model
 

@@ -1,0 +1,242 @@
+"""How fast a training step is, against diffusers + PEFT and against the floor: `python -m bench.step --profile native`.
+
+One process per profile and shape: random weights of the real size, subjects interleaved, CUDA events, a whole optimizer
+step each. First it checks that what it times is right (bench/step_check.py); then it prints a table and writes it as
+JSON. Profiles:
+
+- native: bfloat16, the card's best attention, nothing recomputed;
+- native32: the same, our step under a cap of 32 GiB, its activations planned for 30;
+- volta: float16 with loss scaling, SDPA's memory-efficient kernel alone, the same cap.
+
+Cases: t2v and i2v with rank 16 on the six q/k/v, r32 with rank 32 on every layer and dropout 0.1 (t2v). Peak memory is
+the step's own: what the other subjects keep is subtracted.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import msgspec
+import torch
+
+from bench import step_check
+from bench import step_subjects as subjects
+from loader.sample import MAX_TEXT_TOKENS, Bucket
+from tools import plan
+from train import remat
+from train.wan import TI2V_5B, WanConfig
+
+GIB = 2**30
+CAP_GIB, PLANNED_GIB = 32, 30
+PROFILES = {"native": (torch.bfloat16, "cudnn", False), "native32": (torch.bfloat16, "cudnn", True),
+            "volta": (torch.float16, "efficient", True)}
+CASES = {"t2v": ("r16", False), "i2v": ("r16", True), "r32": ("r32", False)}
+PEERS = ("eager, checkpointing", "compiled, checkpointing", "compiled")
+
+
+class Bench:
+    """The models of one adapter configuration, and the steps to time with them."""
+
+    def __init__(self, config: WanConfig, bucket: Bucket, profile: str, adapters: subjects.Adapters,
+                 peers: list[str], device: torch.device, graph_tokens: int):
+        self.config, self.bucket, self.device = config, bucket, device
+        self.dtype, self.attention_name, self.capped = PROFILES[profile]
+        self.attention = subjects.chosen_attention(self.attention_name, device, self.dtype)
+        subjects.only_attention(self.attention_name)
+        self.resident: dict[str, int] = {}
+        self.steps: dict[str, subjects.Step] = {}
+        shape = remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS)
+        with self._counting("peer"):
+            self.reference = subjects.reference_model(config, device, self.dtype)
+        with self._counting("ours"):
+            self.model = subjects.our_model(self.reference, config, self.dtype)
+            self.adapters = subjects.attach(self.model, adapters)
+        with self._counting("frozen"):
+            frozen = subjects.our_model(self.reference, config, self.dtype)
+        room = PLANNED_GIB * GIB - self.resident["ours"] - plan.CONTEXT_BYTES
+        self.kept = remat.plan_shape(config, shape, adapters.targets, self.dtype.itemsize,
+                                     None if self.capped else float("inf"), room)
+        with self._counting("ours"):
+            self.steps["ours"] = subjects.our_step(self.model, self.adapters, self.attention, bucket, self.dtype,
+                                                   self.kept, graph_tokens)
+        self.steps["frozen"] = subjects.frozen_step(frozen, self.attention, bucket, self.kept, graph_tokens)
+        self.steps["floor"] = subjects.floor_step(self.model, bucket, self.dtype, self.attention)
+        with self._counting("peer"):
+            step = subjects.peer_step(self.reference, adapters, self.dtype) if peers else None
+        compiled = subjects.compile_blocks(self.reference) if any("compiled" in peer for peer in peers) else None
+        for peer in peers:
+            assert step is not None
+            self.steps[peer] = self._peer(step, compiled if "compiled" in peer else None, "checkpointing" in peer)
+
+    def _peer(self, step: subjects.Step, compiled: Any, checkpointing: bool) -> subjects.Step:
+        def run(batch: Any) -> torch.Tensor:
+            subjects.use_compiled(self.reference, compiled)
+            self.reference.gradient_checkpointing = checkpointing
+            return step(batch)
+
+        if checkpointing:
+            self.reference.enable_gradient_checkpointing()
+        return run
+
+    def _counting(self, owner: str) -> Any:
+        return _Counting(self.resident, owner)
+
+    def time(self, name: str, batch: Any) -> dict[str, float]:
+        """One step: seconds, loss, peak GiB of its own."""
+        owner = "peer" if name in PEERS else "ours" if name == "ours" else "frozen"
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - self.resident[owner]
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        loss = self.steps[name](batch)
+        end.record()
+        torch.cuda.synchronize()
+        return {"s": start.elapsed_time(end) / 1e3, "loss": loss.item(),
+                "peak_gib": (torch.cuda.max_memory_allocated() - others) / GIB}
+
+    def fits_the_cap(self, batch: Any) -> None:
+        """Our step with no more memory for it than a card of 32 GiB has; out of memory ends the run."""
+        torch.cuda.empty_cache()
+        others = torch.cuda.memory_reserved() - self.resident["ours"]
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction((CAP_GIB * GIB - plan.CONTEXT_BYTES + others) / total)
+        self.steps["ours"](batch)
+        torch.cuda.synchronize()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+class _Counting:
+    """Adds what is allocated inside it to `resident[owner]`."""
+
+    def __init__(self, resident: dict[str, int], owner: str):
+        self._resident, self._owner = resident, owner
+
+    def __enter__(self) -> None:
+        self._before = torch.cuda.memory_allocated()
+
+    def __exit__(self, *_: object) -> None:
+        grown = torch.cuda.memory_allocated() - self._before
+        self._resident[self._owner] = self._resident.get(self._owner, 0) + grown
+
+
+def rows_of(bench: Bench, case: str, i2v: bool, num_rounds: int, deadline_s: float) -> list[dict[str, Any]]:
+    """Interleave all subjects and return a row for each."""
+    batch = subjects.make_batch(bench.bucket, i2v, bench.device)
+    small = bench.bucket.num_tokens <= 4096
+    if small:
+        bench.steps["floor"] = subjects.graphed(subjects.floor_step(bench.model, bench.bucket, bench.dtype,
+                                                                    bench.attention), batch)
+    for name in bench.steps:
+        begin_s = time.perf_counter()
+        for _ in range(3 if small else 2):  # compile, warm up, capture
+            bench.time(name, batch)
+        print(f"  {case}: {name}: warmed up in {time.perf_counter() - begin_s:.1f} s", file=sys.stderr, flush=True)
+    if bench.capped:
+        bench.fits_the_cap(batch)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in bench.steps}
+    for _ in range(num_rounds):
+        if time.perf_counter() > deadline_s:
+            break
+        for name in bench.steps:
+            runs[name].append(bench.time(name, batch))
+    adapters = subjects.ADAPTERS[CASES[case][0]]
+    step = plan.step_of(bench.config, bench.bucket, list(adapters.targets), adapters.rank, 2, remat.Kept(None, 0.0))
+    median = {name: statistics.median(run["s"] for run in found) for name, found in runs.items()}
+    return [{"case": case, "subject": name, "n": len(found), "s": median[name], "min_s": min(r["s"] for r in found),
+             "max_s": max(r["s"] for r in found), "tokens_per_s": bench.bucket.num_tokens / median[name],
+             "model_tflops": (step.gemm_flops + step.attention_flops) / median[name] / 1e12,
+             "of_floor": median[name] / median["floor"], "loss": found[-1]["loss"],
+             "peak_gib": max(r["peak_gib"] for r in found)} for name, found in runs.items()]
+
+
+def check(config: WanConfig, bucket: Bucket, profile: str, device: torch.device) -> dict[str, step_check.Checks]:
+    dtype, attention, _ = PROFILES[profile]
+    small = Bucket(832, 480, 9)
+    found = {"kernels": step_check.kernels_agree(device, dtype),
+             "200 steps": step_check.loss_curve(dtype, attention, device)}
+    for case, (adapters, i2v) in CASES.items():
+        found[f"2 blocks, {case}"] = step_check.gradients_agree(config, bucket, i2v, subjects.ADAPTERS[adapters], dtype,
+                                                                attention, device)
+        _free()
+    two = msgspec.structs.replace(config, num_layers=4)
+    reference = subjects.reference_model(two, device, dtype)
+    model = subjects.our_model(reference, two, dtype)
+    adapters32 = subjects.attach(model, subjects.ADAPTERS["r32"])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    shape = remat.Shape(1, small.num_tokens, MAX_TEXT_TOKENS)
+    targets = subjects.ADAPTERS["r32"].targets
+    plans = {name: remat.plan_shape(two, shape, targets, 2, budget) for name, budget in
+             (("block", 0.0), ("100 MB", 1e8), ("graphs", float("inf")))}
+    found["same bits"] = step_check.same_bits(model, adapters32, small, dtype, attention, plans, 4096)
+    torch.use_deterministic_algorithms(False)
+    return found
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=PROFILES, default="native")
+    parser.add_argument("--shape", default="1280x704x49")
+    parser.add_argument("--cases", default="t2v,i2v,r32")
+    parser.add_argument("--peers", default=";".join(PEERS), help="of " + "; ".join(PEERS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--budget-s", type=float, default=500.0, help="start no round after so many seconds")
+    parser.add_argument("--layers", type=int, default=TI2V_5B.num_layers)
+    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    begin_s, device, bucket = time.perf_counter(), torch.device("cuda"), Bucket.parse(arguments.shape)
+    config = msgspec.structs.replace(TI2V_5B, num_layers=arguments.layers)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv[1:]), "commit": commit, "card": torch.cuda.get_device_name(), "torch":
+        torch.__version__, "date": time.strftime("%Y-%m-%d"), "rows": []}
+
+    def save() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1))
+
+    if not arguments.no_check:
+        result["checks"] = check(config, bucket, arguments.profile, device)
+        for name, found in result["checks"].items():
+            print(f"check: {name}: " + ", ".join(f"{key} {value:.2g}" for key, value in found.items()), flush=True)
+        save()
+        _free()
+    cases = arguments.cases.split(",")
+    for adapters in dict.fromkeys(CASES[case][0] for case in cases):
+        bench = Bench(config, bucket, arguments.profile, subjects.ADAPTERS[adapters],
+                      [peer.strip() for peer in arguments.peers.split(";") if peer.strip()], device, 4096)
+        print(f"{adapters}: ours: {remat.describe(config, bench.kept)}; beside a model of "
+              f"{bench.resident['ours'] / GIB:.2f} GiB", flush=True)
+        for case in (case for case in cases if CASES[case][0] == adapters):
+            result["rows"] += rows_of(bench, case, CASES[case][1], arguments.rounds, begin_s + arguments.budget_s)
+            save()
+        del bench
+        _free()
+    print(f"{result['card']}, {arguments.profile}, {arguments.shape}, {arguments.layers} blocks")
+    print("| case | subject | n | s/step (least to most) | tokens/s | TFLOP/s | of the floor | peak GiB | loss |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in result["rows"]:
+        print(f"| {row['case']} | {row['subject']} | {row['n']} | {row['s']:.4f} ({row['min_s']:.4f} to "
+              f"{row['max_s']:.4f}) | {row['tokens_per_s']:,.0f} | {row['model_tflops']:.0f} | {row['of_floor']:.3f} | "
+              f"{row['peak_gib']:.1f} | {row['loss']:.4f} |")
+    print(f"took {time.perf_counter() - begin_s:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What bench.step proves before it times: every kernel against its eager twin on this card, gradients in half precision
+against float32 and PEFT, graphs and recomputation against the plain pass, and a whole loss curve in half precision."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from bench import step_subjects as subjects
+from loader.sample import MAX_TEXT_TOKENS, Bucket
+from train import elementwise, flow, lora, lowrank, optim, remat
+from train.config import FlowConfig
+from train.elementwise import Rows
+from train.step import MicroStep, prepare
+from train.wan import TI2V_5B, Wan, WanConfig, rope_tables
+
+Checks = dict[str, float]
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    return ((ours.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def kernels_agree(device: torch.device, dtype: torch.dtype, length: int = 517) -> Checks:
+    """Worst relative difference between each Triton kernel and its eager twin, forward and gradients, real widths."""
+    dim, ffn, num_low, heads = TI2V_5B.dim, TI2V_5B.ffn_dim, 32, TI2V_5B.num_attention_heads
+    torch.manual_seed(0)
+
+    def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device).to(kind).requires_grad_()
+
+    def rows() -> Rows:
+        return Rows(torch.randn(2, 2, dim, device=device), torch.tensor([0, length // 2], device=device))
+
+    def worst(function: Callable[..., Any], inputs: Sequence[Tensor], *rest: Any) -> float:
+        results = []
+        for kernels in (True, False):
+            out = function(*inputs, *rest, kernels=kernels)
+            outs = out if isinstance(out, tuple) else (out,)
+            generator = torch.Generator(device).manual_seed(1)
+            grads = [torch.randn(o.shape, device=device, generator=generator).to(o.dtype) for o in outs]
+            results.append([*outs, *torch.autograd.grad(outs, inputs, grads)])
+        return max(relative(ours, twin) for ours, twin in zip(*results, strict=True))
+
+    x, y = random(2, length, dim, kind=torch.float32), random(2, length, dim)
+    gate, shift, scale = rows(), rows(), rows()
+    rope = rope_tables(1, 11, 47, dim // heads, device)
+    found = {
+        "residual_norm": worst(elementwise.residual_norm, (x, y), gate, shift, scale, 1e-6, dtype, 48),
+        "gated_residual": worst(elementwise.gated_residual, (x, y), gate),
+        "split_norm_rope": worst(elementwise.split_norm_rope, (random(2, length, 3 * dim),),
+                                 (torch.randn(dim, device=device), torch.randn(dim, device=device)), rope, heads, 1e-6),
+        "gelu_tanh": worst(elementwise.gelu_tanh, (random(2, length, ffn),), 48)}
+    keys_B = lowrank.dropout_keys(torch.tensor([2**62 + 5, 77], device=device), 3)[2]
+    for width in (dim, ffn):
+        wide = torch.randn(2, length, width + num_low, device=device).to(dtype)[..., :width]
+        a, dlow = torch.randn(num_low, width, device=device).to(dtype), torch.randn(2 * length, num_low,
+                                                                                    device=device).to(dtype)
+        lows, ups, gradients = [], [], []
+        for kernels in (True, False):
+            lows.append(torch.empty(2 * length, num_low, device=device, dtype=dtype))
+            lowrank.project_down(wide, a, 0.1, keys_B, lows[-1], kernels)
+            ups.append(wide.clone())
+            lowrank.add_project_up(ups[-1], dlow, a, 0.1, keys_B, kernels)
+            gradients.append(lowrank.gradient_a(dlow, wide, 0.1, keys_B, kernels))
+        assert torch.equal(lowrank.dropped(wide, 0.1, keys_B) != 0, lowrank.dropped(wide, 0.1, keys_B, False) != 0)
+        found[f"low-rank dropout {width}"] = max(relative(*pair) for pair in (lows, ups, gradients))
+    return found
+
+
+def gradients_agree(config: WanConfig, bucket: Bucket, i2v: bool, adapters: subjects.Adapters, dtype: torch.dtype,
+                    attention: str, device: torch.device) -> Checks:
+    """Our loss and LoRA gradients in `dtype` against diffusers + PEFT in float32, with equal weights, no dropout."""
+    adapters = adapters._replace(dropout=0.0)
+    config = msgspec.structs.replace(config, num_layers=2)
+    reference = subjects.reference_model(config, device, dtype)
+    model = subjects.our_model(reference, config, dtype)
+    ours = subjects.attach(model, adapters)
+    batch = subjects.make_batch(bucket, i2v, device)
+    inputs = prepare(batch, FlowConfig())
+    velocity = model(*inputs[:4], subjects.chosen_attention(attention, device, dtype))
+    loss = flow.sample_losses(velocity, inputs.target_BCThw, inputs.num_clean_frames_B).mean()
+    (1024 * loss).backward()
+    reference.float()
+    subjects.peer_step(reference, adapters, torch.float32)
+    theirs = {name.replace(".default.weight", ""): p for name, p in reference.named_parameters() if p.requires_grad}
+    for name, (a, b) in ours.tensors().items():
+        theirs[f"{name}.lora_A"].data.copy_(a)
+        theirs[f"{name}.lora_B"].data.copy_(b.to(dtype))  # what our GEMMs read
+        theirs[f"{name}.lora_A"].data.copy_(a.to(dtype))
+    subjects.only_attention("efficient")
+    expected = subjects.peer_loss(reference, batch, torch.float32)
+    (1024 * expected).backward()
+    for parameter in ours.parameters():
+        assert parameter.grad is not None
+        parameter.data = parameter.grad
+    worst, total = 0.0, [0.0, 0.0]
+    for name, pair in ours.tensors().items():
+        for kind, ours_g in zip("AB", pair, strict=True):
+            gradient = theirs[f"{name}.lora_{kind}"].grad
+            worst = max(worst, relative(ours_g, gradient))
+            total[0] += (ours_g - gradient).square().sum().item()
+            total[1] += gradient.square().sum().item()
+    return {"loss": abs(loss.item() / expected.item() - 1), "gradient, all": (total[0] / total[1]) ** 0.5,
+            "gradient, worst tensor": worst}
+
+
+def same_bits(model: Wan, adapters: lora.LoRA, bucket: Bucket, dtype: torch.dtype, attention: str,
+              plans: dict[str, remat.Kept], max_graph_tokens: int) -> Checks:
+    """Largest difference of the gradients of three accumulated samples, T2V, I2V and T2V, against keeping all."""
+    device = model.scale_shift_table.device
+    flat = optim.flatten(adapters.parameters())
+    chosen = subjects.chosen_attention(attention, device, dtype)
+    batches = [subjects.make_batch(bucket, i2v, device, seed) for seed, i2v in enumerate((False, True, False))]
+    found, expected = {}, None
+    for name, kept in ({"all": remat.Kept(None, 0.0)} | plans).items():
+        run_block = remat.block_runner(model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept})
+        scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
+        step = MicroStep(model, adapters.set_seeds, chosen, run_block, scaler, 1 / 3,
+                         max_graph_tokens if name == "graphs" else 0)
+        for _ in range(2):  # a graph exists from the second round on
+            flat.buffer.zero_()
+            for batch in batches:
+                step.forward(prepare(batch, FlowConfig()))
+                step.backward()
+        if expected is None:
+            expected = flat.gradient.clone()
+        else:
+            found[name] = ((flat.gradient - expected).abs().max() / expected.abs().max()).item()
+    return found
+
+
+def loss_curve(dtype: torch.dtype, attention: str, device: torch.device, num_steps: int = 200) -> Checks:
+    """A small model trained for `num_steps` in `dtype` and in float32: the largest difference of 20-step means."""
+    config = msgspec.structs.replace(TI2V_5B, num_layers=4, num_attention_heads=4, ffn_dim=1024, text_dim=4096)
+    bucket = Bucket(256, 256, 9)
+    curves = []
+    for kind in (dtype, torch.float32):
+        reference = subjects.reference_model(config, device, kind)
+        model = subjects.our_model(reference, config, kind)
+        adapters = lora.attach(model, lora.TARGETS, 16, 16.0, 0.1, seed=1)
+        flat = optim.flatten(adapters.parameters())
+        optimizer = optim.make_optimizer(flat.vector, "adamw", 1e-3, (0.9, 0.999), 1e-8, 0.01)
+        scaler = torch.amp.GradScaler(device.type, 65536.0, enabled=kind == torch.float16)
+        name = attention if kind == dtype else "efficient"
+        step = MicroStep(model, adapters.set_seeds, subjects.chosen_attention(name, device, kind), None, scaler, 1.0,
+                         4096)
+        losses = []
+        for i in range(num_steps):
+            flat.buffer.zero_()
+            batch = subjects.make_batch(bucket, i % 3 == 0, device, seed=i % 8)
+            losses.append(step.forward(prepare(batch, FlowConfig())).clone())
+            step.backward()
+            scaler.unscale_(optimizer)
+            optim.clip_gradient(flat.gradient, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            adapters.refresh()
+        curves.append(torch.stack(losses).view(-1, 20).mean(1))
+    return {"largest difference of 20-step means": relative_max(*curves),
+            "loss at the start": curves[1][0].item(), "loss at the end": curves[1][-1].item()}
+
+
+def relative_max(ours: Tensor, expected: Tensor) -> float:
+    return ((ours - expected).abs() / expected).max().item()

@@ -1,0 +1,247 @@
+"""What bench.step times: our step, the same on the frozen base, diffusers with PEFT, and the floor.
+
+All have the same random weights of the real size, the same sample and noise, and do a whole optimizer step: noise,
+forward, loss, backward, clipping, AdamW. The floor does only what no implementation of this model can leave out: the
+GEMMs of our step, adapters included, and the attention calls, forward and backward, nothing recomputed, on random
+values, one block's buffers used again for the next.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from loader.feed import Batch
+from loader.sample import MAX_TEXT_TOKENS, Bucket
+from train import flow, lora, optim, remat
+from train.attention import Attention, choose_attention
+from train.config import FlowConfig
+from train.step import MicroStep, prepare
+from train.wan import Block, Projections, Wan, WanConfig
+from train.weights import build_transformer
+
+KEEP_FLOAT32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")  # as diffusers loads it
+QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v")
+
+
+class Adapters(NamedTuple):
+    targets: tuple[str, ...]
+    rank: int
+    dropout: float
+
+
+ADAPTERS = {"r16": Adapters(QKV, 16, 0.0), "r32": Adapters(lora.TARGETS, 32, 0.1)}
+Step = Callable[[Batch], Tensor]  # a whole optimizer step; returns the loss
+
+
+def make_batch(bucket: Bucket, i2v: bool, device: torch.device, seed: int = 0) -> Batch:
+    """One random sample with 200 text tokens."""
+    generator = torch.Generator(device).manual_seed(seed)
+    latent = torch.randn(1, *bucket.latent_shape, generator=generator, device=device).half()
+    text = torch.zeros(1, MAX_TEXT_TOKENS, 4096, device=device, dtype=torch.float16)
+    text[:, :200] = 0.2 * torch.randn(1, 200, 4096, generator=generator, device=device).half()
+    return Batch(latent, text, None, is_i2v=[i2v], caption_dropped=[False], seeds=[1000 + seed], keys=[""],
+                 bucket=bucket, dataset=0, epoch=0, index=0, wait_s=0.0)
+
+
+def reference_model(config: WanConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """diffusers' transformer with random weights, in the dtypes in which diffusers would load it."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = WanTransformer3DModel(
+            patch_size=config.patch_size, num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.attention_head_dim, in_channels=config.in_channels,
+            out_channels=config.out_channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
+            ffn_dim=config.ffn_dim, num_layers=config.num_layers)
+    for name, parameter in model.named_parameters():
+        if set(name.split(".")).isdisjoint(KEEP_FLOAT32):
+            parameter.data = parameter.data.to(dtype)
+    torch.cuda.empty_cache()
+    return model.requires_grad_(False)
+
+
+def our_model(reference: Any, config: WanConfig, dtype: torch.dtype) -> Wan:
+    state = {name: value for name, value in reference.state_dict().items() if "lora" not in name}
+    state = {name.replace(".base_layer", ""): value for name, value in state.items()}
+    device = next(iter(state.values())).device
+    return build_transformer(config, state.keys(), state.__getitem__, device, dtype, "the random reference")
+
+
+def attach(model: Wan, adapters: Adapters) -> lora.LoRA:
+    """With B other than zero, so that every gradient is."""
+    ours = lora.attach(model, adapters.targets, adapters.rank, float(adapters.rank), adapters.dropout, seed=1)
+    generator = torch.Generator(model.scale_shift_table.device).manual_seed(2)
+    for _, b in ours.tensors().values():
+        b.normal_(std=0.02, generator=generator)
+    ours.refresh()
+    return ours
+
+
+def our_step(model: Wan, adapters: lora.LoRA, attention: Attention, bucket: Bucket, dtype: torch.dtype,
+             kept: remat.Kept, max_graph_tokens: int) -> Step:
+    """What train/main.py does in a step."""
+    device = model.scale_shift_table.device
+    flat = optim.flatten(adapters.parameters())
+    optimizer = optim.make_optimizer(flat.vector, "adamw", 1e-5, (0.9, 0.999), 1e-8, 0.01)
+    scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
+    run_block = remat.block_runner(model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept})
+    micro_step = MicroStep(model, adapters.set_seeds, attention, run_block, scaler, 1.0, max_graph_tokens)
+
+    def step(batch: Batch) -> Tensor:
+        flat.buffer.zero_()
+        loss = micro_step.forward(prepare(batch, FlowConfig()))
+        micro_step.backward()
+        scaler.unscale_(optimizer)
+        optim.clip_gradient(flat.gradient, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        adapters.refresh()
+        return loss
+
+    return step
+
+
+def frozen_step(model: Wan, attention: Attention, bucket: Bucket, kept: remat.Kept, max_graph_tokens: int) -> Step:
+    """Forward and backward of the base alone; the patch embedding's bias keeps the gradient alive through block 0."""
+    device = model.scale_shift_table.device
+    bias = model.patch_embedding.bias.requires_grad_(True)
+    bias.grad = torch.zeros_like(bias)
+    run_block = remat.block_runner(model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept})
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    micro_step = MicroStep(model, lambda seeds_B: None, attention, run_block, scaler, 1.0, max_graph_tokens)
+
+    def step(batch: Batch) -> Tensor:
+        loss = micro_step.forward(prepare(batch, FlowConfig()))
+        micro_step.backward()
+        return loss
+
+    return step
+
+
+def peer_step(reference: Any, adapters: Adapters, dtype: torch.dtype) -> Step:
+    """diffusers + PEFT. LoRA stays in the compute dtype, which is the fastest; float16 uses a fixed loss scale."""
+    reference.add_adapter(LoraConfig(r=adapters.rank, lora_alpha=adapters.rank, lora_dropout=adapters.dropout,
+                                     target_modules=list(adapters.targets)))
+    parameters = [p for p in reference.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    scale = 1024.0 if dtype == torch.float16 else 1.0
+
+    def step(batch: Batch) -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        loss = peer_loss(reference, batch, dtype)
+        (loss * scale).backward()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, 1 / scale)
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def peer_loss(reference: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """The same noise and timestep as `prepare` gives; I2V as diffusers takes it, with a timestep per token."""
+    inputs = prepare(batch, FlowConfig())
+    timestep = inputs.t_BR[:, 1]
+    if batch.is_i2v[0]:
+        timestep = timestep[:, None].repeat(1, batch.bucket.num_tokens)
+        timestep[:, :batch.bucket.num_tokens // batch.bucket.latent_shape[1]] = 0
+    velocity = reference(inputs.latent_BCThw.to(dtype), timestep, inputs.text_BSD.to(dtype), return_dict=False)[0]
+    return flow.sample_losses(velocity.float(), inputs.target_BCThw, inputs.num_clean_frames_B).mean()
+
+
+def compile_blocks(reference: Any) -> list[Any]:
+    """Compile the blocks; returns what `use_compiled` needs to switch between compiled and eager."""
+    for block in reference.blocks:
+        block.compile(dynamic=False)
+    return [block._compiled_call_impl for block in reference.blocks]
+
+
+def use_compiled(reference: Any, compiled: list[Any] | None) -> None:
+    for i, block in enumerate(reference.blocks):
+        block._compiled_call_impl = compiled[i] if compiled else None
+
+
+def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attention) -> Step:
+    """The GEMMs and attention calls of one step of `model`, adapters included, and nothing else."""
+    device, config = model.scale_shift_table.device, model.config
+    length, dim, heads = bucket.num_tokens, config.dim, config.num_attention_heads
+    lengths = {"kv": MAX_TEXT_TOKENS}
+    buffers: dict[tuple[int, ...], Tensor] = {}
+
+    def buffer(*shape: int) -> Tensor:
+        if shape not in buffers:
+            buffers[shape] = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+        return buffers[shape]
+
+    def gemms(index: int, block: Block) -> None:
+        for parent in (block.attn1, block.attn2, block.ffn):
+            for name, module in parent.named_children():
+                assert isinstance(module, Projections | lora.LoRAProjections)
+                weight, rows = module.weight, lengths.get(name, length)
+                num_out, total = weight.shape
+                width = total - module.num_spare
+                x = buffer(rows, total)
+                F.linear(x, weight, module.bias)
+                dy = buffer(rows, num_out)
+                if name != "kv" and (index or name != "qkv"):  # the text and the first block's input need no gradient
+                    dx = dy @ weight
+                if isinstance(module, lora.LoRAProjections):
+                    low = x[:, :width] @ module.a.T
+                    torch.mm(dy.T, low, out_dtype=torch.float32)
+                    if name == "kv" or (not index and name == "qkv"):
+                        low = dy @ weight[:, width:]
+                    else:
+                        dx[:, :width].addmm_(low, module.a)
+                    torch.mm(low.T, x[:, :width], out_dtype=torch.float32)
+
+    def attentions() -> None:
+        q, out = buffer(1, length, heads, dim // heads), buffer(1, length, heads, dim // heads).transpose(1, 2)
+        for num_keys in (length, MAX_TEXT_TOKENS):
+            k, v = buffer(1, num_keys, heads, dim // heads), buffer(1, num_keys, heads, dim // heads)
+            qkv = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+            torch.autograd.grad(attention(*qkv), qkv, out)
+
+    def step(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            for index, block in enumerate(model.blocks):
+                assert isinstance(block, Block)
+                gemms(index, block)
+                with torch.enable_grad():
+                    attentions()
+        return torch.zeros((), device=device)
+
+    return step
+
+
+def only_attention(name: str) -> None:
+    """Let torch choose no other attention kernel than this one, for the peers."""
+    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+    torch.backends.cuda.enable_flash_sdp(name == "flash")
+    torch.backends.cuda.enable_mem_efficient_sdp(name == "efficient")
+    torch.backends.cuda.enable_math_sdp(name == "math")
+
+
+def graphed(step: Step, batch: Batch) -> Step:
+    """The same work as one CUDA graph: at small shapes the floor is what the GPU needs, not what launching takes."""
+    step(batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(batch)
+
+    def replay(_: Batch) -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def chosen_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    return choose_attention(name, device, dtype)[1]  # type: ignore[arg-type]

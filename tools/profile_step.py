@@ -1,0 +1,174 @@
+"""Where a step's time goes: `python -m tools.profile_step CONFIG.toml [--shape 1280x704x49] [--output DIR]`.
+
+Runs a few optimizer-less steps of the configured model on one GPU with a random sample, writes a trace for Perfetto
+(trace.json.gz) and prints the ten costliest operations of a block against their floor: operations over the rate of the
+tensor cores, or bytes over the rate of memory, whichever is longer. `--random` takes random weights of the size in
+model.path's config.json, or of TI2V-5B where there is no such file.
+
+The floor of a GEMM or attention call is counted from its shapes; of our own kernels from the tensors that each reads
+and writes once; the rates are those of tools/plan.py for this card. What has no floor here says "-".
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from loader.config import load_toml
+from loader.feed import Batch
+from loader.sample import MAX_TEXT_TOKENS, Bucket
+from tools.plan import CARDS, Card
+from train import lora, remat
+from train.attention import choose_attention
+from train.config import TrainConfig
+from train.step import MicroStep, prepare
+from train.wan import TI2V_5B, Wan, WanConfig
+from train.weights import build_transformer, load_transformer, read_config, tensor_sources
+
+NUM_STEPS = 3
+
+
+class Row(NamedTuple):
+    """An operation: calls and milliseconds per block and step, its floor in ms (None: not known)."""
+
+    name: str
+    calls: float
+    ms: float
+    floor_ms: float | None
+
+
+def kernel_bytes(config: WanConfig, rows: int, dtype_bytes: int) -> dict[str, float]:
+    """Bytes that one call of each of our kernels reads and writes, for `rows` video tokens; stream float32."""
+    wide, half, up = 4.0 * rows * config.dim, float(dtype_bytes * rows * config.dim), dtype_bytes * rows * config.ffn_dim
+    return {"_residual_norm_forward": 2 * wide + 2 * half, "_residual_norm_backward": 3 * wide + 2 * half,
+            "_gated_residual": 1.5 * wide + half, "_norm_rope_forward": 4 * half, "_norm_rope_backward": 8 * half,
+            "_gelu": 2.5 * up}
+
+
+def operation_flops(name: str, shapes: list[Any]) -> float:
+    """Of a GEMM or attention call with these input shapes; 0 for anything else."""
+    if name in ("aten::mm", "aten::addmm"):
+        left, right = (shapes[1], shapes[2]) if name == "aten::addmm" else (shapes[0], shapes[1])
+        return 2.0 * left[0] * left[1] * right[1]
+    if name.startswith("aten::_scaled_dot_product") or name.startswith("aten::_cudnn_attention"):
+        q, k = (shapes[1], shapes[2]) if "backward" in name else (shapes[0], shapes[1])
+        return (10.0 if "backward" in name else 4.0) * math.prod(q[:3]) * k[2] * q[3]
+    return 0.0
+
+
+def rows_of(events: Any, config: WanConfig, num_tokens: int, dtype_bytes: int, card: Card | None) -> list[Row]:
+    """The profiler's averages as rows, costliest first."""
+    per_call, per_block, found = kernel_bytes(config, num_tokens, dtype_bytes), config.num_layers * NUM_STEPS, []
+    for event in events:
+        ours = event.key.split("(")[0] in per_call
+        if event.self_device_time_total == 0 or not (event.key.startswith("aten::") or ours):
+            continue  # a kernel of an aten operation is counted there
+        flops, floor_s = operation_flops(event.key, event.input_shapes), 0.0
+        if card is not None:
+            rate = card.attention_flops if "attention" in event.key else card.gemm_flops
+            floor_s = per_call[event.key] / card.copy_bytes if ours else flops / rate
+        name = event.key if ours else f"{event.key} {[shape for shape in event.input_shapes[:3] if shape]}"
+        found.append(Row(name, event.count / per_block, event.self_device_time_total / 1e3 / per_block,
+                         floor_s * 1e3 * event.count / per_block or None))
+    return sorted(found, key=lambda row: -row.ms)
+
+
+def table(rows: list[Row], num_rows: int = 10) -> str:
+    total = sum(row.ms for row in rows)
+    lines = [f"{'ms/block':>9}{'calls':>7}{'floor ms':>10}{'x floor':>9}{'share':>7}  operation"]
+    for row in rows[:num_rows]:
+        floor, ratio = ("-", "-") if row.floor_ms is None else (f"{row.floor_ms:.3f}", f"{row.ms / row.floor_ms:.2f}")
+        lines.append(f"{row.ms:9.3f}{row.calls:7.2f}{floor:>10}{ratio:>9}{row.ms / total:7.1%}  {row.name}")
+    lines.append(f"{total:9.3f}  all of a block's operations; {sum(row.ms for row in rows[num_rows:]):.3f} ms in the "
+                 f"{max(len(rows) - num_rows, 0)} that are not shown")
+    return "\n".join(lines)
+
+
+def random_transformer(config: WanConfig, device: torch.device, dtype: torch.dtype) -> Wan:
+    """Random weights, small enough for activations to stay near unit variance."""
+    with torch.device("meta"):
+        empty = Wan(config)
+    shapes = {}
+    for name, sources in tensor_sources(empty).items():
+        shape = empty.get_parameter(name).shape
+        for source in sources:
+            shapes[source] = (shape[0] // len(sources), *shape[1:])
+    generator = torch.Generator(device).manual_seed(0)
+    return build_transformer(config, shapes.keys(), lambda name: torch.randn(
+        shapes[name], device=device, generator=generator) / shapes[name][-1]**0.5, device, dtype, "random weights")
+
+
+def random_batch(bucket: Bucket, micro_batch: int, text_dim: int, device: torch.device) -> Batch:
+    """Random samples, every other one image-to-video."""
+    generator = torch.Generator(device).manual_seed(0)
+    latent = torch.randn(micro_batch, *bucket.latent_shape, device=device, generator=generator).half()
+    text = 0.2 * torch.randn(micro_batch, MAX_TEXT_TOKENS, text_dim, device=device, generator=generator).half()
+    return Batch(latent, text, None, is_i2v=[bool(i % 2) for i in range(micro_batch)],
+                 caption_dropped=[False] * micro_batch, seeds=list(range(micro_batch)), keys=[""] * micro_batch,
+                 bucket=bucket, dataset=0, epoch=0, index=0, wait_s=0.0)
+
+
+def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool) -> str:
+    """Profile NUM_STEPS micro-batches; writes the trace and returns the table."""
+    device, dtype = torch.device("cuda", 0), getattr(torch, config.model.dtype)
+    name, attention = choose_attention(config.model.attention, device, dtype)
+    path = Path(config.model.path)
+    if random:
+        found = path / "transformer" / "config.json"
+        model = random_transformer(read_config(found) if found.exists() else TI2V_5B, device, dtype)
+    else:
+        model = load_transformer(path, device, dtype)
+    adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout, 0)
+    shape = remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS)
+    budget_bytes = remat.parse_activation_memory(config.activation_memory)
+    plans = remat.plan_run(model.config, [shape], config.lora.targets, dtype.itemsize, budget_bytes,
+                           remat.room_bytes(device) if budget_bytes is None else 0.0, 0)
+    scaler = torch.amp.GradScaler("cuda", config.optim.loss_scale, enabled=dtype == torch.float16)
+    step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler, 1.0, 0)
+    batch = random_batch(bucket, config.micro_batch, model.config.text_dim, device)
+
+    def run() -> None:
+        step.forward(prepare(batch, config.flow))
+        step.backward()
+
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiler:
+        for _ in range(NUM_STEPS):
+            run()
+        torch.cuda.synchronize()
+    output.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(output / "trace.json.gz"))
+    card_name = torch.cuda.get_device_name(device)
+    card = next((card for card in CARDS if card.name.split("-")[0] in card_name), None)
+    rows = rows_of(profiler.key_averages(group_by_input_shape=True), model.config,
+                   config.micro_batch * bucket.num_tokens, dtype.itemsize, card)
+    return (f"{card_name}, {config.model.dtype}, {name} attention, {bucket} x {config.micro_batch}: "
+            f"{remat.describe(model.config, plans[shape])}\n{table(rows)}\ntrace: {output / 'trace.json.gz'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="override one key of the file")
+    parser.add_argument("--shape", default="1280x704x49", metavar="WIDTHxHEIGHTxFRAMES")
+    parser.add_argument("--output", type=Path, help="folder of the trace (default: the run's output)")
+    parser.add_argument("--random", action="store_true", help="random weights instead of model.path's")
+    arguments = parser.parse_args()
+    try:
+        if not torch.cuda.is_available():
+            raise ValueError("there is no GPU here to profile")
+        config = load_toml(arguments.config, TrainConfig, arguments.set)
+        print(profile_step(config, Bucket.parse(arguments.shape), arguments.output or config.output_dir,
+                           arguments.random))
+    except (ValueError, OSError) as error:
+        sys.exit(f"profile_step: {error}")
+
+
+if __name__ == "__main__":
+    main()
