@@ -51,7 +51,7 @@ class LoRALinear(torch.autograd.Function):
         num_low, width = a_RK.shape
         if not has_spare_columns(x_BLK, num_low):
             x_BLK = with_spare_columns(x_BLK, num_low)
-        x_MKR = _with_its_spare(x_BLK, num_low)
+        x_MKR = _with_its_spare(x_BLK.data, num_low)  # .data: writing behind x is no change of x, for autograd
         project_down(x_BLK, a_RK, p, key_B, x_MKR[:, width:])
         ctx.save_for_backward(x_BLK, weight_NKR, a_RK, key_B)
         ctx.blocks, ctx.scale, ctx.p = blocks, scale, p
