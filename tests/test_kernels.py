@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from train import elementwise, kernels
+from train import elementwise, kernels, lora, wan
 from train.elementwise import Rows
 from train.wan import rope_tables
+from train.weights import load_transformer
 
 B, L, D, HEADS = 2, 6, 96, 3  # D is no power of two: lanes are masked
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -22,7 +24,7 @@ def rows(seed: int, boundary_B: Tensor | None) -> Rows:
     torch.manual_seed(seed)
     if boundary_B is None:
         return Rows(torch.randn(D), None)
-    return Rows(torch.randn(B, 2, 6, D).unbind(2)[1], boundary_B)  # strided, as the model passes it
+    return Rows(torch.randn(B, 2, 4 + seed, D).unbind(2)[1], boundary_B)  # strided, each in its own way
 
 
 def compare(results: list[tuple[Tensor, ...]], tolerance: float) -> None:
@@ -100,6 +102,31 @@ def test_gelu(dtype: torch.dtype) -> None:
         out = gelu(u_BLK, 8)
         results.append((out.detach(), *torch.autograd.grad(out, [u_BLK], grad)))
     compare(results, TOLERANCE[dtype])
+
+
+def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: every kernel between the GEMMs, adapters written behind their inputs, T2V and I2V."""
+    latent, text = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 3, 32)
+    results = []
+    for through_kernels in (False, True):
+        if through_kernels:
+            monkeypatch.setattr(wan, "residual_norm", lambda *inputs: kernels.ResidualNorm.apply(
+                *inputs, *[0] * (8 - len(inputs))))
+            monkeypatch.setattr(wan, "gated_residual", kernels.GatedResidual.apply)
+            monkeypatch.setattr(wan, "split_norm_rope", kernels.NormRope.apply)
+            monkeypatch.setattr(wan, "gelu_tanh", lambda x, num_spare=0: kernels.Gelu.apply(x, num_spare))
+        model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
+        adapters = lora.attach(model, lora.TARGETS, 8, 20.0, dropout=0.0, seed=1)
+        for _, b in adapters.tensors().values():
+            b.normal_(generator=torch.Generator().manual_seed(0))
+        adapters.refresh()
+        velocity = model(latent, torch.tensor([[0.0, 700.0], [0.0, 300.0]]), torch.tensor([0, 1]), text,
+                         F.scaled_dot_product_attention)
+        velocity.square().mean().backward()
+        results.append((velocity.detach(), *(p.grad for p in adapters.parameters() if p.grad is not None)))
+    assert len(results[0]) == 1 + len(adapters.parameters())
+    compare(results, 1e-5)
 
 
 COMPILE = '''

@@ -30,8 +30,8 @@ def _row(table, row, length, boundary, stride_b, stride_r, PER_TOKEN: tl.constex
 @triton.jit
 def _residual_norm_forward(  # type: ignore[no-untyped-def]
         x, y, gate, shift, scale, boundary, x_out, h, mean_out, rstd_out, length, eps, y_stride, h_stride, gate_b,
-        gate_r, norm_b, norm_r, D: tl.constexpr, BLOCK: tl.constexpr, HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr,
-        PER_TOKEN: tl.constexpr):
+        gate_r, shift_b, shift_r, scale_b, scale_r, D: tl.constexpr, BLOCK: tl.constexpr, HAS_Y: tl.constexpr,
+        HAS_GATE: tl.constexpr, PER_TOKEN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     ok = d < D
@@ -45,8 +45,8 @@ def _residual_norm_forward(  # type: ignore[no-untyped-def]
     mean = tl.sum(value, 0) / D
     centred = tl.where(ok, value - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-    scale_D = tl.load(_row(scale, row, length, boundary, norm_b, norm_r, PER_TOKEN) + d, mask=ok, other=0.0)
-    shift_D = tl.load(_row(shift, row, length, boundary, norm_b, norm_r, PER_TOKEN) + d, mask=ok, other=0.0)
+    scale_D = tl.load(_row(scale, row, length, boundary, scale_b, scale_r, PER_TOKEN) + d, mask=ok, other=0.0)
+    shift_D = tl.load(_row(shift, row, length, boundary, shift_b, shift_r, PER_TOKEN) + d, mask=ok, other=0.0)
     tl.store(h + row * h_stride + d, centred * rstd * scale_D + shift_D, mask=ok)
     tl.store(mean_out + row, mean)
     tl.store(rstd_out + row, rstd)
@@ -54,8 +54,8 @@ def _residual_norm_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _residual_norm_backward(  # type: ignore[no-untyped-def]
-        dx_out, dh, x, mean_in, rstd_in, gate, scale, boundary, dx, dy, length, dh_stride, gate_b, gate_r, norm_b,
-        norm_r, D: tl.constexpr, BLOCK: tl.constexpr, HAS_DX_OUT: tl.constexpr, HAS_Y: tl.constexpr,
+        dx_out, dh, x, mean_in, rstd_in, gate, scale, boundary, dx, dy, length, dh_stride, gate_b, gate_r, scale_b,
+        scale_r, D: tl.constexpr, BLOCK: tl.constexpr, HAS_DX_OUT: tl.constexpr, HAS_Y: tl.constexpr,
         HAS_GATE: tl.constexpr, PER_TOKEN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -63,7 +63,7 @@ def _residual_norm_backward(  # type: ignore[no-untyped-def]
     mean, rstd = tl.load(mean_in + row), tl.load(rstd_in + row)
     normalised = tl.where(ok, (tl.load(x + row * D + d, mask=ok, other=0.0) - mean) * rstd, 0.0)
     grad = tl.load(dh + row * dh_stride + d, mask=ok, other=0.0).to(tl.float32)
-    grad *= tl.load(_row(scale, row, length, boundary, norm_b, norm_r, PER_TOKEN) + d, mask=ok, other=0.0)
+    grad *= tl.load(_row(scale, row, length, boundary, scale_b, scale_r, PER_TOKEN) + d, mask=ok, other=0.0)
     grad = rstd * (grad - tl.sum(grad, 0) / D - normalised * (tl.sum(grad * normalised, 0) / D))
     if HAS_DX_OUT:
         grad += tl.load(dx_out + row * D + d, mask=ok, other=0.0)
@@ -189,7 +189,7 @@ class ResidualNorm(torch.autograd.Function):
         _residual_norm_forward[(num_rows,)](
             x_BLD, y_BLD, None if gate is None else gate.values, shift.values, scale.values, boundary_B, out_BLD, h_BLD,
             mean_M, rstd_M, length, eps, 0 if y_BLD is None else y_BLD.stride(1), dim + num_spare, *_strides(gate),
-            *_strides(scale), D=dim, HAS_Y=y_BLD is not None, HAS_GATE=gate is not None,
+            *_strides(shift), *_strides(scale), D=dim, HAS_Y=y_BLD is not None, HAS_GATE=gate is not None,
             PER_TOKEN=scale.boundary_B is not None, **_launch(dim))
         ctx.save_for_backward(out_BLD, mean_M, rstd_M)
         ctx.gate, ctx.scale, ctx.boundary_B = gate, scale, boundary_B
