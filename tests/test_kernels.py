@@ -66,17 +66,6 @@ def test_residual_norm_whose_stream_ends_here() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_gated_residual(dtype: torch.dtype) -> None:
-    x_BLD, y_BLD = torch.randn(B, L, D, requires_grad=True), torch.randn(B, L, D).to(dtype).requires_grad_()
-    gate, grad = rows(1, torch.tensor([2, 0])), torch.randn(B, L, D)
-    results = []
-    for residual in (kernels.GatedResidual.apply, elementwise.gated_residual):
-        out = residual(x_BLD, y_BLD, gate)
-        results.append((out.detach(), *torch.autograd.grad(out, [x_BLD, y_BLD], grad)))
-    compare(results, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("num_parts", "num_normed"), [(3, 2), (2, 1), (1, 1)])
 @pytest.mark.parametrize("rotated", [True, False])
 def test_split_norm_rope(dtype: torch.dtype, num_parts: int, num_normed: int, rotated: bool) -> None:
@@ -113,7 +102,6 @@ def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
         if through_kernels:
             monkeypatch.setattr(wan, "residual_norm", lambda *inputs: kernels.ResidualNorm.apply(
                 *inputs, *[0] * (8 - len(inputs))))
-            monkeypatch.setattr(wan, "gated_residual", kernels.GatedResidual.apply)
             monkeypatch.setattr(wan, "split_norm_rope", kernels.NormRope.apply)
             monkeypatch.setattr(wan, "gelu_tanh", lambda x, num_spare=0: kernels.Gelu.apply(x, num_spare))
         model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
@@ -141,8 +129,7 @@ FLAGS = dict(HAS_Y=True, HAS_GATE=True, PER_TOKEN=True, HAS_DX_OUT=True, ROPE=Tr
              HALF_HEAD=64, NUM_NORMED=2, NUM_PARTS=3)
 FLOAT32 = "x_out gate shift scale mean_out rstd_out mean_in rstd_in dx_out weight_0 weight_1 cos sin".split()
 HALF = "y h dh dy grad grad_0 grad_1 grad_2 u out".split()
-for name in ("_residual_norm_forward", "_residual_norm_backward", "_gated_residual", "_norm_rope_forward",
-             "_norm_rope_backward", "_gelu"):
+for name in ("_residual_norm_forward", "_residual_norm_backward", "_norm_rope_forward", "_norm_rope_backward", "_gelu"):
     function = getattr(kernels, name)
     types = {}
     for parameter in function.params:
@@ -165,4 +152,4 @@ def test_every_kernel_compiles_for(capability: str, half_type: str) -> None:
     run = subprocess.run([sys.executable, "-c", COMPILE, capability, half_type], cwd=Path(__file__).parent.parent,
                          capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.split()) == 6
+    assert len(run.stdout.split()) == 5

@@ -81,7 +81,7 @@ def test_a_wrong_budget_is_named() -> None:
         remat.parse_activation_memory("6GB")
 
 
-@pytest.mark.parametrize("room_gib", [9.0, 16.0, 30.0, 100.0])
+@pytest.mark.parametrize("room_gib", [13.0, 20.0, 30.0, 100.0])
 def test_auto_fills_the_room_and_keeps_everything_where_it_fits(room_gib: float) -> None:
     large, small = remat.Shape(1, 11_440, 512), remat.Shape(1, 1_170, 512)
     room_bytes = room_gib * 2**30

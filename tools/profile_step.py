@@ -45,7 +45,7 @@ def kernel_bytes(config: WanConfig, rows: int, dtype_bytes: int) -> dict[str, fl
     """Bytes that one call of each of our kernels reads and writes, for `rows` video tokens; stream float32."""
     wide, half, up = 4.0 * rows * config.dim, dtype_bytes * rows * config.dim, dtype_bytes * rows * config.ffn_dim
     return {"_residual_norm_forward": 2 * wide + 2 * half, "_residual_norm_backward": 3 * wide + 2 * half,
-            "_gated_residual": 1.5 * wide + half, "_norm_rope_forward": 4 * half, "_norm_rope_backward": 8 * half,
+            "_norm_rope_forward": 4 * half, "_norm_rope_backward": 8 * half,
             "_gelu": 2.5 * up}
 
 

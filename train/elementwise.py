@@ -48,16 +48,6 @@ def residual_norm(x_BLD: Tensor, y_BLD: Tensor | None, gate: Rows | None, shift:
     return x_BLD, with_spare_columns(h_BLD, num_spare)
 
 
-def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate: Rows, kernels: bool = True) -> Tensor:
-    """x + gate * y in float32."""
-    if kernels and x_BLD.is_cuda:
-        from train.kernels import GatedResidual
-
-        out: Tensor = GatedResidual.apply(x_BLD, y_BLD, gate)
-        return out
-    return x_BLD + gate.per_token(x_BLD.shape[1]) * y_BLD
-
-
 def split_norm_rope(x_BLN: Tensor, weights: tuple[Tensor, ...], rope: tuple[Tensor, Tensor] | None, num_heads: int,
                     eps: float, kernels: bool = True) -> tuple[Tensor, ...]:
     """Split x into parts of D. The first len(weights) get RMSNorm over all heads together, with their weight, and

@@ -75,23 +75,6 @@ def _residual_norm_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gated_residual(  # type: ignore[no-untyped-def]
-        x, y, gate, boundary, out, length, y_stride, gate_b, gate_r, D: tl.constexpr, BLOCK: tl.constexpr,
-        BACKWARD: tl.constexpr):
-    """Forward: out = x + gate * y. Backward (x is d out): out = gate * x, in y's dtype."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK)
-    ok = d < D
-    gate_D = tl.load(_row(gate, row, length, boundary, gate_b, gate_r, True) + d, mask=ok, other=0.0)
-    value = tl.load(x + row * D + d, mask=ok, other=0.0)
-    if BACKWARD:
-        value *= gate_D
-    else:
-        value += gate_D * tl.load(y + row * y_stride + d, mask=ok, other=0.0).to(tl.float32)
-    tl.store(out + row * D + d, value, mask=ok)
-
-
-@triton.jit
 def _norm_rope_forward(  # type: ignore[no-untyped-def]
         x, weight_0, weight_1, cos, sin, out, rstd_out, num_rows, length, eps, x_stride, D: tl.constexpr,
         HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr):
@@ -216,28 +199,6 @@ class ResidualNorm(torch.autograd.Function):
             dh_BLD.stride(1), *_strides(gate), *_strides(scale), D=dim, HAS_DX_OUT=dx_out is not None, HAS_Y=has_y,
             HAS_GATE=gate is not None, PER_TOKEN=scale.boundary_B is not None, **_launch(dim))
         return dx_BLD, dy_BLD, None, None, None, None, None, None
-
-
-class GatedResidual(torch.autograd.Function):
-    """x + gate * y: see elementwise.gated_residual."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BLD: Tensor, y_BLD: Tensor, gate: Rows) -> Tensor:
-        out_BLD = torch.empty_like(x_BLD)
-        _gated_residual[(x_BLD.shape[0] * x_BLD.shape[1],)](
-            x_BLD, y_BLD, gate.values, gate.boundary_B, out_BLD, x_BLD.shape[1], y_BLD.stride(1), *_strides(gate),
-            D=x_BLD.shape[2], BACKWARD=False, **_launch(x_BLD.shape[2]))
-        ctx.gate, ctx.y_dtype = gate, y_BLD.dtype
-        return out_BLD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        dx_BLD, gate = grads[0].contiguous(), ctx.gate
-        dy_BLD = torch.empty_like(dx_BLD, dtype=ctx.y_dtype)
-        _gated_residual[(dx_BLD.shape[0] * dx_BLD.shape[1],)](
-            dx_BLD, None, gate.values, gate.boundary_B, dy_BLD, dx_BLD.shape[1], 0, *_strides(gate), D=dx_BLD.shape[2],
-            BACKWARD=True, **_launch(dx_BLD.shape[2]))
-        return dx_BLD, dy_BLD, None
 
 
 class NormRope(torch.autograd.Function):

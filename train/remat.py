@@ -14,7 +14,7 @@ while the others run.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,9 +27,8 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from train.wan import Block, Wan, WanConfig
+from train.wan import Block, RunBlock, Wan, WanConfig
 
-RunBlock = Callable[..., Tensor] | None
 _ORDER = ("attn1", "attn1.out", "attn2.q", "attn2.out", "attn1.qkv", "ffn.up", "attn2.kv", "attn2")
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -118,7 +117,7 @@ def plan_shape(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_by
     one_block = autograd_bytes(config, shape, targets, dtype_bytes)
     at_work = batch * transient_bytes(config, shape, dtype_bytes)
     everything = Kept(None, batch * blocks * one_block + at_work)
-    inputs = batch * (blocks * 4.0 * shape.num_tokens * config.dim + one_block) + at_work
+    inputs = batch * (blocks * (4.0 + dtype_bytes) * shape.num_tokens * config.dim + one_block) + at_work
     if budget_bytes is None:
         budget_bytes = float("inf") if everything.num_bytes <= room_bytes else max(room_bytes - inputs, 0.0)
     if budget_bytes == float("inf"):
@@ -168,14 +167,15 @@ def block_runner(model: Wan, plans: dict[Shape, Kept]) -> RunBlock:
     if all(plan.blocks is None for plan in plans.values()):
         return None
 
-    def run_block(index: int, block: Block, x_BLD: Tensor, text_BSD: Tensor, *rest: Any) -> Tensor:
+    def run_block(index: int, block: Block, x_BLD: Tensor, left_BLD: Tensor | None, left_gate_BRD: Tensor | None,
+                  text_BSD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        inputs = (x_BLD, left_BLD, left_gate_BRD, text_BSD, *rest)
         blocks = plans[Shape(x_BLD.shape[0], x_BLD.shape[1], text_BSD.shape[1])].blocks
         if blocks is None:
-            out: Tensor = block(x_BLD, text_BSD, *rest)
+            out: tuple[Tensor, Tensor] = block(*inputs)
             return out
         contexts = partial(_contexts, block, blocks[index]) if blocks[index] else noop_context_fn
-        out = checkpoint(block, x_BLD, text_BSD, *rest, use_reentrant=False, preserve_rng_state=False,
-                         context_fn=contexts)
+        out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         return out
 
     return run_block

@@ -21,8 +21,7 @@ from loader.feed import Batch
 from train import flow
 from train.attention import Attention
 from train.config import FlowConfig
-from train.remat import RunBlock
-from train.wan import Wan
+from train.wan import RunBlock, Wan
 
 
 class Inputs(NamedTuple):

@@ -15,7 +15,7 @@ Source of names and constants: diffusers' transformer_wan.py, version 0.42.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.attention import Attention
-from train.elementwise import Rows, gated_residual, gelu_tanh, residual_norm, split_norm_rope
+from train.elementwise import Rows, gelu_tanh, residual_norm, split_norm_rope
+
+RunBlock = Callable[..., tuple[Tensor, Tensor]] | None  # how a block is run: see train/remat.py
 
 
 class WanConfig(msgspec.Struct, frozen=True):
@@ -118,7 +120,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """[B, L, D] float32 -> [B, L, D] float32: self-attention, cross-attention, feed-forward."""
+    """Self-attention, cross-attention, feed-forward. What the feed-forward adds to the stream is left to whoever comes
+    next, because its norm reads the stream anyway: [B, L, D] float32 and what the last block left -> the same two."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -128,18 +131,19 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, config.dim))
         self.eps = config.eps
 
-    def forward(self, x_BLD: Tensor, text_BSD: Tensor, time_BR6D: Tensor, boundary_B: Tensor,
-                rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        tables_BR6D = self.scale_shift_table + time_BR6D
-        tables_BR6D[:, :, 1::3] += 1  # the scales
-        shift1, scale1, gate1, shift3, scale3, gate3 = (Rows(rows, boundary_B) for rows in tables_BR6D.unbind(2))
+    def forward(self, x_BLD: Tensor, left_BLD: Tensor | None, left_gate_BRD: Tensor | None, text_BSD: Tensor,
+                tables_BR6D: Tensor, boundary_B: Tensor, rope: tuple[Tensor, Tensor],
+                attention: Attention) -> tuple[Tensor, Tensor]:
+        """`left_BLD` (None in the first block) is to be added times `left_gate_BRD`; tables: `modulation_tables`."""
+        shift1, scale1, gate1, shift3, scale3, _ = (Rows(rows, boundary_B) for rows in tables_BR6D.unbind(2))
+        left_gate = None if left_gate_BRD is None else Rows(left_gate_BRD, boundary_B)
         dtype, eps = text_BSD.dtype, self.eps
-        x_BLD, h_BLD = residual_norm(x_BLD, None, None, shift1, scale1, eps, dtype, self.attn1.qkv.num_spare)
+        x_BLD, h_BLD = residual_norm(x_BLD, left_BLD, left_gate, shift1, scale1, eps, dtype, self.attn1.qkv.num_spare)
         x_BLD, h_BLD = residual_norm(x_BLD, self.attn1(h_BLD, rope, attention), gate1, Rows(self.norm2_bias, None),
                                      Rows(self.norm2_weight, None), eps, dtype, self.attn2.q.num_spare)
         x_BLD, h_BLD = residual_norm(x_BLD, self.attn2(h_BLD, text_BSD, attention), None, shift3, scale3, eps, dtype,
                                      self.ffn.up.num_spare)
-        return gated_residual(x_BLD, self.ffn(h_BLD), gate3)
+        return x_BLD, self.ffn(h_BLD)
 
 
 class Wan(nn.Module):
@@ -160,7 +164,7 @@ class Wan(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
 
     def forward(self, latent_BCThw: Tensor, t_BR: Tensor, num_clean_frames_B: Tensor, text_BSD: Tensor,
-                attention: Attention, run_block: Callable[..., Tensor] | None = None) -> Tensor:
+                attention: Attention, run_block: RunBlock = None) -> Tensor:
         """Predict the velocity.
 
         latent_BCThw: noised latent, any float dtype. t_BR: float32 timesteps 0..1000 of the two modulation rows.
@@ -176,13 +180,25 @@ class Wan(nn.Module):
         time_BR6D = self.time_proj(F.silu(time_BRD)).unflatten(-1, (6, -1))
         text_BSD = self.text_2(gelu_tanh(self.text_1(text_BSD.to(dtype))))
         rope = rope_tables(frames, rows, columns, self.config.attention_head_dim, x_BLD.device)
-        for index, block in enumerate(self.blocks):
-            inputs = (x_BLD, text_BSD, time_BR6D, boundary_B, rope, attention)
-            x_BLD = block(*inputs) if run_block is None else run_block(index, block, *inputs)
+        left_BLD, left_gate_BRD = None, None
+        for index, (block, tables_BR6D) in enumerate(zip(self.blocks, self.modulation_tables(time_BR6D), strict=True)):
+            inputs = (x_BLD, left_BLD, left_gate_BRD, text_BSD, tables_BR6D, boundary_B, rope, attention)
+            x_BLD, left_BLD = block(*inputs) if run_block is None else run_block(index, block, *inputs)
+            left_gate_BRD = tables_BR6D[:, :, 5]
         shift_BRD, scale_BRD = (self.scale_shift_table + time_BRD.unsqueeze(2)).unbind(2)
-        _, h_BLD = residual_norm(x_BLD, None, None, Rows(shift_BRD, boundary_B), Rows(1 + scale_BRD, boundary_B),
-                                 self.config.eps, dtype)
+        left_gate = None if left_gate_BRD is None else Rows(left_gate_BRD, boundary_B)
+        _, h_BLD = residual_norm(x_BLD, left_BLD, left_gate, Rows(shift_BRD, boundary_B),
+                                 Rows(1 + scale_BRD, boundary_B), self.config.eps, dtype)
         return unpatchify(self.proj_out(h_BLD).float(), (frames, rows, columns), self.config.patch_size)
+
+    def modulation_tables(self, time_BR6D: Tensor) -> Sequence[Tensor]:
+        """Per block float32 [B, R, 6, D]: shift, scale and gate of self-attention, then of the feed-forward."""
+        if not self.blocks:
+            return ()
+        tables_N6D = torch.stack([block.get_parameter("scale_shift_table") for block in self.blocks])
+        tables_NBR6D = tables_N6D[:, None, None] + time_BR6D
+        tables_NBR6D[:, :, :, 1::3] += 1  # the scales
+        return tables_NBR6D.unbind(0)
 
 
 def attend(q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, num_heads: int, attention: Attention) -> Tensor:
