@@ -1,10 +1,10 @@
 """Does it fit, how long will it take, what to change: python -m tools.plan CONFIG.toml [--shape 1280x704x49] [--gpus 2]
 
 Counted, not guessed: the floating-point operations, the bytes of every part in memory, and what the configuration's
-`activation_memory` keeps or computes again. A time needs rates besides. Those of the H200 were measured there (24 heads
-of 128, 11,440 tokens, cuDNN attention; large bf16 products; a device copy); the other cards' are their data sheets'
-peaks times the share of its peak that the H200 reached, so their times are *modelled* and may be far off, above all
-V100's, whose attention kernel is another one. No time is measured here; no GPU is touched.
+`activation_memory` keeps or computes again. A time needs rates besides. Those of the H200 are what the kernels of a
+step reach there at 1280x704x49 (tools.profile_step, bench/README.md); the other cards' are their data sheets' peaks
+times the share of its peak that the H200 reached, so their times are *modelled* and may be far off, above all V100's,
+whose attention kernel is another one. No time is measured here; no GPU is touched.
 
 Without --shape the buckets of the configured datasets are taken, each with its share of the samples.
 
@@ -40,23 +40,26 @@ class Card(NamedTuple):
     source: str
 
 
-_H200_GEMM, _H200_CUDNN, _H200_EFFICIENT = 788 / 989, 516 / 989, 134 / 989  # shares of the data sheet's 989 TFLOP/s
+# shares of the data sheet's 989 TFLOP/s and 4.8 TB/s
+_GEMM, _CUDNN, _EFFICIENT, _MEMORY = 725 / 989, 488 / 989, 131 / 989, 3.9 / 4.8
 CARDS = (
-    Card("V100-PCIE-32GB", 32, 112e12 * _H200_GEMM, 112e12 * _H200_EFFICIENT, 0.9e12 * 4.3 / 4.8,
+    Card("V100-PCIE-32GB", 32, 112e12 * _GEMM, 112e12 * _EFFICIENT, 0.9e12 * _MEMORY,
          "modelled: data sheet 112 TFLOP/s fp16, 0.9 TB/s; memory-efficient attention"),
-    Card("A100-SXM-80GB", 80, 312e12 * _H200_GEMM, 312e12 * _H200_CUDNN, 2.0e12 * 4.3 / 4.8,
+    Card("A100-SXM-80GB", 80, 312e12 * _GEMM, 312e12 * _CUDNN, 2.0e12 * _MEMORY,
          "modelled: data sheet 312 TFLOP/s, 2.0 TB/s"),
-    Card("H100-SXM-80GB", 80, 788e12, 516e12, 3.35e12 * 4.3 / 4.8, "modelled: the H200's arithmetic, 3.35 TB/s"),
-    Card("H200", 139, 788e12, 516e12, 4.3e12, "rates measured one by one; the step itself was not"),
+    Card("H100-SXM-80GB", 80, 725e12, 488e12, 3.35e12 * _MEMORY, "modelled: the H200's arithmetic, 3.35 TB/s"),
+    Card("H200", 139, 725e12, 488e12, 3.9e12, "measured, see bench/README.md"),
 )
+KERNELS_PER_BLOCK, KERNEL_S = 70, 4e-6  # what a kernel costs beside its work, from 832x480x9 on the H200
 
 
 class Step(NamedTuple):
-    """What one sample's forward and backward pass needs: operations, and bytes moved between the GEMMs."""
+    """What one sample's forward and backward pass needs: operations, bytes moved between the GEMMs, kernels."""
 
     gemm_flops: float
     attention_flops: float
     moved_bytes: float
+    num_kernels: float
 
 
 def layer_sizes(config: WanConfig) -> dict[str, tuple[int, int, bool]]:
@@ -113,16 +116,21 @@ def step_of(config: WanConfig, bucket: Bucket, targets: list[str], rank: int, dt
     first, other = (linear_flops(config, tokens, targets, rank, needs) for needs in (False, True))
     gemm_total = sum(map(sum, first.values())) + (blocks - 1) * sum(map(sum, other.values()))
     attention_total = blocks * 3.5 * sum(attention.values())
-    stream, row = 4 * tokens * d, dtype_bytes * tokens * d
-    # forward: three norms, the last residual, q/k/v, q, GELU; backward as much again and half as much more
-    moved = 9 * stream + 12 * row + 2 * tokens * config.ffn_dim * dtype_bytes
-    if kept.blocks is None:
-        return Step(gemm_total, attention_total, blocks * 2.5 * moved)
-    for names in kept.blocks:
-        attention_total += sum(value for name, value in attention.items() if name not in names)
-        gemm_total += sum(forward for name, (forward, _) in other.items() if name not in names
-                          and (name != "ffn.down" or "ffn.net.2" in targets))  # nobody needs the last one's output
-    return Step(gemm_total, attention_total, blocks * 3.5 * moved)
+    stream, row, up = 4 * tokens * d, dtype_bytes * tokens * d, dtype_bytes * tokens * config.ffn_dim
+    forward_bytes = 6 * stream + 12 * row + 2 * up  # three norms, q/k/v, q, GELU
+    moved = blocks * (forward_bytes + 9 * stream + 17 * row + 3 * up)
+    for names in GROUPS.values():  # the narrow products of adapters: x twice, dx twice, dy
+        if video_targets := [name for name in names if name in targets and layer_sizes(config)[name][2]]:
+            width, num_out, _ = layer_sizes(config)[video_targets[0]]
+            moved += blocks * dtype_bytes * tokens * (4 * width + len(names) * num_out)
+    num_kernels = float(blocks * KERNELS_PER_BLOCK)
+    if kept.blocks is not None:
+        for block in kept.blocks:
+            attention_total += sum(value for name, value in attention.items() if name not in block)
+            gemm_total += sum(forward for name, (forward, _) in other.items() if name not in block
+                              and (name != "ffn.down" or "ffn.net.2" in targets))  # nobody needs the last one's output
+        moved, num_kernels = moved + blocks * forward_bytes, 1.3 * num_kernels
+    return Step(gemm_total, attention_total, moved, num_kernels)
 
 
 def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:
@@ -143,7 +151,7 @@ def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:
 def seconds(step: Step, card: Card) -> float:
     """Of one sample's pass on `card`."""
     return (step.gemm_flops / card.gemm_flops + step.attention_flops / card.attention_flops
-            + step.moved_bytes / card.copy_bytes)
+            + step.moved_bytes / card.copy_bytes + step.num_kernels * KERNEL_S)
 
 
 def buckets_of(config: TrainConfig) -> dict[Bucket, float]:
