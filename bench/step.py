@@ -4,7 +4,7 @@ One process per profile and shape: random weights of the real size, subjects int
 step each. First it checks that what it times is right (bench/step_check.py); then it prints a table and writes it as
 JSON. Profiles:
 
-- native: bfloat16, the card's best attention, nothing recomputed;
+- native: bfloat16, the card's best attention, nothing recomputed (diffusers: torch's best, cuDNN);
 - native32: the same, our step under a cap of 32 GiB, its activations planned for 30;
 - volta: float16 with loss scaling, SDPA's memory-efficient kernel alone, the same cap.
 
@@ -38,7 +38,7 @@ from train.wan import TI2V_5B, WanConfig
 
 GIB = 2**30
 CAP_GIB, PLANNED_GIB = 32, 30
-PROFILES = {"native": (torch.bfloat16, "cudnn", False), "native32": (torch.bfloat16, "cudnn", True),
+PROFILES = {"native": (torch.bfloat16, "auto", False), "native32": (torch.bfloat16, "auto", True),
             "volta": (torch.float16, "efficient", True)}
 CASES = {"t2v": ("r16", False), "i2v": ("r16", True), "r32": ("r32", False)}
 PEERS = ("eager, checkpointing", "compiled, checkpointing", "compiled")
@@ -52,7 +52,7 @@ class Bench:
         self.config, self.bucket, self.device = config, bucket, device
         self.dtype, self.attention_name, self.capped = PROFILES[profile]
         self.attention = subjects.chosen_attention(self.attention_name, device, self.dtype)
-        subjects.only_attention(self.attention_name)
+        subjects.only_attention("efficient" if self.attention_name == "efficient" else "cudnn")
         self.resident: dict[str, int] = {}
         self.steps: dict[str, subjects.Step] = {}
         shape = remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS)
@@ -178,7 +178,7 @@ def check(config: WanConfig, bucket: Bucket, profile: str, device: torch.device)
     targets = subjects.ADAPTERS["r32"].targets
     plans = {name: remat.plan_shape(two, shape, targets, 2, budget) for name, budget in
              (("block", 0.0), ("100 MB", 1e8), ("graphs", float("inf")))}
-    bitwise = "flash" if attention == "cudnn" else attention  # cuDNN's backward pass is not deterministic
+    bitwise = "flash" if attention == "auto" else attention  # cuDNN's backward pass is not deterministic
     found["same bits"] = step_check.same_bits(model, adapters32, small, dtype, bitwise, plans, 4096)
     torch.use_deterministic_algorithms(False)
     return found

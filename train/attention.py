@@ -1,11 +1,14 @@
 """Which attention kernel runs: chosen once, by name, logged, and never switched behind anyone's back.
 
-V100 (sm_70) has only torch's memory-efficient kernel; Ampere adds flash; on Hopper cuDNN's is the fastest by far
-(forward and backward at 11,440 tokens, 24 x 128, fp16, one H200: cuDNN 10.9 ms, flash 18.0, efficient 42.0).
+V100 (sm_70) has only torch's memory-efficient kernel; Ampere adds flash; on Hopper cuDNN's is the fastest in torch, and
+the package flash-attn-4 (extra `flash4`) is faster still where there are many keys. Forward and backward at 11,440
+tokens, 24 x 128, bf16, one H200: flash4 9.3 ms, cuDNN 10.7, flash 18.1; fp16 efficient 42. With the 512 keys of
+cross-attention cuDNN takes 0.83 ms and flash4 0.95, so "flash4" leaves cross-attention to cuDNN.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-AttentionName = Literal["auto", "cudnn", "flash", "efficient", "math"]
+AttentionName = Literal["auto", "flash4", "cudnn", "flash", "efficient", "math"]
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+MANY_KEYS = 1024  # from here on flash4's share of "flash4"
 
 
 def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
@@ -28,9 +32,15 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(f"model.dtype = bfloat16: {torch.cuda.get_device_name(device)} would emulate it, many times "
                          f"slower; set model.dtype = \"float16\"")
-    backend = _BACKENDS[name]
+    if name == "flash4" and find_spec("flash_attn") is None:
+        raise ValueError('model.attention = "flash4" needs the package flash-attn-4: install the extra flash4, or set '
+                         '"cudnn"')
+    backend = _BACKENDS["cudnn" if name == "flash4" else name]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if name == "flash4" and k.shape[2] >= MANY_KEYS:
+            out: Tensor = flash4_forward(*(x.transpose(1, 2) for x in (q, k, v)))[0].transpose(1, 2)
+            return out
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 
@@ -43,4 +53,41 @@ def _best(device: torch.device, dtype: torch.dtype) -> AttentionName:
     if dtype == torch.float32:
         return "efficient"
     major, _ = torch.cuda.get_device_capability(device)
+    if major == 9 and find_spec("flash_attn") is not None:
+        return "flash4"
     return "cudnn" if major >= 9 else "flash" if major >= 8 else "efficient"
+
+
+# Operations of torch's own, so that train/remat.py can tell them from others and keep what they put out. The package's
+# public function is an autograd function, which hides them; the pair below it is pinned in configs/env/hopper.txt.
+
+
+@torch.library.custom_op("newsreel::flash4_forward", mutates_args=())
+def flash4_forward(q_BLHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention by flash-attn-4: out [B, L, H, E], and the log of the sums, float32 [B, H, L]."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out_BLHE, lse_BHL = _flash_attn_fwd(q_BLHE, k_BSHE, v_BSHE, return_lse=True)[:2]
+    return out_BLHE, lse_BHL
+
+
+@torch.library.custom_op("newsreel::flash4_backward", mutates_args=())
+def flash4_backward(q_BLHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, out_BLHE: Tensor, lse_BHL: Tensor,
+                    dout_BLHE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq_BLHE, dk_BSHE, dv_BSHE = _flash_attn_bwd(q_BLHE, k_BSHE, v_BSHE, out_BLHE, dout_BLHE, lse_BHL)[:3]
+    return dq_BLHE, dk_BSHE, dv_BSHE
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dout_BLHE: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor] = flash4_backward(*ctx.saved_tensors, dout_BLHE)
+    return grads
+
+
+flash4_forward.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from train.attention import AttentionName
 from train.flow import TimestepDistribution
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -17,7 +18,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     path: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    attention: AttentionName = "auto"
 
 
 class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -6,7 +6,8 @@ The base GEMM and the low-rank path are one GEMM: W is stored with B behind its 
 
 so the large output is written once and never read again. This needs x in a buffer whose rows have R spare columns:
 who makes x leaves them free when asked (train/elementwise.py), and where x comes without them (attention's output) it
-is copied. The same buffer is all that the backward pass keeps; train/lowrank.py has the narrow products, with dropout.
+is copied, and dx is dense too: attention's backward pass wants gradients laid out like its output. The same buffer is
+all that the backward pass keeps; train/lowrank.py has the narrow products, with dropout.
 Gradients of A and B are float32: they are sums over thousands of tokens, and float16 would overflow.
 
 The wide GEMMs are cuBLAS through torch, which is all that sm_70 has tensor cores for.
@@ -49,7 +50,8 @@ class LoRALinear(torch.autograd.Function):
                 b_param: Tensor, blocks: tuple[tuple[int, int], ...], scale: float, p: float,
                 key_B: Tensor | None) -> Tensor:
         num_low, width = a_RK.shape
-        if not has_spare_columns(x_BLK, num_low):
+        ctx.dense = not has_spare_columns(x_BLK, num_low)
+        if ctx.dense:
             x_BLK = with_spare_columns(x_BLK, num_low)
         x_MKR = _with_its_spare(x_BLK.data, num_low)  # .data: writing behind x is no change of x, for autograd
         project_down(x_BLK, a_RK, p, key_B, x_MKR[:, width:])
@@ -65,14 +67,15 @@ class LoRALinear(torch.autograd.Function):
         db_NR = mm_float32(dy_MN.T, low_MR)
         rank = num_low // len(ctx.blocks)
         db = torch.cat([db_NR[start:end, i * rank:(i + 1) * rank] for i, (start, end) in enumerate(ctx.blocks)])
-        dx_BLK = None
-        if ctx.needs_input_grad[0]:
+        needs_dx, dx_BLK = ctx.needs_input_grad[0], None
+        if needs_dx and not ctx.dense:
             dx_MKR = dy_MN @ weight_NKR
-            dlow_MR = dx_MKR[:, width:]
-            dx_BLK = dx_MKR.view(*x_BLK.shape[:2], -1)[..., :width]
-            add_project_up(dx_BLK, dlow_MR, a_RK, ctx.p, key_B)
+            dlow_MR, dx_BLK = dx_MKR[:, width:], dx_MKR.view(*x_BLK.shape[:2], -1)[..., :width]
         else:
             dlow_MR = dy_MN @ weight_NKR[:, width:]
+            dx_BLK = (dy_MN @ weight_NKR[:, :width]).view(x_BLK.shape) if needs_dx else None
+        if dx_BLK is not None:
+            add_project_up(dx_BLK, dlow_MR, a_RK, ctx.p, key_B)
         da = gradient_a(dlow_MR, x_BLK, ctx.p, key_B).mul_(ctx.scale)
         return dx_BLK, None, None, None, da, db, None, None, None, None
 

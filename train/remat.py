@@ -35,6 +35,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.newsreel.flash4_forward.default,  # train/attention.py
 }
 # the layers of each GEMM of a block, by their names in diffusers
 GROUPS = {"attn1.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn1.out": ("attn1.to_out.0",),
