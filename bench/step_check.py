@@ -81,7 +81,9 @@ def gradients_agree(config: WanConfig, bucket: Bucket, i2v: bool, adapters: subj
     inputs = prepare(batch, FlowConfig())
     velocity = model(*inputs[:4], subjects.chosen_attention(attention, device, dtype))
     loss = flow.sample_losses(velocity, inputs.target_BCThw, inputs.num_clean_frames_B).mean()
-    (1024 * loss).backward()
+    scale = settled_scale(loss, ours.parameters()) if dtype == torch.float16 else 1.0
+    if dtype != torch.float16:
+        loss.backward()
     reference.float()
     subjects.peer_step(reference, adapters, torch.float32)
     theirs = {name.replace(".default.weight", ""): p for name, p in reference.named_parameters() if p.requires_grad}
@@ -91,10 +93,10 @@ def gradients_agree(config: WanConfig, bucket: Bucket, i2v: bool, adapters: subj
         theirs[f"{name}.lora_A"].data.copy_(a.to(dtype))
     subjects.only_attention("efficient")
     expected = subjects.peer_loss(reference, batch, torch.float32)
-    (1024 * expected).backward()
+    expected.backward()
     for parameter in ours.parameters():
         assert parameter.grad is not None
-        parameter.data = parameter.grad
+        parameter.data = parameter.grad / scale
     worst, total = 0.0, [0.0, 0.0]
     for name, pair in ours.tensors().items():
         for kind, ours_g in zip("AB", pair, strict=True):
@@ -104,6 +106,18 @@ def gradients_agree(config: WanConfig, bucket: Bucket, i2v: bool, adapters: subj
             total[1] += gradient.square().sum().item()
     return {"loss": (abs(loss.item() / expected.item() - 1), 1e-3), "gradient": ((total[0] / total[1]) ** 0.5, 2e-2),
             "its worst tensor": (worst, 0.1)}
+
+
+def settled_scale(loss: Tensor, parameters: Sequence[torch.nn.Parameter]) -> float:
+    """Backward with the loss scale that dynamic scaling comes down to: the largest at which nothing overflows."""
+    for exponent in range(40, 0, -1):
+        for parameter in parameters:
+            parameter.grad = None
+        (loss * 2.0**exponent).backward(retain_graph=True)
+        if all(p.grad is not None and bool(p.grad.isfinite().all()) for p in parameters):
+            print(f"  the loss scale settles at 2**{exponent}", flush=True)
+            return 2.0**exponent
+    raise AssertionError("gradients overflow at every scale")
 
 
 def same_bits(model: Wan, adapters: lora.LoRA, bucket: Bucket, dtype: torch.dtype, attention: str,

@@ -8,18 +8,20 @@ from train.elementwise import gelu_tanh
 from train.fused import LoRALinear, has_spare_columns, lora_linear_eager
 from train.lora import LoRAProjections
 from train.lowrank import dropout_keep, dropout_keys
+from train.nf4 import NF4Weight
 from train.wan import Projections
 
 LAYERS = {"attn1.to_q": 24, "attn1.to_k": 24, "attn1.to_v": 40}
 KEYS_NB = dropout_keys(torch.tensor([2**62 + 5, 77]), 5)
 
 
-def adapted(targets: tuple[str, ...], dropout: float) -> LoRAProjections:
+def adapted(targets: tuple[str, ...], dropout: float, nf4: bool = False) -> LoRAProjections:
     torch.manual_seed(0)
     base = Projections(16, LAYERS)
     for parameter in (base.weight, base.bias):
         torch.nn.init.normal_(parameter)
-    module = LoRAProjections(base, targets, rank=8, alpha=20.0, dropout=dropout, layer=3)
+    module = LoRAProjections(base, targets, rank=8, alpha=20.0, dropout=dropout, layer=3,
+                             nf4=nf4)
     torch.nn.init.normal_(module.a_RK)
     torch.nn.init.normal_(module.b_NR)
     for destination, source in module.copies():
@@ -35,15 +37,17 @@ def eager(module: LoRAProjections, x_BLK: Tensor) -> Tensor:
     for i, (start, end) in enumerate(module.blocks):
         b_NR[start:end, i * 8:(i + 1) * 8] = module.b_NR[row:row + end - start]
         row += end - start
-    return lora_linear_eager(x_BLK, module.weight[:, :16], module.bias, module.a_RK, b_NR, module.scale,
+    weight_NKR = module.weight if module.nf4 is None else module.nf4.dense()
+    return lora_linear_eager(x_BLK, weight_NKR[:, :16], module.bias, module.a_RK, b_NR, module.scale,
                              module.dropout, module.key_B)
 
 
 @pytest.mark.parametrize("targets", [tuple(LAYERS), ("attn1.to_v", "attn1.to_q"), ("attn1.to_k",)])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("spare", [True, False])
-def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], dropout: float, spare: bool) -> None:
-    module = adapted(targets, dropout)
+@pytest.mark.parametrize(("spare", "nf4"), [(True, False), (False, False), (True, True)])
+def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], dropout: float, spare: bool,
+                                                  nf4: bool) -> None:
+    module = adapted(targets, dropout, nf4)
     source_BLK = torch.randn(2, 5, 16, requires_grad=True)
     weights_BLN = torch.randn(2, 5, sum(LAYERS.values()))
     x_BLK = gelu_tanh(source_BLK, module.num_spare if spare else 0)
@@ -55,6 +59,16 @@ def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], drop
         results.append((y_BLN.detach(), *gradients))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_nf4_weights_are_near_the_dense_ones_and_take_a_seventh_of_float32() -> None:
+    torch.manual_seed(0)
+    weight_NK = torch.randn(96, 256)
+    packed = NF4Weight(weight_NK, num_low=8)
+    dense_NKR = packed.dense()
+    assert dense_NKR.shape == (96, 264) and torch.equal(dense_NKR[:, 256:], torch.zeros(96, 8))
+    assert 0.05 < (dense_NKR[:, :256] - weight_NK).norm() / weight_NK.norm() < 0.12
+    assert packed._packed.nbytes * 7 < weight_NK.nbytes
 
 
 def test_gradients_of_adapters_are_float32_in_half_precision() -> None:

@@ -41,14 +41,16 @@ class Card(NamedTuple):
 
 
 # shares of the data sheet's 989 TFLOP/s and 4.8 TB/s
-_GEMM, _CUDNN, _EFFICIENT, _MEMORY = 725 / 989, 488 / 989, 131 / 989, 3.9 / 4.8
+_GEMM, _FLASH4, _CUDNN, _EFFICIENT, _MEMORY = 725 / 989, 568 / 989, 488 / 989, 131 / 989, 3.9 / 4.8
 CARDS = (
     Card("V100-PCIE-32GB", 32, 112e12 * _GEMM, 112e12 * _EFFICIENT, 0.9e12 * _MEMORY,
          "modelled: data sheet 112 TFLOP/s fp16, 0.9 TB/s; memory-efficient attention"),
     Card("A100-SXM-80GB", 80, 312e12 * _GEMM, 312e12 * _CUDNN, 2.0e12 * _MEMORY,
          "modelled: data sheet 312 TFLOP/s, 2.0 TB/s"),
-    Card("H100-SXM-80GB", 80, 725e12, 488e12, 3.35e12 * _MEMORY, "modelled: the H200's arithmetic, 3.35 TB/s"),
-    Card("H200", 139, 725e12, 488e12, 3.9e12, "measured, see bench/README.md"),
+    Card("H100-SXM-80GB", 80, 989e12 * _GEMM, 989e12 * _FLASH4, 3.35e12 * _MEMORY,
+         "modelled: the H200's arithmetic, 3.35 TB/s"),
+    Card("H200", 139, 989e12 * _GEMM, 989e12 * _FLASH4, 4.8e12 * _MEMORY,
+         "measured with flash4 attention, see bench/README.md"),
 )
 KERNELS_PER_BLOCK, KERNEL_S = 70, 4e-6  # what a kernel costs beside its work, from 832x480x9 on the H200
 
@@ -138,11 +140,14 @@ def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:
     half, full = num_parameters(wan)
     dtype_bytes = 4 if config.model.dtype == "float32" else 2
     adapters = num_adapter_parameters(wan, config.lora.targets, config.lora.rank)
-    spare = wan.num_layers * config.lora.rank * sum(
-        k + n for name, (k, n, _) in layer_sizes(wan).items() if name in config.lora.targets)
+    adapted = [(k, n) for name, (k, n, _) in layer_sizes(wan).items() if name in config.lora.targets]
+    base = half * dtype_bytes + 4.0 * full
+    if config.lora.base == "nf4":  # half a byte a weight and a statistic for 64; each [W | B] is unpacked while in use
+        base -= wan.num_layers * sum(k * n for k, n in adapted) * (dtype_bytes - 0.516)
+        base += max(3 * (k + config.lora.rank) * n for k, n in adapted) * dtype_bytes
     return {
-        "base model": half * dtype_bytes + 4.0 * full,
-        "LoRA, its gradient, its copies": adapters * 8.0 + spare * dtype_bytes,
+        "base model": base,
+        "LoRA, its gradient, its copies": adapters * (8.0 + dtype_bytes),
         "optimizer": adapters * (2.0 if config.optim.name == "adamw8bit" else 8.0),
         "CUDA (an allowance)": CONTEXT_BYTES,
     }

@@ -41,7 +41,8 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class LoRAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """As in PEFT. init: a LoRA file (diffusers keys) to go on from; empty: fresh adapters."""
+    """As in PEFT. init: a LoRA file (diffusers keys) to go on from; empty: fresh adapters. base: how the frozen weights
+    of the layers that have adapters are held: "dense" in model.dtype, "nf4" in a quarter of that (QLoRA)."""
 
     targets: list[str] = msgspec.field(default_factory=lambda: [
         "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v"])
@@ -49,6 +50,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     alpha: Annotated[float, Meta(gt=0.0)] = 16.0
     dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     init: str = ""
+    base: Literal["dense", "nf4"] = "dense"
 
 
 class FlowConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,7 +61,8 @@ class FlowConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """clip_norm: of the whole gradient, 0 for none. loss_scale: the first one, float16 only."""
+    """clip_norm: of the whole gradient, 0 for none. loss_scale: the first one, float16 only: too high, it is halved in
+    as many steps as it takes; too low, small gradients vanish until it has grown, which takes thousands."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: Annotated[float, Meta(gt=0.0)] = 1e-4
@@ -70,7 +73,7 @@ class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Meta(ge=0)] = 0
     clip_norm: Annotated[float, Meta(ge=0.0)] = 1.0
-    loss_scale: Annotated[float, Meta(gt=0.0)] = 65536.0
+    loss_scale: Annotated[float, Meta(gt=0.0)] = 2.0**24
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

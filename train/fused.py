@@ -23,6 +23,7 @@ from torch import Tensor
 
 from train.elementwise import with_spare_columns
 from train.lowrank import add_project_up, dropped, gradient_a, mm_float32, project_down
+from train.nf4 import NF4Weight
 
 
 def lora_linear_eager(x_BLK: Tensor, weight_NK: Tensor, bias_N: Tensor, a_RK: Tensor, b_NR: Tensor, scale: float,
@@ -39,14 +40,14 @@ def has_spare_columns(x_BLK: Tensor, num_spare: int) -> bool:
 
 
 class LoRALinear(torch.autograd.Function):
-    """See the module docstring. `weight_NKR` = [W | B] and `a_RK` = scale * A are in the compute dtype; the float32
-    parameters `a_param` [R, K] and `b_param` [sum of adapted N, rank] are passed only to receive their gradients.
+    """See the module docstring. `weight` = [W | B], dense or NF4, and `a_RK` = scale * A are in the compute dtype; the
+    float32 parameters `a_param` [R, K] and `b_param` [sum of adapted N, rank] only receive their gradients.
 
     `blocks` lists, per adapted layer in the order of A's rows, the (first row, end row) of its outputs.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BLK: Tensor, weight_NKR: Tensor, bias_N: Tensor, a_RK: Tensor, a_param: Tensor,
+    def forward(ctx: Any, x_BLK: Tensor, weight: Tensor | NF4Weight, bias_N: Tensor, a_RK: Tensor, a_param: Tensor,
                 b_param: Tensor, blocks: tuple[tuple[int, int], ...], scale: float, p: float,
                 key_B: Tensor | None) -> Tensor:
         num_low, width = a_RK.shape
@@ -55,13 +56,15 @@ class LoRALinear(torch.autograd.Function):
             x_BLK = with_spare_columns(x_BLK, num_low)
         x_MKR = _with_its_spare(x_BLK.data, num_low)  # .data: writing behind x is no change of x, for autograd
         project_down(x_BLK, a_RK, p, key_B, x_MKR[:, width:])
-        ctx.save_for_backward(x_BLK, weight_NKR, a_RK, key_B)
-        ctx.blocks, ctx.scale, ctx.p = blocks, scale, p
+        ctx.save_for_backward(x_BLK, weight if isinstance(weight, Tensor) else None, a_RK, key_B)
+        ctx.blocks, ctx.scale, ctx.p, ctx.nf4 = blocks, scale, p, weight if isinstance(weight, NF4Weight) else None
+        weight_NKR = weight.dense() if isinstance(weight, NF4Weight) else weight
         return F.linear(x_MKR, weight_NKR, bias_N).view(*x_BLK.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_BLK, weight_NKR, a_RK, key_B = ctx.saved_tensors
+        weight_NKR = weight_NKR if ctx.nf4 is None else ctx.nf4.dense()
         num_low, width = a_RK.shape
         dy_MN, low_MR = grads[0].flatten(0, 1), _with_its_spare(x_BLK, num_low)[:, width:]
         db_NR = mm_float32(dy_MN.T, low_MR)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from train.fused import LoRALinear
 from train.lowrank import dropout_keys
+from train.nf4 import NF4Weight
 from train.wan import Block, Projections, Wan
 
 TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
@@ -47,7 +48,7 @@ class LoRAProjections(nn.Module):
     a: Tensor
 
     def __init__(self, base: Projections, targets: tuple[str, ...], rank: int, alpha: float, dropout: float,
-                 layer: int):
+                 layer: int, nf4: bool = False):
         super().__init__()
         self.names, self.sizes = base.names, base.sizes
         self.adapted = tuple(name for name in base.names if name in targets)
@@ -57,9 +58,12 @@ class LoRAProjections(nn.Module):
         self.rank, self.scale, self.dropout, self.layer = rank, alpha / rank, dropout, layer
         (num_out, width), device, dtype = base.weight.shape, base.weight.device, base.weight.dtype
         self.width, self.num_spare = width, rank * len(self.adapted)
-        weight_NKR = torch.zeros(num_out, width + self.num_spare, dtype=dtype, device=device)
-        weight_NKR[:, :width] = base.weight
-        self.weight = nn.Parameter(weight_NKR, requires_grad=False)
+        if nf4:
+            self.nf4: NF4Weight | None = NF4Weight(base.weight, self.num_spare)
+        else:
+            self.nf4, weight_NKR = None, torch.zeros(num_out, width + self.num_spare, dtype=dtype, device=device)
+            weight_NKR[:, :width] = base.weight
+            self.weight = nn.Parameter(weight_NKR, requires_grad=False)
         self.bias = base.bias
         self.register_buffer("a", torch.zeros(self.num_spare, width, dtype=dtype, device=device), persistent=False)
         self.a_RK = nn.Parameter(torch.empty(self.num_spare, width, dtype=torch.float32, device=device))
@@ -68,8 +72,8 @@ class LoRAProjections(nn.Module):
         self.key_B: Tensor | None = None  # of dropout, for the samples of this pass
 
     def forward(self, x_BLK: Tensor) -> Tensor:
-        y: Tensor = LoRALinear.apply(x_BLK, self.weight, self.bias, self.a, self.a_RK, self.b_NR, self.blocks,
-                                     self.scale, self.dropout if self.training else 0.0, self.key_B)
+        y: Tensor = LoRALinear.apply(x_BLK, self.nf4 or self.weight, self.bias, self.a, self.a_RK, self.b_NR,
+                                     self.blocks, self.scale, self.dropout if self.training else 0.0, self.key_B)
         return y
 
     def parts(self) -> Iterable[tuple[str, Tensor, Tensor]]:
@@ -84,8 +88,8 @@ class LoRAProjections(nn.Module):
         """(destination, source) pairs that bring the compute-dtype copies up to date, but for A's scale."""
         yield self.a, self.a_RK.detach()
         for i, ((_, _, b), (start, end)) in enumerate(zip(self.parts(), self.blocks, strict=True)):
-            column = self.width + i * self.rank
-            yield self.weight[start:end, column:column + self.rank], b
+            b_NR = self.weight[:, self.width:] if self.nf4 is None else self.nf4.b_NR
+            yield b_NR[start:end, i * self.rank:(i + 1) * self.rank], b
 
 
 class LoRA:
@@ -119,10 +123,12 @@ class LoRA:
                 for name, a, b in module.parts()}
 
 
-def attach(model: Wan, targets: Iterable[str], rank: int, alpha: float, dropout: float, seed: int) -> LoRA:
+def attach(model: Wan, targets: Iterable[str], rank: int, alpha: float, dropout: float, seed: int,
+           nf4: bool = False) -> LoRA:
     """Put adapters on `targets` in every block of `model`, in place; only they will require a gradient.
 
-    A is drawn from `seed` on the CPU, layer after layer, so that it is the same on every device. Raises LoRAError.
+    A is drawn from `seed` on the CPU, layer after layer, so that it is the same on every device. With `nf4` the frozen
+    weights of these layers are quantised. Raises LoRAError.
     """
     chosen = tuple(targets)
     unknown = sorted(set(chosen) - set(TARGETS))
@@ -143,7 +149,7 @@ def attach(model: Wan, targets: Iterable[str], rank: int, alpha: float, dropout:
             for child_name, child in list(parent.named_children()):
                 layer += 1
                 if isinstance(child, Projections) and not set(child.names).isdisjoint(chosen):
-                    adapted = LoRAProjections(child, chosen, rank, alpha, dropout, layer)
+                    adapted = LoRAProjections(child, chosen, rank, alpha, dropout, layer, nf4)
                     for _, a, _ in adapted.parts():
                         bound = 1.0 / math.sqrt(adapted.width)  # what kaiming_uniform_(a=sqrt(5)) comes to
                         a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))

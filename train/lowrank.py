@@ -2,9 +2,11 @@
 
     low = drop(x) A^T        dx += drop'(dlow A)        dA = dlow^T drop(x)
 
-Which elements of x survive is a pure function of (sample seed, layer, token, channel): a 32-bit integer hash that the
-CPU, the GPU and every kernel compute alike. So no mask is kept for the backward pass, and none depends on the rank or
-micro-batch. Without dropout all three are plain GEMMs. With it there are three ways, and the device decides:
+Which elements of x survive is a pure function of (sample seed, layer, token, channel) that the CPU, the GPU and every
+kernel compute alike: the 32-bit product of a hash of (seed, layer, token) and an odd hash of the channel, against a
+threshold. A whole hash per element would cost more than reading x. So no mask is kept for the backward pass, and none
+depends on the rank or micro-batch. Without dropout all three are plain GEMMs. With it there are three ways, and the
+device decides:
 
 - sm_80 and newer: Triton kernels with tensor cores that hash while they read x (train/lowrank_kernels.py);
 - an older GPU: an elementwise kernel makes drop(x), cuBLAS multiplies, because tl.dot has no tensor cores there;
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
-GOLDEN = 0x9E3779B1  # 2**32 / golden ratio, odd
+GOLDEN, CHANNEL = 0x9E3779B1, 0x85EBCA77  # odd: they spread tokens and channels before these are hashed
 
 
 def dropout_keys(seeds_B: Tensor, num_layers: int) -> Tensor:
@@ -29,12 +31,14 @@ def dropout_keys(seeds_B: Tensor, num_layers: int) -> Tensor:
 
 def dropout_keep(key_B: Tensor, length: int, width: int, p: float) -> Tensor:
     """Which elements survive: bool [B, L, K]."""
-    index_LK = torch.arange(length * width, device=key_B.device).view(length, width)
-    return _mix32((index_LK * GOLDEN + key_B[:, None, None]) & _MASK32) >= threshold(p)
+    token_L, channel_K = (torch.arange(size, device=key_B.device) for size in (length, width))
+    row_BL = _mix32((token_L * GOLDEN + key_B[:, None]) & _MASK32)
+    column_K = _mix32(channel_K * CHANNEL & _MASK32) | 1
+    return (row_BL[..., None] * column_K & _MASK32) >= threshold(p)  # int64 wraps, its low 32 bits stay right
 
 
 def threshold(p: float) -> int:
-    """A hash below this drops its element."""
+    """A product below this drops its element."""
     return int(p * 2**32)
 
 

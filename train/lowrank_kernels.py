@@ -16,12 +16,23 @@ NUM_PARTS = 16
 
 
 @triton.jit
-def _keep(key, index, THRESHOLD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """lowrank.dropout_keep for uint32 keys and places."""
-    x = index * 0x9E3779B1 + key
+def _mix32(x):  # type: ignore[no-untyped-def]
+    """lowrank._mix32 of uint32."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return (x ^ (x >> 16)) >= THRESHOLD
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _row_hash(keys, row, ok, length):  # type: ignore[no-untyped-def]
+    """Of the tokens in `row`, from their samples' keys."""
+    key = tl.load(keys + row // length, mask=ok, other=0).to(tl.uint32)
+    return _mix32((row % length).to(tl.uint32) * 0x9E3779B1 + key)
+
+
+@triton.jit
+def _column_hash(k):  # type: ignore[no-untyped-def]
+    return _mix32(k.to(tl.uint32) * 0x85EBCA77) | 1
 
 
 @triton.jit
@@ -30,17 +41,9 @@ def _drop(x, out, keys, length, width, x_stride, scale, THRESHOLD: tl.constexpr,
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = k < width
-    key = tl.load(keys + row // length).to(tl.uint32)
-    keep = _keep(key, ((row % length) * width + k).to(tl.uint32), THRESHOLD)
+    keep = _row_hash(keys, row, True, length) * _column_hash(k) >= THRESHOLD
     value = tl.load(x + row * x_stride + k, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + row * width + k, tl.where(keep, value * scale, 0.0), mask=ok)
-
-
-@triton.jit
-def _keys_of_rows(keys, row, ok, length, width):  # type: ignore[no-untyped-def]
-    """Per row its sample's key, and the place of its first element, both uint32 [BLOCK_M, 1]."""
-    key = tl.load(keys + row // length, mask=ok, other=0).to(tl.uint32)
-    return key[:, None], ((row % length) * width).to(tl.uint32)[:, None]
 
 
 @triton.jit
@@ -49,14 +52,14 @@ def _drop_down(x, a, out, keys, num_rows, length, num_low, x_stride, out_stride,
                BLOCK_R: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < num_rows
-    key, first = _keys_of_rows(keys, row, row_ok, length, width)
+    hash_M = _row_hash(keys, row, row_ok, length)
     r = tl.arange(0, BLOCK_R)
     low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, width, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         ok = row_ok[:, None] & (k < width)[None, :]
         value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
-        value = tl.where(_keep(key, first + k.to(tl.uint32)[None, :], THRESHOLD), value, 0.0)
+        value = tl.where(hash_M[:, None] * _column_hash(k)[None, :] >= THRESHOLD, value, 0.0)
         a_KR = tl.load(a + r[None, :] * width + k[:, None], mask=(r < num_low)[None, :] & (k < width)[:, None],
                        other=0.0)
         low = tl.dot(value.to(a_KR.dtype), a_KR, low, input_precision="ieee")
@@ -71,12 +74,12 @@ def _drop_up_add(dx, dlow, a, keys, num_rows, length, num_low, dx_stride, dlow_s
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     row_ok, ok = row < num_rows, (row < num_rows)[:, None] & (k < width)[None, :]
-    key, first = _keys_of_rows(keys, row, row_ok, length, width)
+    hash_M = _row_hash(keys, row, row_ok, length)
     low_MR = tl.load(dlow + row[:, None] * dlow_stride + r[None, :], mask=row_ok[:, None] & (r < num_low)[None, :],
                      other=0.0)
     a_RK = tl.load(a + r[:, None] * width + k[None, :], mask=(r < num_low)[:, None] & (k < width)[None, :], other=0.0)
     update = tl.dot(low_MR, a_RK, input_precision="ieee") * scale
-    update = tl.where(_keep(key, first + k.to(tl.uint32)[None, :], THRESHOLD), update, 0.0)
+    update = tl.where(hash_M[:, None] * _column_hash(k)[None, :] >= THRESHOLD, update, 0.0)
     place = dx + row[:, None] * dx_stride + k[None, :]
     tl.store(place, tl.load(place, mask=ok, other=0.0).to(tl.float32) + update, mask=ok)
 
@@ -92,10 +95,10 @@ def _drop_gradient(dlow, x, out, keys, num_rows, length, num_low, x_stride, dlow
     for start in range(0, rows_per_part, BLOCK_M):
         row = part.to(tl.int64) * rows_per_part + start + tl.arange(0, BLOCK_M)
         row_ok = row < num_rows
-        key, first = _keys_of_rows(keys, row, row_ok, length, width)
+        hash_M = _row_hash(keys, row, row_ok, length)
         ok = row_ok[:, None] & (k < width)[None, :]
         value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
-        value = tl.where(_keep(key, first + k.to(tl.uint32)[None, :], THRESHOLD), value, 0.0)
+        value = tl.where(hash_M[:, None] * _column_hash(k)[None, :] >= THRESHOLD, value, 0.0)
         low_RM = tl.load(dlow + row[None, :] * dlow_stride + r[:, None], mask=(r < num_low)[:, None] & row_ok[None, :],
                          other=0.0)
         total = tl.dot(low_RM, value.to(low_RM.dtype), total, input_precision="ieee")

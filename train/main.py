@@ -38,7 +38,7 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
 
     model = load_transformer(Path(config.model.path), device, dtype)
     adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout,
-                           config.seed)
+                           config.seed, nf4=config.lora.base == "nf4")
     if config.lora.init:
         lora.load_diffusers(adapters, Path(config.lora.init))
     flat_parameters = optim.flatten(adapters.parameters())

@@ -183,9 +183,9 @@ def block_runner(model: Wan, plans: dict[Shape, Kept]) -> RunBlock:
 
 
 def _contexts(block: Block, kept: frozenset[str]) -> Any:
-    """The context managers of one checkpoint call, which know an operation by its weight, or by its place."""
-    names = {module.weight.data_ptr(): name for name, module in block.named_modules()
-             if isinstance(getattr(module, "weight", None), nn.Parameter)}
+    """The context managers of one checkpoint call, which know an operation by its bias, or by its place."""
+    names = {module.bias.data_ptr(): name for name, module in block.named_modules()
+             if isinstance(getattr(module, "bias", None), nn.Parameter)}
     attentions = {False: iter(("attn1", "attn2")), True: iter(("attn1", "attn2"))}  # forward, then recomputation
 
     def policy(context: Any, operation: Any, *arguments: Any, **_: Any) -> CheckpointPolicy:
@@ -193,7 +193,7 @@ def _contexts(block: Block, kept: frozenset[str]) -> Any:
         if operation in _ATTENTION:
             name = next(attentions[context.is_recompute])
         elif operation == torch.ops.aten.addmm.default:
-            name = names.get(arguments[2].data_ptr())
+            name = names.get(arguments[0].data_ptr())
         return CheckpointPolicy.MUST_SAVE if name in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
