@@ -25,11 +25,12 @@ from shardgen.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig, check_paths
 from shardgen.estimate import estimate, remember_rate
 from shardgen.executors import Failure, run_local, run_ray
+from shardgen.fetch_stage import fetch_media
 from shardgen.ingest import ingest_labels
 from shardgen.pictures import choose_mp4_encoder
 from shardgen.recipe import full_recipe
 from shardgen.report import status_line, summary, write_reports
-from shardgen.stages import fetch_media, filter_labels, plan_shards, probe_media, settle_duplicates
+from shardgen.stages import filter_labels, plan_shards, probe_media, settle_duplicates
 from shardgen.tables import FETCHED, INGESTED, SOUND, UNAVAILABLE, WANTED
 from shardgen.units import EncodeSpec, ShardJob, ShardResult, encode_unit
 from shardgen.write import remove_leftovers, stored_size, write_atomic

@@ -73,7 +73,7 @@ def _windows(catalog: Catalog, row: sqlite3.Row, config: ShardgenConfig) -> list
     probe = msgspec.json.decode(row["probe"], type=Probe)
     if probe.media_type != row["media_type"]:
         raise PlanError("media_type_differs", f"the label says {row['media_type']}, the file is a {probe.media_type}")
-    return clip_windows(row, catalog.label(row["id"]), probe, config)[0]
+    return clip_windows(row, catalog.label(row["id"]), probe, config)
 
 
 def window_strips(path: Path, windows: Sequence[Window], fitting: Fitting) -> list[Image.Image]:
