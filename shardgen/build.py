@@ -95,7 +95,7 @@ def run_stages(catalog: Catalog, config: ShardgenConfig, recipe: dict[str, Any],
 
     finished = catalog.finished_shards()
     with stage("report", catalog.count()) as bar:
-        report = write_reports(catalog, output, root, config.windows.fit, bar.update)
+        report = write_reports(catalog, config, bar.update)
     if not failures:
         splits: dict[Split, list[ShardInfo]] = {
             "train": [info for split, info in finished if split == "train"],

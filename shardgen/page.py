@@ -31,8 +31,10 @@ table{border-collapse:collapse;margin:.5em 0 1.5em}
 td,th{padding:.15em .7em;border-bottom:1px solid #ddd;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#3b7dd8;height:.9em;min-width:1px}
 .ko{color:#666}.clip{border:1px solid #ddd;border-radius:6px;padding:.6em;margin:.6em 0}.clip img{margin-right:4px}
-h3{margin:1.6em 0 .2em}code{color:#555}
+h3{margin:1.6em 0 .2em}.yes{color:#18794e}.no{color:#b3261e}code{color:#555}
 """
+_REACHED = {True: " <b class=yes>reached</b> <span class=ko>달성</span>",
+            False: " <b class=no>missed</b> <span class=ko>미달</span>", None: ""}
 
 
 class Example(NamedTuple):
@@ -104,6 +106,7 @@ def _checks(checks: list[Check]) -> Iterator[str]:
     for check in checks:
         unit = "" if isinstance(check.value, str) else f" {check.unit}"
         yield (f"<tr><td>{escape(check.name)}<td class=n>{check.value}{escape(unit)}<td>{escape(check.target)}"
+               f"{_REACHED[check.reached]}"
                f"<td class=n>{check.sample_size}<td>{escape(check.definition)}")
     yield "</table>"
 
