@@ -68,7 +68,8 @@ class Catalog(AbstractContextManager["Catalog"]):
             if self.db.execute("SELECT 1 FROM clips LIMIT 1").fetchone():
                 self.index()
         except sqlite3.Error as error:
-            raise CatalogError(f"{path}: can't open the catalog: {error}") from error
+            raise CatalogError(f"{path}: can't open the catalog: {error}; is the folder read-only, or the disk "
+                               f"full?") from error
 
     def __exit__(self, *_: object) -> None:
         self.close()
