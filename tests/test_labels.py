@@ -103,7 +103,7 @@ def test_long_texts_of_hostile_labels_are_not_kept_in_memory() -> None:
     def parse_long(number: int) -> None:
         long = f"{number}" + "9" * 500_000
         parsed = parse(make_label("2400101", length=long, resolution=long, shots=((long, long),)))
-        assert (parsed.duration_s, parsed.width_px, len(parsed.objects[0].tc_in)) == (None, None, 500_001)
+        assert (parsed.duration_s, parsed.width_px, len(parsed.objects[0].tc_in)) == (None, None, 500_002)
         with pytest.raises(TimecodeError):
             timecode_frame(parsed.objects[0].tc_in)
 
