@@ -61,8 +61,9 @@ def build(config: ShardgenConfig, last_stage: str = STAGES[-1], dry_run: bool = 
             if dry_run and name == "filter":
                 print(estimate(catalog, config))
                 return True
+            if name != STAGES[-1]:  # the report has told more
+                print(f"{name}: {status_line(catalog.buckets())}")
             if name == last_stage:
-                print(status_line(catalog.buckets()))
                 break
     for failure in failures:
         print(f"not encoded: {failure}")

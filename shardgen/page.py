@@ -35,6 +35,7 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:no
 .clip{border:1px solid #ddd;border-radius:6px;padding:.6em;margin:.6em 0}.clip img{margin-right:4px;max-width:100%}
 h3{margin:1.6em 0 .2em}code{color:#555}
 """
+_SPLITS = ("accepted_train", "accepted_val")
 _REACHED = {True: " <b class=yes>reached</b> <span class=ko>달성</span>",
             False: " <b class=no>missed</b> <span class=ko>미달</span>", None: ""}
 
@@ -96,13 +97,19 @@ def _counts(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"<h2>{report['label_files']} label files <span class=ko>라벨 파일</span></h2>"
     statuses = [status for status in FINAL if report["statuses"][status]]
     head = "".join(f"<th class=n>{_both(status)}" for status in statuses)
-    yield (f"<div class=wide><table><tr><th>category <span class=ko>분류</span>{head}"
-           f"<th class=n>total <span class=ko>합계</span>")
-    total = {**report["statuses"], "total": report["label_files"]}
+    yield (f"<div class=wide><table><tr><th>category <span class=ko>분류</span>{head}<th class=n>total "
+           f"<span class=ko>합계</span><th class=n>accepted: train <span class=ko>학습</span><th class=n>val "
+           f"<span class=ko>검증</span>")
+    in_split = {name: sum(counts[name] for counts in report["categories"].values()) for name in _SPLITS}
+    total = {**report["statuses"], "total": report["label_files"], **in_split}
     for name, counts in (*report["categories"].items(), ("total", total)):
-        cells = "".join(f"<td class=n>{counts[status]}" for status in (*statuses, "total"))
+        cells = "".join(f"<td class=n>{counts[column]}" for column in (*statuses, "total", *_SPLITS))
         yield f"<tr><td>{escape(name or '-')}{cells}"
     yield "</table></div>"
+    programmes = report["programmes"]
+    both = escape(", ".join(programmes["on_both_sides"])) or "none <span class=ko>없음</span>"
+    yield (f"<p>Programmes <span class=ko>프로그램</span>: {programmes['train']} train, {programmes['val']} val; "
+           f"on both sides <span class=ko>양쪽에 모두 있는 것</span>: {both}</p>")
 
 
 def _checks(checks: list[Check]) -> Iterator[str]:

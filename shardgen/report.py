@@ -40,6 +40,7 @@ def write_reports(catalog: Catalog, config: ShardgenConfig, advance: Callable[[i
     sizes: Counter[tuple[str, str]] = Counter()
     lengths_s: Counter[int] = Counter()
     flags: Counter[str] = Counter()
+    splits: Counter[tuple[str, str]] = Counter()
     programmes: dict[str, set[str]] = {"train": set(), "val": set()}
     figures = Figures()
     with (atomic_file(output / CLEAN_FILE) as clean_file, atomic_file(output / DEFECTIVE_FILE) as defective_file,
@@ -64,6 +65,7 @@ def write_reports(catalog: Catalog, config: ShardgenConfig, advance: Callable[[i
                 figures.add_accepted(probe, prompts)
                 lengths_s[int(probe.duration_s)] += probe.media_type == "video"
                 flags.update(row["flags"].split())
+                splits[row["category"], row["split"]] += 1
                 programmes[row["split"]].add(row["programme"])
                 clean_file.write(csv_row((
                     label, _media(catalog, row), row["clip_id"], row["media_type"],
@@ -76,6 +78,8 @@ def write_reports(catalog: Catalog, config: ShardgenConfig, advance: Callable[[i
     report = quality_report(catalog.buckets(), catalog.count(), catalog.finished_shards())
     report["programmes"] = {**{split: len(names) for split, names in programmes.items()},
                             "on_both_sides": sorted(programmes["train"] & programmes["val"])}
+    for name, counts in report["categories"].items():
+        counts |= {f"accepted_{split}": splits[name, split] for split in programmes}
     report["flags"] = dict(sorted(flags.items()))
     report["declared_against_probed_size"] = [{"declared": declared, "probed": probed, "clips": count}
                                               for (declared, probed), count in sizes.most_common()]
@@ -142,6 +146,9 @@ def summary(report: dict[str, Any], shards: Sequence[tuple[str, ShardInfo]]) -> 
     lines = ["", table(rows), ""]
     for status, reasons in report["reasons"].items():
         lines.append(f"{status}: " + ", ".join(f"{reason} {count}" for reason, count in reasons.items()))
+    both = report["programmes"]["on_both_sides"]
+    lines.append(f"programmes: {report['programmes']['train']} in train, {report['programmes']['val']} in val, "
+                 f"{f'ON BOTH SIDES: {both}' if both else 'none on both sides'}")
     for split, counts in report["samples"].items():
         of_split = [info for side, info in shards if side == split]
         shapes = ", ".join(f"{bucket} {count}" for bucket, count in counts.items())

@@ -69,6 +69,7 @@ def test_the_totals_add_up(tiny_dataset: Path, tiny_corpus: Path) -> None:
     assert num_labels == sum(counts["total"] for counts in report["categories"].values())
     for counts in report["categories"].values():
         assert counts["total"] == sum(counts[status] for status in FINAL)
+        assert counts["accepted"] == counts["accepted_train"] + counts["accepted_val"]
     shards = [info for infos in read_manifest(tiny_dataset).splits.values() for info in infos]
     assert sum(info.num_samples for info in shards) == sum(sum(of.values()) for of in report["samples"].values())
     with (tiny_dataset / "clean_dataset.csv").open(newline="", encoding="utf-8") as clean, \
@@ -95,7 +96,7 @@ def test_the_report_is_printed_and_is_one_page_of_its_own(tiny_dataset: Path, tm
     page = (copy / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") > 30
     assert "src='http" not in page and "<script" not in page and "<link" not in page
-    for text in ("the same bytes as another clip", "다른 클립과 똑같은 파일"):
+    for text in ("the same bytes as another clip", "다른 클립과 똑같은 파일", "양쪽에 모두 있는 것</span>: none"):
         assert text in page
     report = json.loads((copy / "quality_report.json").read_text())
     for reasons in report["reasons"].values():
@@ -117,7 +118,8 @@ def test_a_build_can_stop_after_a_stage_and_go_on(tiny_recipe: Path, tmp_path: P
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["build", str(tiny_recipe), "--set", f"output={tmp_path / 'out'}"]
     assert shardgen([*arguments, "--stage", "probe"]) == 0
-    assert "sound" in capsys.readouterr().out and not (tmp_path / "out" / "train").exists()
+    stages = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "label files" in line]
+    assert stages == ["labels", "filter", "fetch", "probe"] and not (tmp_path / "out" / "train").exists()
     assert shardgen([*arguments, "--stage", "plan"]) == 0
     assert "accepted" in capsys.readouterr().out
 
