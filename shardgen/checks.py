@@ -121,7 +121,8 @@ class Figures:
 
 
 def _share(name: str, definition: str, count: int, total: int) -> Check:
-    return Check(name, definition, NOT_SET, round(100 * count / total, 2) if total else NOT_MEASURED, "%", total)
+    """Per cent to four places: one file of a million must not round away, or a target of 100 would seem reached."""
+    return Check(name, definition, NOT_SET, round(100 * count / total, 4) if total else NOT_MEASURED, "%", total)
 
 
 def _mean(name: str, definition: str, total: float, count: int, unit: str) -> Check:

@@ -31,7 +31,7 @@ body{font:15px/1.5 system-ui,'Noto Sans KR','Malgun Gothic',sans-serif;max-width
 td,th{padding:.15em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}.text{min-width:16em}
 .bars{width:420px}.bar{background:#3b7dd8;height:.9em;margin-top:.3em;min-width:1px}
-.ko,:lang(ko){word-break:keep-all;overflow-wrap:anywhere}.ko{color:#666}.yes{color:#18794e}.no{color:#b3261e}
+.ko,:lang(ko){word-break:keep-all;overflow-wrap:break-word}.ko{color:#666}.yes{color:#18794e}.no{color:#b3261e}
 .clip{border:1px solid #ddd;border-radius:6px;padding:.6em;margin:.6em 0}.clip img{margin-right:4px;max-width:100%}
 h3{margin:1.6em 0 .2em}code{color:#555}
 """

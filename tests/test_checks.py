@@ -40,6 +40,13 @@ def test_a_target_is_reached_or_missed_and_neither_without_a_value(value: float 
     assert other == checks[1]
 
 
+def test_one_bad_file_of_a_million_is_not_rounded_away() -> None:
+    figures = Figures()
+    figures.fetched, figures.decodable = 1_000_000, 999_999
+    first = against_targets(figures.checks(), TargetsConfig(file_validity=">= 100"))[0]
+    assert (first.name, first.reached) == ("file_validity", False)
+
+
 @pytest.mark.parametrize("override", ["report.targets.file_validity=99.5", "report.targets.file_validity=> 99",
                                       "report.targets.filevalidity=>= 99"])
 def test_a_target_that_nobody_could_check_is_refused_by_name(override: str) -> None:
