@@ -90,14 +90,17 @@ def hash_local(path: Path) -> Fetched:
 
 
 def check_url(url: str, schemes: Iterable[str]) -> str:
-    """The host of a URL that may be asked. Raises FetchError (url_refused) for another scheme, file:// above all."""
+    """The host of a URL that may be asked. Raises FetchError (url_refused) for another scheme, file:// above all, for a
+    port that is none, and for a name and password, which would end up in messages."""
     try:
         parts = urlsplit(url)
-        host = parts.hostname or ""
+        host, _ = parts.hostname or "", parts.port
     except ValueError as error:
-        raise FetchError("url_refused", f"{url[:200]!r}: {error}", may_pass=False) from error
+        raise FetchError("url_refused", f"{without_query(url)!r}: {error}", may_pass=False) from error
+    if "@" in parts.netloc:
+        raise FetchError("url_refused", f"{host}: a URL with a name and password is not fetched", may_pass=False)
     if parts.scheme not in schemes or not host or not url.isprintable() or " " in url:
-        raise FetchError("url_refused", f"{url[:200]!r}: only {', '.join(schemes) or 'local files'} with a host are "
+        raise FetchError("url_refused", f"{without_query(url)!r}: only {', '.join(schemes) or 'local files'} with a host are "
                          f"fetched (fetch.schemes)", may_pass=False)
     return host
 

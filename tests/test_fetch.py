@@ -218,13 +218,15 @@ def test_a_full_disk_is_no_fault_of_the_clip(server: FaultServer, tmp_path: Path
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "data:,x", "", "http://", "//host/x", "http:///x",
                                  "javascript:alert(1)", "/etc/passwd", "http://[bad", "http://host/a b",
-                                 "http://host/a\r\nX: y", "FILE:///etc/passwd"])
+                                 "http://host/a\r\nX: y", "FILE:///etc/passwd", "https://host:99999/a",
+                                 "https://host:x/a", "https://user:secret@host/a", "ftp://host/a?sig=secret"])
 def test_only_http_urls_with_a_host_are_asked(url: str, tmp_path: Path) -> None:
     for attempt in (lambda: check_url(url, ("http", "https")),
                     lambda: download(url, tmp_path, ("http", "https"), FAST)):
         with pytest.raises(FetchError) as caught:
             attempt()
         assert caught.value.reason == "url_refused" and not caught.value.may_pass
+        assert "secret" not in str(caught.value)
     assert check_url("https://cdn.example.org/a.mp4?sig=%2F..%2F", ("https",)) == "cdn.example.org"
     assert not list(tmp_path.iterdir())
 
