@@ -100,8 +100,8 @@ def check_url(url: str, schemes: Iterable[str]) -> str:
     if "@" in parts.netloc:
         raise FetchError("url_refused", f"{host}: a URL with a name and password is not fetched", may_pass=False)
     if parts.scheme not in schemes or not host or not url.isprintable() or " " in url:
-        raise FetchError("url_refused", f"{without_query(url)!r}: only {', '.join(schemes) or 'local files'} with a host are "
-                         f"fetched (fetch.schemes)", may_pass=False)
+        raise FetchError("url_refused", f"{without_query(url)!r}: only {', '.join(schemes) or 'local files'} with a "
+                         f"host are fetched (fetch.schemes)", may_pass=False)
     return host
 
 
