@@ -105,9 +105,10 @@ def _reuse(catalog: Catalog, clips: Sequence[int], source: str) -> bool:
 
 
 def unchanged(file: sqlite3.Row) -> bool:
-    """Whether a hashed file still has the size and mtime of then."""
+    """Whether a hashed file still has the size and mtime of then; one that can't be looked at has not, and hashing it
+    again will say why."""
     try:
         now = Path(file["path"]).stat()
-    except FileNotFoundError:
+    except OSError:
         return False
     return (now.st_size, now.st_mtime_ns) == (file["size_bytes"], file["mtime_ns"])
