@@ -4,7 +4,7 @@ Writes a tree of labels of the users' size and traps, then runs, in turn and sev
 be (json.load, csv.writer, the same fields, one process), our ingest, our ingest over the unchanged tree, and our ingest
 of a tree of a quarter of the size. Page cache warm: the files were just written or read. Prints medians, spread and the
 three claims: the rate, the factor over the loop, and linearity. A virtual machine may have less than it shows as cores:
-each round also measures what one busy process per core gets, without which a rate by the clock says little.
+what one busy process per core gets is measured before and after each ingest, because a rate means little without it.
 """
 
 import argparse
@@ -96,12 +96,15 @@ def run(folder: Path, num_labels: int, rounds: int) -> None:
     cores = len(os.sched_getaffinity(0))
     given = []
     for _ in range(rounds):
-        given.append(cores_given(cores))
         measured["loop"].append(timed(lambda: json_csv_loop(trees[num_labels], folder / "loop.csv")))
         for name, size in (("quarter", num_labels // 4), ("ingest", num_labels)):
             for path in folder.glob("catalog.sqlite*"):
                 path.unlink()
+            before = cores_given(cores)
             measured[name].append(timed(lambda size=size: ingest(trees[size], database, size)))  # type: ignore[misc]
+        given.append((before + cores_given(cores)) / 2)
+        rate = num_labels / measured["ingest"][-1][0]
+        print(f"  given {given[-1]:.2f} cores: ingest {rate:,.0f} labels/s", flush=True)
         measured["unchanged"].append(timed(lambda: ingest(trees[num_labels], database, num_labels)))
     seconds = {name: [wall_s for wall_s, _ in runs] for name, runs in measured.items()}
     print(f"{num_labels} labels, {cores} cores (given {statistics.median(given):.2f}, {min(given):.2f} to "
