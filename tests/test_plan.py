@@ -1,13 +1,17 @@
 """Windows lie inside one shot, groups on one side of the split, and the shards don't depend on the order of clips."""
 
 import random
+import sqlite3
 from itertools import pairwise
 from math import ceil
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from bench.label_tree import OBJECTS, SCENE, label_bytes, make_label
 from loader.sample import Bucket
+from shardgen.draft import Draft
 from shardgen.labels import Label, Timed, parse_label
 from shardgen.plan import (
     PlanError,
@@ -178,6 +182,19 @@ def test_shards_hold_ascending_keys_of_one_bucket_and_split_whatever_the_order_o
         assert keys == sorted(keys) and 1 <= len(keys) <= 32
         assert {(each.split, each.bucket) for each in plan.windows} == {(plan.split, plan.bucket)}
     assert plans[0].name == "train-1280x704x17-000000"
+
+
+def test_a_draft_gives_windows_back_in_the_order_of_shards_and_leaves_nothing(tmp_path: Path) -> None:
+    made = [msgspec.structs.replace(each, media_xxh3=f"{i % 7:032x}", prompt=f"{i}: \"가\"\n")
+            for i, each in enumerate(windows(200))]
+    database = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
+    with Draft(database) as draft:
+        draft.add(made[:90])
+        draft.add(made[90:])
+        assert list(draft.windows()) == sorted(made, key=window_order)
+    assert database.execute("SELECT count(*) FROM sqlite_temp_master").fetchone() == (0,)
+    database.close()
+    assert (tmp_path / "catalog.sqlite").stat().st_size == 0
 
 
 def test_what_comes_later_goes_to_new_shards() -> None:
