@@ -3,7 +3,8 @@
 Writes a tree of labels of the users' size and traps, then runs, in turn and several times: the loop that a script would
 be (json.load, csv.writer, the same fields, one process), our ingest, our ingest over the unchanged tree, and our ingest
 of a tree of a quarter of the size. Page cache warm: the files were just written or read. Prints medians, spread and the
-three claims: the rate, the factor over the loop, and linearity.
+three claims: the rate, the factor over the loop, and linearity. A virtual machine may have less than it shows as cores:
+what one busy process per core gets is measured before and after each ingest, because a rate means little without it.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -60,6 +63,19 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - start, sum(after[:4]) - sum(before[:4])
 
 
+def cores_given(num_cores: int) -> float:
+    """What as many busy processes get of `num_cores` cores: their CPU seconds per second by the clock."""
+    command = [sys.executable, "-c", "for _ in range(8_000_000): pass"]
+
+    def count() -> None:
+        busy = [subprocess.Popen(command) for _ in range(num_cores)]
+        if any(process.wait() for process in busy):
+            raise SystemExit("a process that only counts has failed")
+
+    wall_s, cpu_s = timed(count)
+    return cpu_s / wall_s
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Labels per second into the catalog.")
     parser.add_argument("--labels", type=int, default=40_000)
@@ -77,21 +93,28 @@ def run(folder: Path, num_labels: int, rounds: int) -> None:
         json_csv_loop(root, folder / "loop.csv")  # warms the page cache
     measured: dict[str, list[tuple[float, float]]] = {"loop": [], "ingest": [], "unchanged": [], "quarter": []}
     database = folder / "catalog.sqlite"
+    cores = len(os.sched_getaffinity(0))
+    given = []
     for _ in range(rounds):
         measured["loop"].append(timed(lambda: json_csv_loop(trees[num_labels], folder / "loop.csv")))
         for name, size in (("quarter", num_labels // 4), ("ingest", num_labels)):
             for path in folder.glob("catalog.sqlite*"):
                 path.unlink()
+            before = cores_given(cores)
             measured[name].append(timed(lambda size=size: ingest(trees[size], database, size)))  # type: ignore[misc]
+        given.append((before + cores_given(cores)) / 2)
+        rate = num_labels / measured["ingest"][-1][0]
+        print(f"  given {given[-1]:.2f} cores: ingest {rate:,.0f} labels/s", flush=True)
         measured["unchanged"].append(timed(lambda: ingest(trees[num_labels], database, num_labels)))
     seconds = {name: [wall_s for wall_s, _ in runs] for name, runs in measured.items()}
-    cores = len(os.sched_getaffinity(0))
-    print(f"{num_labels} labels, {cores} cores, {rounds} interleaved rounds; median (least to most)")
+    print(f"{num_labels} labels, {cores} cores (given {statistics.median(given):.2f}, {min(given):.2f} to "
+          f"{max(given):.2f}), {rounds} interleaved rounds; median (least to most)")
     for name, size in (("loop", num_labels), ("ingest", num_labels), ("unchanged", num_labels),
                        ("quarter", num_labels // 4)):
         rates = sorted(size / each for each in seconds[name])
         print(f"  {name:<10} {statistics.median(rates):9,.0f} labels/s ({rates[0]:,.0f} to {rates[-1]:,.0f}), "
-              f"{statistics.median(seconds[name]):.2f} s, CPU {statistics.median(c for _, c in measured[name]):.2f} s")
+              f"{statistics.median(seconds[name]):.2f} s, "
+              f"CPU {1e6 * statistics.median(cpu_s for _, cpu_s in measured[name]) / size:.1f} us/label")
     factors = sorted(loop / ours for loop, ours in zip(seconds["loop"], seconds["ingest"], strict=True))
     growth = sorted(full / quarter for full, quarter in zip(seconds["ingest"], seconds["quarter"], strict=True))
     print(f"  factor over the loop {statistics.median(factors):.2f} ({factors[0]:.2f} to {factors[-1]:.2f})")

@@ -25,11 +25,12 @@ from shardgen.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig, check_paths
 from shardgen.estimate import estimate, remember_rate
 from shardgen.executors import Failure, run_local, run_ray
+from shardgen.fetch_stage import fetch_media
 from shardgen.ingest import ingest_labels
 from shardgen.pictures import choose_mp4_encoder
 from shardgen.recipe import full_recipe
 from shardgen.report import status_line, summary, write_reports
-from shardgen.stages import fetch_media, filter_labels, plan_shards, probe_media, settle_duplicates
+from shardgen.stages import filter_labels, plan_shards, probe_media, settle_duplicates
 from shardgen.tables import FETCHED, INGESTED, SOUND, UNAVAILABLE, WANTED
 from shardgen.units import EncodeSpec, ShardJob, ShardResult, encode_unit
 from shardgen.write import remove_leftovers, stored_size, write_atomic
@@ -60,8 +61,9 @@ def build(config: ShardgenConfig, last_stage: str = STAGES[-1], dry_run: bool = 
             if dry_run and name == "filter":
                 print(estimate(catalog, config))
                 return True
+            if name != STAGES[-1]:  # the report has told more
+                print(f"{name}: {status_line(catalog.buckets())}")
             if name == last_stage:
-                print(status_line(catalog.buckets()))
                 break
     for failure in failures:
         print(f"not encoded: {failure}")
@@ -94,7 +96,7 @@ def run_stages(catalog: Catalog, config: ShardgenConfig, recipe: dict[str, Any],
 
     finished = catalog.finished_shards()
     with stage("report", catalog.count()) as bar:
-        report = write_reports(catalog, output, root, config.windows.fit, bar.update)
+        report = write_reports(catalog, config, bar.update)
     if not failures:
         splits: dict[Split, list[ShardInfo]] = {
             "train": [info for split, info in finished if split == "train"],

@@ -4,6 +4,8 @@ The limit is soft by what is in flight, because servers don't always say how lar
 more is fetched in this build: the clips are named (cache_full), the shards are encoded, and the next build fetches on.
 """
 
+import threading
+from collections import Counter
 from collections.abc import Set
 from pathlib import Path
 
@@ -15,12 +17,25 @@ def cached_files(cache: Path) -> list[tuple[int, int, Path]]:
 
 
 class Room:
-    """How much the cache may still take. `full` is read by fetching threads, everything else by the one that writes."""
+    """How much the cache may still take. `full` and `hold` are for the fetching threads, the rest for the one that
+    writes the catalog."""
 
     def __init__(self, cache: Path, limit_bytes: int) -> None:
         self.cache, self.limit_bytes = cache, limit_bytes
         self.held_bytes = sum(size for _, size, _ in cached_files(cache))
         self.full = False
+        self._arriving: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def hold(self, media_xxh3: str) -> None:
+        """A download with this hash is about to get its name. An unused file may have that name: now it is used."""
+        with self._lock:
+            self._arriving[media_xxh3] += 1
+
+    def release(self, media_xxh3: str) -> None:
+        """The catalog knows of it now."""
+        with self._lock:
+            self._arriving[media_xxh3] -= 1
 
     def take(self, size_bytes: int) -> bool:
         """Count a new file; True if the limit is passed now and something should be evicted."""
@@ -39,9 +54,11 @@ class Room:
         for _, size, path in files:
             if self.held_bytes <= 0.9 * self.limit_bytes:
                 break
-            if path.name in unused:
+            with self._lock:  # so that no download gets this name between the question and the deletion
+                if path.name not in unused or self._arriving[path.name] > 0:
+                    continue
                 path.unlink()
-                evicted.append(path)
-                self.held_bytes -= size
+            evicted.append(path)
+            self.held_bytes -= size
         self.full = self.held_bytes > self.limit_bytes
         return evicted

@@ -1,4 +1,4 @@
-"""The catalog: SQLite, a row per label file, one status and one reason each. All SQL is here and in tables.py.
+"""The catalog: SQLite, a row per label file, one status, one reason. All SQL is here, in tables.py and in draft.py.
 
 The row's identity is the label's relative path; clip_id is an attribute, so two files may claim one id and both are
 accounted for. A clip moves through the statuses below and the build can be killed between any two transactions: what
@@ -20,12 +20,14 @@ from shardgen.plan import ShardPlan, Window
 from shardgen.tables import (
     ACCEPTED,
     DUPLICATE,
+    EQUAL_MEDIA,
     FAILED,
     FETCHED,
     GONE,
     INDEXES,
     INGESTED,
     REJECTED,
+    REPEATED_IDS,
     SCHEMA,
     SKIPPED,
     SOUND,
@@ -61,11 +63,13 @@ class Catalog(AbstractContextManager["Catalog"]):
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = NORMAL")
             self.db.execute("PRAGMA wal_autocheckpoint = 16384")  # pages: each checkpoint waits for the disk
+            self.db.execute("PRAGMA cache_size = -65536")  # KiB: a transaction of labels is written once, not spilled
             self.db.executescript(SCHEMA)
             if self.db.execute("SELECT 1 FROM clips LIMIT 1").fetchone():
                 self.index()
         except sqlite3.Error as error:
-            raise CatalogError(f"{path}: can't open the catalog: {error}") from error
+            raise CatalogError(f"{path}: can't open the catalog: {error}; is the folder read-only, or the disk "
+                               f"full?") from error
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -189,22 +193,14 @@ class Catalog(AbstractContextManager["Catalog"]):
     def repeated_ids(self) -> dict[str, list[sqlite3.Row]]:
         """Rows of every clip_id that more than one readable label claims; the one that keeps it first."""
         claims: dict[str, list[sqlite3.Row]] = {}
-        for row in self.db.execute(
-                "WITH readable AS (SELECT * FROM clips WHERE status NOT IN ('unreadable', 'gone')) "
-                "SELECT id, clip_id, label, status FROM readable WHERE clip_id IN "
-                "(SELECT clip_id FROM readable GROUP BY 1 HAVING count(*) > 1) "
-                "ORDER BY status != 'accepted', generation, label"):
+        for row in self.db.execute(REPEATED_IDS):
             claims.setdefault(row["clip_id"], []).append(row)
         return claims
 
     def equal_media(self) -> list[list[sqlite3.Row]]:
         """Rows whose media are equal byte for byte, per medium; the one to keep first."""
         groups: dict[str, list[sqlite3.Row]] = {}
-        for row in self.db.execute(
-                "WITH sound AS (SELECT * FROM clips WHERE status IN ('sound', 'accepted')) "
-                "SELECT id, clip_id, label, status, media_xxh3 FROM sound WHERE media_xxh3 IN "
-                "(SELECT media_xxh3 FROM sound GROUP BY 1 HAVING count(*) > 1) "
-                "ORDER BY status != 'accepted', generation, length(clip_id), clip_id, label"):
+        for row in self.db.execute(EQUAL_MEDIA):
             groups.setdefault(row["media_xxh3"], []).append(row)
         return list(groups.values())
 
@@ -259,10 +255,14 @@ class Catalog(AbstractContextManager["Catalog"]):
             db.executemany("UPDATE clips SET status = 'fetched', media_xxh3 = ? WHERE id = ?",
                            [(media_xxh3, clip) for clip in clips])
 
+    def media_files(self, media_xxh3: str) -> list[sqlite3.Row]:
+        """(path, size_bytes, mtime_ns) of every file that held these bytes when it was hashed."""
+        return self.db.execute("SELECT path, size_bytes, mtime_ns FROM sources WHERE media_xxh3 = ? ORDER BY source",
+                               (media_xxh3,)).fetchall()
+
     def media_path(self, media_xxh3: str) -> Path:
         """A file that held these bytes when it was hashed. Raises CatalogError if every one is gone since."""
-        rows = self.db.execute("SELECT path FROM sources WHERE media_xxh3 = ? ORDER BY source", (media_xxh3,))
-        paths = [Path(row[0]) for row in rows]
+        paths = [Path(row["path"]) for row in self.media_files(media_xxh3)]
         for path in paths:
             if path.is_file():
                 return path
@@ -282,25 +282,24 @@ class Catalog(AbstractContextManager["Catalog"]):
         rows = self.db.execute("SELECT split, bucket, count(*) FROM shards GROUP BY 1, 2")
         return {(split, bucket): number for split, bucket, number in rows}
 
-    def record_plan(self, plans: Sequence[ShardPlan], accepted: Sequence[tuple[int, str, int, str]],
-                    clips: dict[str, int]) -> None:
-        """Fix new shards for ever and begin the next generation.
+    def record_plan(self, plans: Iterable[ShardPlan]) -> int:
+        """Fix new shards for ever, accept their clips, and begin the next generation; returns their number.
 
-        `accepted` holds (clip row, split, number of windows, flags), `clips` maps a label to its row. Raises
-        CatalogError for a key that another sample has, with both sources named.
+        Raises CatalogError for a key that another sample has, with both sources named.
         """
+        number = 0
         with self.transaction() as db:
-            for plan in plans:
+            for number, plan in enumerate(plans, 1):  # noqa: B007 (the last one is what is returned)
                 db.execute("INSERT INTO shards VALUES (?, ?, ?, 0, NULL)", (plan.name, plan.split, plan.bucket))
                 for window in plan.windows:
                     self._refuse_repeated(db, window)
-                    db.execute("INSERT INTO windows VALUES (?, ?, ?, ?)",
-                               (window.key, clips[window.label], plan.name, msgspec.json.encode(window)))
-            db.executemany("UPDATE clips SET status = 'accepted', split = ?, "
-                           "num_windows = ?, flags = ? WHERE id = ?",
-                           [(split, num, flags, clip) for clip, split, num, flags in accepted])
-            if plans:
+                    db.execute("INSERT INTO windows SELECT ?, id, ?, ? FROM clips WHERE label = ?",
+                               (window.key, plan.name, msgspec.json.encode(window), window.label))
+                    db.execute("UPDATE clips SET status = 'accepted', split = ?, num_windows = num_windows + 1, "
+                               "flags = ? WHERE label = ?", (plan.split, " ".join(window.flags), window.label))
+            if number:
                 self.remember("generation", str(self.generation + 1))
+        return number
 
     def _refuse_repeated(self, db: sqlite3.Connection, window: Window) -> None:
         other = db.execute("SELECT label FROM windows JOIN clips ON clips.id = clip WHERE key = ?",

@@ -1,13 +1,16 @@
 """The figures that have to be reported about the data, each with its definition, target, value and sample size.
 
-A figure without anything to measure it on says "not measured"; a target that nobody has set says "not set".
+A figure without anything to measure it on says "not measured"; without a target in [report.targets], "not set".
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
+from shardgen.config import TARGET, TargetsConfig
 from shardgen.labels import Label
 from shardgen.media import Probe
 
@@ -17,7 +20,8 @@ Row = Any  # of catalog.clips()
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One figure. `value` is a number, or "not measured" where `sample_size` is 0."""
+    """One figure. `value` is a number, or "not measured" where `sample_size` is 0; `reached` is None without a value or
+    a target."""
 
     name: str
     definition: str
@@ -25,6 +29,22 @@ class Check(msgspec.Struct, frozen=True):
     value: float | str
     unit: str
     sample_size: int
+    reached: bool | None = None
+
+
+def against_targets(checks: Iterable[Check], targets: TargetsConfig) -> list[Check]:
+    """The checks with what the configuration wants of each, and whether it is so."""
+    held = []
+    for check in checks:
+        if target := getattr(targets, check.name):
+            match = TARGET.fullmatch(target)
+            assert match is not None
+            wanted = float(match[2])
+            reached = None if isinstance(check.value, str) else (
+                check.value >= wanted if match[1] == ">=" else check.value <= wanted)
+            check = replace(check, target=target, reached=reached)
+        held.append(check)
+    return held
 
 
 def count_words(text: str) -> int:
@@ -101,7 +121,8 @@ class Figures:
 
 
 def _share(name: str, definition: str, count: int, total: int) -> Check:
-    return Check(name, definition, NOT_SET, round(100 * count / total, 2) if total else NOT_MEASURED, "%", total)
+    """Per cent to four places: one file of a million must not round away, or a target of 100 would seem reached."""
+    return Check(name, definition, NOT_SET, round(100 * count / total, 4) if total else NOT_MEASURED, "%", total)
 
 
 def _mean(name: str, definition: str, total: float, count: int, unit: str) -> Check:

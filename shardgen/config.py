@@ -4,6 +4,7 @@ What decides the bytes of a dataset (windows, prompts, models, number formats) a
 come (workers, connections) stand in one file, because that is what a user edits; `recipe_of` picks the former.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ import msgspec
 
 from loader.config import ConfigError
 from loader.sample import Bucket
+
+TARGET = re.compile(r"(>=|<=) *(\d+(?:\.\d+)?)")
 
 
 class LabelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,6 +112,33 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     address: str = ""  # of a Ray cluster; empty: start one here
 
 
+class TargetsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What each check of the report has to reach: ">= 99.5" or "<= 25", in the check's unit; empty: not set."""
+
+    file_validity: str = ""
+    format_agreement: str = ""
+    size_agreement: str = ""
+    length_agreement: str = ""
+    rate_agreement: str = ""
+    mean_length: str = ""
+    over_25_s: str = ""
+    total_length: str = ""
+    words_per_description: str = ""
+    sentences_per_description: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a target that says neither at least nor at most."""
+        for name in self.__struct_fields__:
+            if (text := getattr(self, name)) and TARGET.fullmatch(text) is None:
+                raise ValueError(f'report.targets.{name} = {text!r}: write ">= 99.5" or "<= 25"')
+
+
+class ReportConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the quality report measures the data by; no byte of a shard depends on it."""
+
+    targets: TargetsConfig = TargetsConfig()
+
+
 class ShardgenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole build: `shardgen build CONFIG.toml`."""
 
@@ -121,6 +151,7 @@ class ShardgenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     split: SplitConfig = SplitConfig()
     fetch: FetchConfig = FetchConfig()
     executor: ExecutorConfig = ExecutorConfig()
+    report: ReportConfig = ReportConfig()
 
     def __post_init__(self) -> None:
         """Raises ValueError (msgspec makes it a ValidationError, load_toml a ConfigError) for impossible values."""

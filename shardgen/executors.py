@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 Unit = TypeVar("Unit")
@@ -65,16 +65,21 @@ def run_ray(function: Callable[[Unit], Result], units: Iterable[Unit], num_worke
             environment: dict[str, str], num_cpus: int, num_gpus: int) -> Iterator[tuple[Unit, Result | Failure]]:
     """Run `function` on each unit on a Ray cluster, each with `num_cpus` and `num_gpus`; yields as `run_local` does.
 
-    `address` is the cluster's; "" starts one here with room for `num_workers`. A unit whose node or worker dies is run
-    again elsewhere: it is idempotent. Raises ExecutorError if Ray is missing, or gives a unit up.
+    `address` is the cluster's; "" starts one here with room for `num_workers`. Without a unit, Ray isn't even imported.
+    A unit whose node or worker dies is run again elsewhere: it is idempotent. Raises ExecutorError if Ray is missing,
+    or gives a unit up.
     """
+    remaining = iter(units)
+    first = list(islice(remaining, 1))
+    if not first:
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError as error:
         raise ExecutorError("executor.kind = \"ray\" needs the package ray: pip install 'newsreel[ray]'") from error
     own = {} if address else {"num_cpus": num_workers * num_cpus, "include_dashboard": False}
-    remaining = iter(units)
+    remaining = chain(first, remaining)
     try:
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
         remote = ray.remote(function_of_unit).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=5,

@@ -90,15 +90,18 @@ def hash_local(path: Path) -> Fetched:
 
 
 def check_url(url: str, schemes: Iterable[str]) -> str:
-    """The host of a URL that may be asked. Raises FetchError (url_refused) for another scheme, file:// above all."""
+    """The host of a URL that may be asked. Raises FetchError (url_refused) for another scheme, file:// above all, for a
+    port that is none, and for a name and password, which would end up in messages."""
     try:
         parts = urlsplit(url)
-        host = parts.hostname or ""
+        host, _ = parts.hostname or "", parts.port
     except ValueError as error:
-        raise FetchError("url_refused", f"{url[:200]!r}: {error}", may_pass=False) from error
+        raise FetchError("url_refused", f"{without_query(url)!r}: {error}", may_pass=False) from error
+    if "@" in parts.netloc:
+        raise FetchError("url_refused", f"{host}: a URL with a name and password is not fetched", may_pass=False)
     if parts.scheme not in schemes or not host or not url.isprintable() or " " in url:
-        raise FetchError("url_refused", f"{url[:200]!r}: only {', '.join(schemes) or 'local files'} with a host are "
-                         f"fetched (fetch.schemes)", may_pass=False)
+        raise FetchError("url_refused", f"{without_query(url)!r}: only {', '.join(schemes) or 'local files'} with a "
+                         f"host are fetched (fetch.schemes)", may_pass=False)
     return host
 
 
@@ -108,8 +111,13 @@ def without_query(url: str) -> str:
 
 
 def download(url: str, cache: Path, schemes: tuple[str, ...], patience: Patience,
-             sleep: Callable[[float], None] = time.sleep) -> Fetched:
-    """Fetch a URL into the cache. Raises FetchError; OSError if the cache can't be written (a full disk)."""
+             sleep: Callable[[float], None] = time.sleep,
+             arriving: Callable[[str], None] = lambda media_xxh3: None) -> Fetched:
+    """Fetch a URL into the cache; `arriving` hears of the hash before a file gets it as its name.
+
+    Raises FetchError; OSError if the cache can't be written (a full disk). Half a file stays for the next run only if
+    that may go on with it.
+    """
     check_url(url, schemes)
     part = cache / "part" / xxhash.xxh3_128_hexdigest(url.encode())
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -123,12 +131,16 @@ def download(url: str, cache: Path, schemes: tuple[str, ...], patience: Patience
             progressed = part.exists() and part.stat().st_size > size_before + _BLOCK_BYTES
             attempt = 1 if progressed else attempt + 1
             if not error.may_pass or attempt > patience.retries:
+                if not error.may_pass or not _validator_file(part).exists():
+                    part.unlink(missing_ok=True)
+                    _validator_file(part).unlink(missing_ok=True)
                 raise
             pause_s = patience.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
             sleep(max(pause_s, min(error.wait_s, 60.0)))
     done = hash_local(part)
     path = cache / done.media_xxh3[:2] / done.media_xxh3
     path.parent.mkdir(exist_ok=True)
+    arriving(done.media_xxh3)
     with part.open("rb") as file:
         os.fsync(file.fileno())  # a name in the cache is a promise about the bytes, after a power failure too
     part.replace(path)

@@ -110,7 +110,7 @@ def _read_chunks(chunks: Iterator[Chunk], workers: int) -> Iterator[Found]:
 def _reader() -> Iterator[Popen[bytes]]:
     """A reading process; closing its stdin ends it."""
     path = os.pathsep.join(filter(None, sys.path))
-    with Popen([sys.executable, "-c", "from shardgen.reader import main; main()"], stdin=PIPE, stdout=PIPE,
+    with Popen([sys.executable, "-S", "-c", "from shardgen.reader import main; main()"], stdin=PIPE, stdout=PIPE,
                env={**os.environ, "PYTHONPATH": path}) as process:
         yield process
 

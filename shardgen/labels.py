@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-MAX_ID_CHARS = 64
+MAX_ID_CHARS, MAX_FIELD_CHARS = 64, 200
 _ID = re.compile(r"\w[\w-]*")
 _RESOLUTION = re.compile(r"\s*(\d{1,5})\s*[,xX×]\s*(\d{1,5})\s*")
 _LENGTH = re.compile(r"(\d{1,2}):([0-5]\d):([0-5]\d)\.(\d\d)")
@@ -158,14 +158,14 @@ def parse_label(data: bytes) -> Label:
     width_px, height_px = _declared_size(raw, media, details)
     return Label(
         clip_id, media.media_type or "", generated.mid_category or "", source.source_mbc or "",
-        iso_date(source.broadcast_date or ""), source.clip_proxy_url or "", source.clip_proxy_thumbnail_url or [],
+        iso_date(_short(source.broadcast_date)), source.clip_proxy_url or "", source.clip_proxy_thumbnail_url or [],
         generated.keyword or "", generated.stt_script or "",
         [Timed(s.description, s.tc_in or "", s.tc_out or "")
          for s in generated.scene_description_auto or () if s.description],
         [Timed(c.text, c.tc_in or "", c.tc_out or "") for c in levels.object_level or () if c.text],
         [c.text for c in levels.semantic_level or () if c.text],
         [c.text for c in levels.application_level or () if c.text],
-        width_px, height_px, length_s(details.length or ""), _number(details.frame_rate))
+        width_px, height_px, length_s(_short(details.length)), _number(details.frame_rate))
 
 
 def _declared_size(raw: _Raw | None, media: _MediaInfo, details: _Details) -> tuple[int | None, int | None]:
@@ -173,9 +173,14 @@ def _declared_size(raw: _Raw | None, media: _MediaInfo, details: _Details) -> tu
     inner = raw and raw.raw_data_info and raw.raw_data_info.basic_info
     outer = raw and raw.basic_info
     for text in (media.resolution, details.resolution, outer and outer.resolution, inner and inner.resolution):
-        if text and (size := _size(text)):
+        if text and (size := _size(_short(text))):
             return size
     return None, None
+
+
+def _short(text: str | None) -> str:
+    """A text that may be a date, a length or a size; what is too long to be one is kept out of the caches."""
+    return text if text and len(text) <= MAX_FIELD_CHARS else ""
 
 
 @lru_cache(maxsize=4096)
@@ -212,16 +217,22 @@ def length_s(text: str) -> float | None:
     return (hours * 360000 + minutes * 6000 + seconds * 100 + hundredths) / 100
 
 
-@lru_cache(maxsize=65536)
 def timecode_frame(text: str) -> int:
     """Frame number of a 29.97 fps drop-frame timecode "HH:MM:SS;FF"; "00:00:00;00" is frame 0.
 
     Drop-frame skips the numbers ;00 and ;01 at the start of each minute but every tenth, so that the counter keeps up
     with the clock. Raises TimecodeError for a text that is no timecode, skipped numbers included.
     """
+    if len(text) != len("HH:MM:SS;FF"):  # before the cache: it is not to hold what a hostile label holds
+        raise TimecodeError(f"timecode {text[:20]!r} is not HH:MM:SS;FF")
+    return _frame(text)
+
+
+@lru_cache(maxsize=65536)
+def _frame(text: str) -> int:
     match = _TIMECODE.fullmatch(text)
     if match is None:
-        raise TimecodeError(f"timecode {text[:20]!r} is not HH:MM:SS;FF")
+        raise TimecodeError(f"timecode {text!r} is not HH:MM:SS;FF")
     hours, minutes, seconds, frames = map(int, match.groups())
     if frames < 2 and seconds == 0 and minutes % 10:
         raise TimecodeError(f"timecode {text} does not exist: drop-frame skips ;00 and ;01 of this minute")

@@ -21,18 +21,23 @@ from shardgen.fetch import find_local
 from shardgen.media import MediaError, decode_windows, probe
 from shardgen.pictures import encode_jpeg
 from shardgen.tables import FINAL, UNREADABLE
-from shardgen.wording import wording
+from shardgen.wording import CHECKS, wording
 from shardgen.write import write_atomic
 
 _THUMBNAIL = Bucket(224, 128, 1)  # only ever looked at
 _STYLE = """
 body{font:15px/1.5 system-ui,'Noto Sans KR','Malgun Gothic',sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse;margin:.5em 0 1.5em}
-td,th{padding:.15em .7em;border-bottom:1px solid #ddd;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#3b7dd8;height:.9em;min-width:1px}
-.ko{color:#666}.clip{border:1px solid #ddd;border-radius:6px;padding:.6em;margin:.6em 0}.clip img{margin-right:4px}
+.wide{overflow-x:auto}table{border-collapse:collapse;margin:.5em 0 1.5em}
+td,th{padding:.15em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}.text{min-width:16em}
+.bars{width:420px}.bar{background:#3b7dd8;height:.9em;margin-top:.3em;min-width:1px}
+.ko,:lang(ko){word-break:keep-all;overflow-wrap:break-word}.ko{color:#666}.yes{color:#18794e}.no{color:#b3261e}
+.clip{border:1px solid #ddd;border-radius:6px;padding:.6em;margin:.6em 0}.clip img{margin-right:4px;max-width:100%}
 h3{margin:1.6em 0 .2em}code{color:#555}
 """
+_SPLITS = ("accepted_train", "accepted_val")
+_REACHED = {True: " <b class=yes>reached</b> <span class=ko>달성</span>",
+            False: " <b class=no>missed</b> <span class=ko>미달</span>", None: ""}
 
 
 class Example(NamedTuple):
@@ -82,7 +87,8 @@ def _pictures(catalog: Catalog, root: Path, row: Any) -> list[bytes]:
 
 def render_page(report: Mapping[str, Any], checks: list[Check], examples: list[Example]) -> str:
     """The whole page, from the decoded quality_report.json."""
-    return "\n".join(["<!doctype html><html lang=ko><meta charset=utf-8><title>newsreel: data quality</title>",
+    return "\n".join(["<!doctype html><html lang=en><meta charset=utf-8><title>newsreel: data quality</title>",
+                      "<meta name=viewport content='width=device-width'>",
                       f"<style>{_STYLE}</style><h1>Data quality <span class=ko>데이터 품질</span></h1>",
                       *_counts(report), *_checks(checks), *_plots(report), *_examples(examples), "</html>", ""])
 
@@ -90,22 +96,33 @@ def render_page(report: Mapping[str, Any], checks: list[Check], examples: list[E
 def _counts(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"<h2>{report['label_files']} label files <span class=ko>라벨 파일</span></h2>"
     statuses = [status for status in FINAL if report["statuses"][status]]
-    head = "".join(f"<th>{_both(status)}" for status in statuses)
-    yield f"<table><tr><th>category <span class=ko>분류</span>{head}<th>total <span class=ko>합계</span>"
-    total = {**report["statuses"], "total": report["label_files"]}
+    head = "".join(f"<th class=n>{_both(status)}" for status in statuses)
+    yield (f"<div class=wide><table><tr><th>category <span class=ko>분류</span>{head}<th class=n>total "
+           f"<span class=ko>합계</span><th class=n>accepted: train <span class=ko>학습</span><th class=n>val "
+           f"<span class=ko>검증</span>")
+    in_split = {name: sum(counts[name] for counts in report["categories"].values()) for name in _SPLITS}
+    total = {**report["statuses"], "total": report["label_files"], **in_split}
     for name, counts in (*report["categories"].items(), ("total", total)):
-        cells = "".join(f"<td class=n>{counts[status]}" for status in (*statuses, "total"))
+        cells = "".join(f"<td class=n>{counts[column]}" for column in (*statuses, "total", *_SPLITS))
         yield f"<tr><td>{escape(name or '-')}{cells}"
-    yield "</table>"
+    yield "</table></div>"
+    programmes = report["programmes"]
+    both = escape(", ".join(programmes["on_both_sides"])) or "none <span class=ko>없음</span>"
+    yield (f"<p>Programmes <span class=ko>프로그램</span>: {programmes['train']} train, {programmes['val']} val; "
+           f"on both sides <span class=ko>양쪽에 모두 있는 것</span>: {both}</p>")
 
 
 def _checks(checks: list[Check]) -> Iterator[str]:
-    yield "<h2>Checks <span class=ko>점검</span></h2><table><tr><th>check<th>value<th>target<th>n<th>definition"
+    head = (f"<th{kind}>{english} <span class=ko>{korean}</span>" for kind, english, korean in (
+        ("", "check", "점검 항목"), (" class=n", "value", "값"), ("", "target", "목표"), (" class=n", "n", "표본"),
+        ("", "definition", "정의")))
+    yield f"<h2>Checks <span class=ko>점검</span></h2><div class=wide><table><tr>{''.join(head)}"
     for check in checks:
         unit = "" if isinstance(check.value, str) else f" {check.unit}"
-        yield (f"<tr><td>{escape(check.name)}<td class=n>{check.value}{escape(unit)}<td>{escape(check.target)}"
-               f"<td class=n>{check.sample_size}<td>{escape(check.definition)}")
-    yield "</table>"
+        yield (f"<tr><td>{escape(check.name)} <span class=ko>{CHECKS[check.name]}</span>"
+               f"<td class=n>{check.value}{escape(unit)}<td>{escape(check.target)}{_REACHED[check.reached]}"
+               f"<td class=n>{check.sample_size}<td class=text>{escape(check.definition)}")
+    yield "</table></div>"
 
 
 def _plots(report: Mapping[str, Any]) -> Iterator[str]:
@@ -124,12 +141,12 @@ def _plots(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _bars(english: str, korean: str, counts: Mapping[str, int]) -> Iterator[str]:
-    yield f"<h3>{english} <span class=ko>{korean}</span></h3><table>"
+    yield f"<h3>{english} <span class=ko>{korean}</span></h3><div class=wide><table>"
     most = max(counts.values(), default=1) or 1
     for name, count in counts.items():
-        yield (f"<tr><td>{name}<td class=n>{count}<td style='width:420px'>"
-               f"<div class=bar style='width:{100 * count / most:.1f}%'></div>")
-    yield "</table>" if counts else "<tr><td>none <span class=ko>없음</span></table>"
+        bar = f"<div class=bar style='width:{100 * count / most:.1f}%'></div>" if count else ""
+        yield f"<tr><td>{name}<td class=n>{count}<td><div class=bars>{bar}</div>"
+    yield "</table></div>" if counts else "<tr><td>none <span class=ko>없음</span></table></div>"
 
 
 def _examples(examples: list[Example]) -> Iterator[str]:

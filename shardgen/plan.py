@@ -7,8 +7,8 @@ frame, its last one not after the shot's last frame. Frames that two shots claim
 Left out: aligning shots to real cuts in the picture. The labels' timecodes are what the captions were written for.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from math import ceil, log
 from typing import NamedTuple
 
@@ -209,21 +209,21 @@ def video_stretches(label: Label, duration_s: float, buckets: Sequence[Bucket], 
     return stretches, flags
 
 
-def assign_shards(windows: Iterable[Window], samples_per_shard: int,
-                  next_numbers: dict[tuple[str, str], int]) -> list[ShardPlan]:
-    """Cut windows into shards: per split and bucket, keys ascending, numbers from `next_numbers` (default 0) on.
+def window_order(window: Window) -> tuple[str, str, str, str]:
+    """Where a window comes when shards are cut: by split, bucket, its medium's hash, key."""
+    return window.split, window.bucket, window.media_xxh3, window.key
 
-    Clips are taken in the order of their media's hashes, so a shard holds a random draw of them, all windows of a clip
-    lie together (it is decoded once), and the result doesn't depend on the order of `windows`.
+
+def assign_shards(ordered: Iterable[Window], samples_per_shard: int,
+                  next_numbers: dict[tuple[str, str], int]) -> Iterator[ShardPlan]:
+    """Cut windows, which must come in `window_order`, into shards: numbers from `next_numbers` (default 0) on.
+
+    Clips are taken in the order of their media's hashes, so a shard holds a random draw of them and all windows of a
+    clip lie together (it is decoded once). Holds one shard at a time.
     """
-    plans = []
-    ordered = sorted(windows, key=lambda window: (window.split, window.bucket, window.media_xxh3, window.key))
     for (split, bucket), group in groupby(ordered, key=lambda window: (window.split, window.bucket)):
-        members = list(group)
         number = next_numbers.get((split, bucket), 0)
-        for start in range(0, len(members), samples_per_shard):
-            chosen = sorted(members[start:start + samples_per_shard], key=lambda window: window.key)
-            plans.append(ShardPlan(name=shard_name(split, Bucket.parse(bucket), number), split=split, bucket=bucket,
-                                   windows=chosen))
+        while chosen := list(islice(group, samples_per_shard)):
+            yield ShardPlan(name=shard_name(split, Bucket.parse(bucket), number), split=split, bucket=bucket,
+                            windows=sorted(chosen, key=lambda window: window.key))
             number += 1
-    return plans

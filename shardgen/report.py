@@ -17,8 +17,9 @@ import msgspec
 from loader.manifest import ShardInfo
 from loader.sample import Bucket
 from shardgen.catalog import Catalog, CatalogError
-from shardgen.checks import Check, Figures, metadata_line
-from shardgen.media import Fitting, Probe, fit
+from shardgen.checks import Check, Figures, against_targets, metadata_line
+from shardgen.config import ShardgenConfig
+from shardgen.media import Probe, fit
 from shardgen.tables import ACCEPTED, FINAL
 from shardgen.write import atomic_file, write_atomic
 
@@ -29,15 +30,17 @@ CLEAN_COLUMNS = ("label", "media", "clip_id", "media_type", "category", "program
 DEFECTIVE_COLUMNS = ("label", "clip_id", "media_type", "category", "status", "reason", "detail", "byte_offset",
                      "declared", "probed")
 _decode_probe = msgspec.json.Decoder(Probe).decode
+REACHED = {True: "reached", False: "missed", None: ""}
 Counts = Sequence[tuple[str, str, str, int]]  # (category, status, reason, label files), as catalog.buckets gives them
 
 
-def write_reports(catalog: Catalog, output: Path, root: Path, fitting: Fitting,
-                  advance: Callable[[int], None]) -> dict[str, Any]:
-    """Write the four files into `output`; returns what quality_report.json holds. Raises OSError."""
+def write_reports(catalog: Catalog, config: ShardgenConfig, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Write the four files into the output folder; returns what quality_report.json holds. Raises OSError."""
+    output, root = Path(config.output), Path(config.labels.root)
     sizes: Counter[tuple[str, str]] = Counter()
     lengths_s: Counter[int] = Counter()
     flags: Counter[str] = Counter()
+    splits: Counter[tuple[str, str]] = Counter()
     programmes: dict[str, set[str]] = {"train": set(), "val": set()}
     figures = Figures()
     with (atomic_file(output / CLEAN_FILE) as clean_file, atomic_file(output / DEFECTIVE_FILE) as defective_file,
@@ -58,10 +61,11 @@ def write_reports(catalog: Catalog, output: Path, root: Path, fitting: Fitting,
                 windows = catalog.clip_windows(row["id"])
                 prompts = list(dict.fromkeys(window.prompt for window in windows))
                 factor = fit(probe.width_px, probe.height_px, Fraction(probe.sar_num, probe.sar_den),
-                             probe.rotation_deg, Bucket.parse(windows[0].bucket), fitting).factor
+                             probe.rotation_deg, Bucket.parse(windows[0].bucket), config.windows.fit).factor
                 figures.add_accepted(probe, prompts)
                 lengths_s[int(probe.duration_s)] += probe.media_type == "video"
                 flags.update(row["flags"].split())
+                splits[row["category"], row["split"]] += 1
                 programmes[row["split"]].add(row["programme"])
                 clean_file.write(csv_row((
                     label, _media(catalog, row), row["clip_id"], row["media_type"],
@@ -74,11 +78,13 @@ def write_reports(catalog: Catalog, output: Path, root: Path, fitting: Fitting,
     report = quality_report(catalog.buckets(), catalog.count(), catalog.finished_shards())
     report["programmes"] = {**{split: len(names) for split, names in programmes.items()},
                             "on_both_sides": sorted(programmes["train"] & programmes["val"])}
+    for name, counts in report["categories"].items():
+        counts |= {f"accepted_{split}": splits[name, split] for split in programmes}
     report["flags"] = dict(sorted(flags.items()))
     report["declared_against_probed_size"] = [{"declared": declared, "probed": probed, "clips": count}
                                               for (declared, probed), count in sizes.most_common()]
     report["accepted_videos_by_whole_seconds"] = {str(length): lengths_s[length] for length in sorted(+lengths_s)}
-    report["checks"] = figures.checks()
+    report["checks"] = against_targets(figures.checks(), config.report.targets)
     write_atomic(output / REPORT_FILE, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     return report
 
@@ -140,6 +146,9 @@ def summary(report: dict[str, Any], shards: Sequence[tuple[str, ShardInfo]]) -> 
     lines = ["", table(rows), ""]
     for status, reasons in report["reasons"].items():
         lines.append(f"{status}: " + ", ".join(f"{reason} {count}" for reason, count in reasons.items()))
+    both = report["programmes"]["on_both_sides"]
+    lines.append(f"programmes: {report['programmes']['train']} in train, {report['programmes']['val']} in val, "
+                 f"{f'ON BOTH SIDES: {both}' if both else 'none on both sides'}")
     for split, counts in report["samples"].items():
         of_split = [info for side, info in shards if side == split]
         shapes = ", ".join(f"{bucket} {count}" for bucket, count in counts.items())
@@ -158,9 +167,9 @@ def status_line(counts: Counts) -> str:
 
 def summary_of_checks(checks: Sequence[Check]) -> str:
     """The figures as a table."""
-    return table([["check", "value", "", "target", "n"], *(
+    return table([["check", "value", "", "target", "", "n"], *(
         [check.name, str(check.value), "" if isinstance(check.value, str) else check.unit, check.target,
-         str(check.sample_size)] for check in checks)])
+         REACHED[check.reached], str(check.sample_size)] for check in checks)])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -9,16 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 from PIL import Image, ImageDraw
 
 from loader.config import load_toml
 from loader.sample import Bucket
 from shardgen.catalog import Catalog
 from shardgen.config import ShardgenConfig
-from shardgen.media import Fitting, MediaError, Probe, decode_windows
+from shardgen.fetch import find_local
+from shardgen.media import Fitting, MediaError, Probe, decode_windows, probe
 from shardgen.plan import PlanError, Window
 from shardgen.stages import clip_windows
-from shardgen.tables import UNREADABLE
 
 COLUMNS, CELL_PX, HEADER_PX = 8, 240, 16
 
@@ -43,17 +44,24 @@ def inspect_clip(dataset: Path, clip_id: str, sheet: Path | None) -> Iterator[st
             if row["probed"]:
                 yield f"  declared {row['declared']}, probed {row['probed']}"
             try:
-                windows = _windows(catalog, row, config)
-            except PlanError as error:
+                path, found = _footage(catalog, row, Path(config.labels.root))
+            except MediaError as error:
                 yield f"  no windows: {error}"
                 continue
+            try:
+                windows = _windows(catalog, row, found, config)
+            except PlanError as error:
+                yield f"  no windows: {error}"
+                windows = _windows_of_the_whole(catalog, row, found, config)
+                if windows:
+                    yield "  with filters.wrong_timecodes = \"whole_clip\" they would be:"
             for window in windows:
                 yield (f"  {window.key}  {window.split}  {window.bucket}  shot {window.shot}  {window.start_ms} ms  "
                        f"{' '.join(window.flags)}".rstrip())
                 yield f"    {window.prompt}"
             if sheet is not None and windows:
                 try:
-                    strips += window_strips(catalog.media_path(row["media_xxh3"]), windows, config.windows.fit)
+                    strips += window_strips(path, windows, config.windows.fit)
                 except MediaError as error:
                     yield f"  {error}"
     if sheet is not None:
@@ -63,17 +71,36 @@ def inspect_clip(dataset: Path, clip_id: str, sheet: Path | None) -> Iterator[st
         yield f"{sheet}: {len(strips)} windows, up to {COLUMNS} frames of each"
 
 
-def _windows(catalog: Catalog, row: sqlite3.Row, config: ShardgenConfig) -> list[Window]:
+def _footage(catalog: Catalog, row: sqlite3.Row, root: Path) -> tuple[Path, Probe]:
+    """A clip's footage and what it is; that of one whose label was rejected is probed now, if it lies beside the label.
+
+    Raises MediaError if there is none or it can't be decoded, CatalogError if it was there and is gone.
+    """
+    if row["probe"]:
+        return catalog.media_path(row["media_xxh3"]), msgspec.json.decode(row["probe"], type=Probe)
+    path = find_local(root / row["label"], row["clip_id"], row["media_type"])
+    if path is None:
+        raise MediaError("media_missing", "its footage does not lie beside the label, and was not fetched")
+    return path, probe(path)
+
+
+def _windows(catalog: Catalog, row: sqlite3.Row, found: Probe, config: ShardgenConfig) -> list[Window]:
     """The clip's planned windows, or those it would have. Raises PlanError if it can have none."""
-    if row["status"] == UNREADABLE or not row["probe"]:
-        raise PlanError("media_missing", "its footage was not fetched or can't be decoded")
     planned = catalog.clip_windows(row["id"])
     if planned:
         return planned
-    probe = msgspec.json.decode(row["probe"], type=Probe)
-    if probe.media_type != row["media_type"]:
-        raise PlanError("media_type_differs", f"the label says {row['media_type']}, the file is a {probe.media_type}")
-    return clip_windows(row, catalog.label(row["id"]), probe, config)[0]
+    if found.media_type != row["media_type"]:
+        raise PlanError("media_type_differs", f"the label says {row['media_type']}, the file is a {found.media_type}")
+    return clip_windows(row, catalog.label(row["id"]), found, config)
+
+
+def _windows_of_the_whole(catalog: Catalog, row: sqlite3.Row, found: Probe, config: ShardgenConfig) -> list[Window]:
+    """What the clip would give if its timecodes didn't matter; [] if that is nothing either."""
+    try:
+        lenient = replace(config, filters=replace(config.filters, wrong_timecodes="whole_clip"))
+        return _windows(catalog, row, found, lenient)
+    except PlanError:
+        return []
 
 
 def window_strips(path: Path, windows: Sequence[Window], fitting: Fitting) -> list[Image.Image]:

@@ -1,5 +1,6 @@
-"""The stages before encoding, in the order in which build.py calls them. Each takes the clips of one status from the
-catalog, asks the pure rules, and writes the outcome back: so each can be killed and called again.
+"""The stages before encoding, in the order in which build.py calls them; fetch_media has a file of its own. Each takes
+the clips of one status from the catalog, asks the pure rules, and writes the outcome back: so each can be killed and
+called again.
 
     ingested --filter_labels--> wanted --fetch_media--> fetched --probe_media--> sound --settle_duplicates--> sound
              --plan_shards--> accepted
@@ -9,30 +10,21 @@ and on each arrow a clip may end: skipped, rejected, unavailable, duplicate.
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 import xxhash
 
 from loader.sample import Bucket, sample_key
-from shardgen.cache import Room
-from shardgen.catalog import Catalog, CatalogError
-from shardgen.config import PromptConfig, ShardgenConfig, cache_folder
-from shardgen.fetch import (
-    PERMANENT,
-    Fetched,
-    FetchError,
-    Patience,
-    check_url,
-    download,
-    find_local,
-    hash_local,
-    in_parallel,
-)
+from shardgen.catalog import Catalog
+from shardgen.config import PromptConfig, ShardgenConfig
+from shardgen.draft import Draft
+from shardgen.fetch import FetchError, in_parallel
+from shardgen.fetch_stage import Advance, unchanged
 from shardgen.labels import Label
 from shardgen.media import MediaError, Probe, fit, probe
 from shardgen.plan import (
@@ -61,7 +53,6 @@ from shardgen.tables import (
     Outcome,
 )
 
-Advance = Callable[[int], None]
 ItemT = TypeVar("ItemT")
 _PAGE = 2000
 _decode_probe = msgspec.json.Decoder(Probe).decode
@@ -144,88 +135,6 @@ def _buckets(buckets: Sequence[str], media_type: str) -> list[Bucket]:
 # -- media ------------------------------------------------------------------------------------------------------------
 
 
-class _Request(NamedTuple):
-    """Media to hash: a local file, or a URL (then `host` is not empty), and the clips that want it."""
-
-    source: str
-    host: str
-    clips: list[int]
-
-
-def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> None:
-    """wanted, or unavailable if asking again may help -> fetched (media_xxh3 known), or unavailable.
-
-    Raises OSError if the cache can't be written.
-    """
-    fetch, cache = config.fetch, cache_folder(config)
-    schemes, max_bytes = tuple(fetch.schemes), int(fetch.max_file_gib * 2**30)
-    patience = Patience(fetch.timeout_s, fetch.retries, fetch.backoff_s, max_bytes)
-
-    room = Room(cache, int(fetch.cache_limit_gib * 2**30))
-
-    def get(request: _Request) -> Fetched:
-        if not request.host:
-            return hash_local(Path(request.source))
-        if room.full:
-            raise FetchError("cache_full", f"{cache} holds {fetch.cache_limit_gib} GiB that shards still need; build "
-                             f"again to go on, or raise fetch.cache_limit_gib", may_pass=True)
-        return download(request.source, cache, schemes, patience)
-
-    requests = _requests(catalog, config, advance)
-    for request, got in in_parallel(requests, get, lambda request: request.host, workers=fetch.workers,
-                                    per_host=fetch.per_host):
-        if isinstance(got, FetchError):
-            catalog.record([Outcome(clip, UNAVAILABLE, got.reason, got.detail) for clip in request.clips])
-        else:
-            catalog.record_source(request.clips, request.source, *got)
-            if request.host and room.take(got.size_bytes):
-                catalog.forget_files(room.evict(catalog.unused_media()))
-        advance(len(request.clips))
-
-
-def _requests(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> Iterator[_Request]:
-    """What must be hashed, local files first. Clips that need no work are recorded on the way."""
-    root, urls = Path(config.labels.root), dict[str, list[int]]()
-    for row in catalog.clips(WANTED, UNAVAILABLE):
-        local = find_local(root / row["label"], row["clip_id"], row["media_type"])
-        if local is not None:
-            if not _reuse(catalog, [row["id"]], str(local)):
-                yield _Request(str(local), "", [row["id"]])
-                continue
-        elif not row["url"]:
-            catalog.record([Outcome(row["id"], UNAVAILABLE, "media_missing", "no file beside the label, no URL in it")])
-        elif row["reason"] in PERMANENT and not config.fetch.ask_again:
-            catalog.record([Outcome(row["id"], UNAVAILABLE, row["reason"], row["detail"])])
-        else:
-            urls.setdefault(row["url"], []).append(row["id"])
-            continue
-        advance(1)
-    for url, clips in urls.items():
-        if _reuse(catalog, clips, url):
-            advance(len(clips))
-            continue
-        try:
-            yield _Request(url, check_url(url, config.fetch.schemes), clips)
-        except FetchError as error:
-            catalog.record([Outcome(clip, UNAVAILABLE, error.reason, error.detail) for clip in clips])
-            advance(len(clips))
-
-
-def _reuse(catalog: Catalog, clips: Sequence[int], source: str) -> bool:
-    """True if the source was hashed before and its file has the size and mtime of then."""
-    known = catalog.source(source)
-    if known is None:
-        return False
-    try:
-        now = Path(known["path"]).stat()
-    except FileNotFoundError:
-        return False
-    if (now.st_size, now.st_mtime_ns) != (known["size_bytes"], known["mtime_ns"]):
-        return False
-    catalog.record_source(clips, source, Path(known["path"]), *known[2:])
-    return True
-
-
 def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> None:
     """fetched -> sound, or unavailable (can't be decoded), or rejected by a media rule. Each medium is probed once."""
     workers = config.labels.workers or len(os.sched_getaffinity(0))
@@ -237,14 +146,11 @@ def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
             elif row["error_reason"]:
                 probes[row["media_xxh3"]] = MediaError(row["error_reason"], row["error_detail"])
         todo = dict.fromkeys(row["media_xxh3"] for row in rows if row["media_xxh3"] not in probes)
-        paths = []
-        for media_xxh3 in todo:
-            try:
-                paths.append((media_xxh3, catalog.media_path(media_xxh3)))
-            except CatalogError as error:  # gone since it was hashed: the clips' fault, not the run's
-                probes[media_xxh3] = MediaError("media_missing", str(error))
-        for (media_xxh3, _), found in in_parallel(paths, _probe, lambda item: "", workers=workers, per_host=1):
-            assert not isinstance(found, FetchError)
+        files = [(media_xxh3, catalog.media_files(media_xxh3)) for media_xxh3 in todo]
+        for (media_xxh3, _), found in in_parallel(files, _probe, lambda item: "", workers=workers, per_host=1):
+            if isinstance(found, FetchError):  # no fact about these bytes: the next build hashes what is there then
+                probes[media_xxh3] = MediaError(found.reason, found.detail)
+                continue
             probes[media_xxh3] = found
             if isinstance(found, Probe):
                 catalog.record_probe(media_xxh3, msgspec.json.encode(found))
@@ -258,11 +164,24 @@ def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
         path.unlink(missing_ok=True)
 
 
-def _probe(item: tuple[str, Path]) -> Probe | MediaError:
-    try:
-        return probe(item[1])
-    except MediaError as error:
-        return error
+def _probe(item: tuple[str, list[sqlite3.Row]]) -> Probe | MediaError:
+    """What the bytes of this hash are. Raises FetchError if every file that held them is gone or was rewritten since,
+    while it was probed included."""
+    media_xxh3, files = item
+    for file in files:
+        path = Path(file["path"])
+        if not unchanged(file):
+            continue
+        found: Probe | MediaError
+        try:
+            found = probe(path)
+        except MediaError as error:
+            found = error
+        if unchanged(file):
+            return found
+    gone = not any(Path(file["path"]).exists() for file in files)
+    raise FetchError("media_missing" if gone else "media_changing", f"{', '.join(file['path'] for file in files)}: "
+                     f"{'gone' if gone else 'rewritten'} since {media_xxh3} was its hash; build again", may_pass=True)
 
 
 def _judge_media(row: sqlite3.Row, found: Probe | MediaError, config: ShardgenConfig) -> Outcome:
@@ -296,30 +215,25 @@ def settle_duplicates(catalog: Catalog) -> None:
 
 def plan_shards(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> int:
     """sound -> accepted, in new shards that never change, or rejected. Returns the number of new shards."""
-    windows: list[Window] = []
-    accepted: list[tuple[int, str, int, str]] = []
-    clips: dict[str, int] = {}
-    for rows in _pages(catalog.clips(SOUND)):
-        rejected = []
-        for row in rows:
-            try:
-                found, flags = clip_windows(row, catalog.label(row["id"]), _decode_probe(row["probe"]), config)
-            except PlanError as error:
-                rejected.append(Outcome(row["id"], REJECTED, error.reason, error.detail, error.declared, error.probed))
-                continue
-            windows += found
-            accepted.append((row["id"], found[0].split, len(found), " ".join(flags)))
-            clips[row["label"]] = row["id"]
-        catalog.record(rejected)
-        advance(len(rows))
-    plans = assign_shards(windows, config.windows.samples_per_shard, catalog.next_shard_numbers())
-    catalog.record_plan(plans, accepted, clips)
-    return len(plans)
+    with Draft(catalog.db) as draft:
+        for rows in _pages(catalog.clips(SOUND)):
+            windows: list[Window] = []
+            rejected = []
+            for row in rows:
+                try:
+                    windows += clip_windows(row, catalog.label(row["id"]), _decode_probe(row["probe"]), config)
+                except PlanError as error:
+                    rejected.append(Outcome(row["id"], REJECTED, error.reason, error.detail, error.declared,
+                                            error.probed))
+            draft.add(windows)
+            catalog.record(rejected)
+            advance(len(rows))
+        plans = assign_shards(draft.windows(), config.windows.samples_per_shard, catalog.next_shard_numbers())
+        return catalog.record_plan(plans)
 
 
-def clip_windows(row: sqlite3.Row, label: Label, found: Probe,
-                 config: ShardgenConfig) -> tuple[list[Window], list[str]]:
-    """All windows of a clip, in time order, and flags (timecodes_missing, timecodes_wrong). Raises PlanError."""
+def clip_windows(row: sqlite3.Row, label: Label, found: Probe, config: ShardgenConfig) -> list[Window]:
+    """All windows of a clip, in time order, with its flags (timecodes_missing, timecodes_wrong). Raises PlanError."""
     recipe, media_type = config.windows, row["media_type"]
     buckets = nearest_aspect(*shown_size(found), _buckets(recipe.buckets, media_type))
     flags: list[str] = []
@@ -339,4 +253,4 @@ def clip_windows(row: sqlite3.Row, label: Label, found: Probe,
             media_xxh3=row["media_xxh3"], flags=tuple(flags)) for start_ms in starts_ms if prompt]
     if not windows:
         raise PlanError("shot_short", f"no captioned shot is as long as a window of {buckets[-1]} at {recipe.fps} fps")
-    return windows, flags
+    return windows

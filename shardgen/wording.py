@@ -1,4 +1,4 @@
-"""What the codes of statuses, reasons and flags mean, in English and in Korean, for people who read a report."""
+"""What the codes of statuses, reasons, flags and checks mean, in English and in Korean, for those who read a report."""
 
 STATUSES = {
     "accepted": ("accepted", "채택"),
@@ -14,6 +14,7 @@ REASONS = {
     "label_empty": ("the label file is empty", "라벨 파일이 비어 있음"),
     "label_not_json": ("the label is not valid JSON", "올바른 JSON이 아님"),
     "label_not_object": ("the label is not a JSON object", "JSON 객체가 아님"),
+    "label_not_utf8": ("the label is not UTF-8", "UTF-8이 아닌 라벨"),
     "label_wrong_type": ("a field has the wrong type", "필드의 자료형이 틀림"),
     "label_too_deep": ("the label is nested too deeply", "중첩이 너무 깊음"),
     "label_too_large": ("the label file is too large", "라벨 파일이 너무 큼"),
@@ -48,7 +49,8 @@ REASONS = {
     "media_rotation": ("turned by an odd angle", "지원하지 않는 회전 각도"),
     "media_type_differs": ("the file is of another kind than the label says", "라벨과 다른 종류의 파일"),
     "media_unreadable": ("the file can't be read", "파일을 읽을 수 없음"),
-    "media_changing": ("the file changed while it was read", "읽는 동안 바뀐 파일"),
+    "media_changing": ("the file was rewritten meanwhile", "작업 중에 바뀐 파일"),
+    "cache_full": ("the cache has no room; build again", "캐시가 가득 참: 다시 실행하면 이어짐"),
     "duplicate_media": ("the same bytes as another clip", "다른 클립과 똑같은 파일"),
     "picture_small": ("the picture is too small", "화면이 너무 작음"),
     "upscale_large": ("enlarged too much", "지나친 확대"),
@@ -61,6 +63,12 @@ REASONS = {
     "timecodes_missing": ("no timecodes: the whole clip", "타임코드 없음: 클립 전체"),
     "timecodes_wrong": ("wrong timecodes: the whole clip", "틀린 타임코드: 클립 전체"),
     "label_changed": ("the label changed after planning", "계획 뒤에 바뀐 라벨"),
+}
+CHECKS = {
+    "file_validity": "파일 유효성", "format_agreement": "형식 일치율", "size_agreement": "해상도 일치율",
+    "length_agreement": "길이 일치율", "rate_agreement": "프레임률 일치율", "mean_length": "평균 길이",
+    "over_25_s": "25초 초과 비율", "total_length": "총 길이", "words_per_description": "설명문당 어절 수",
+    "sentences_per_description": "설명문당 문장 수",
 }
 
 

@@ -48,6 +48,12 @@ def test_units_are_taken_lazily() -> None:
     results.close()  # type: ignore[attr-defined]
 
 
+def test_ray_is_not_started_for_nothing() -> None:
+    script = ("import sys\nfrom shardgen.executors import run_ray\n"
+              "assert list(run_ray(print, iter([]), 2, '', {}, 1, 0)) == [] and 'ray' not in sys.modules")
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
 def test_a_dead_worker_is_a_clear_error() -> None:
     with pytest.raises(ExecutorError, match="a worker process died"):
         list(run_local(work, [1, 99], 1))

@@ -1,6 +1,7 @@
 """Every field reading, exact drop-frame timecodes, and hostile bytes that are refused by name."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -96,6 +97,23 @@ def test_the_byte_offset_points_at_the_fault() -> None:
     with pytest.raises(LabelError) as caught:
         parse_label(data[:700])
     assert (caught.value.reason, caught.value.byte_offset) == ("label_not_json", 700)
+
+
+def test_long_texts_of_hostile_labels_are_not_kept_in_memory() -> None:
+    def parse_long(number: int) -> None:
+        long = f"{number}" + "9" * 500_000
+        parsed = parse(make_label("2400101", length=long, resolution=long, shots=((long, long),)))
+        assert (parsed.duration_s, parsed.width_px, len(parsed.objects[0].tc_in)) == (None, None, 500_002)
+        with pytest.raises(TimecodeError):
+            timecode_frame(parsed.objects[0].tc_in)
+
+    parse_long(10)
+    tracemalloc.start()
+    for number in range(11, 21):
+        parse_long(number)
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held_bytes < 1_000_000
 
 
 @pytest.mark.parametrize("clip_id", ["", "../x", "a/b", "a\\b", ".hidden", "x" * 65, "a\0b", "a b", "-rf"])

@@ -1,13 +1,17 @@
 """Windows lie inside one shot, groups on one side of the split, and the shards don't depend on the order of clips."""
 
 import random
+import sqlite3
 from itertools import pairwise
 from math import ceil
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from bench.label_tree import OBJECTS, SCENE, label_bytes, make_label
 from loader.sample import Bucket
+from shardgen.draft import Draft
 from shardgen.labels import Label, Timed, parse_label
 from shardgen.plan import (
     PlanError,
@@ -22,6 +26,7 @@ from shardgen.plan import (
     shots_of,
     split_of,
     video_stretches,
+    window_order,
     window_starts_ms,
 )
 
@@ -168,9 +173,9 @@ def windows(count: int) -> list[Window]:
 
 def test_shards_hold_ascending_keys_of_one_bucket_and_split_whatever_the_order_of_clips() -> None:
     made = windows(200)
-    plans = assign_shards(made, 32, {})
+    plans = list(assign_shards(sorted(made, key=window_order), 32, {}))
     shuffled = random.Random(5).sample(made, len(made))
-    assert assign_shards(shuffled, 32, {}) == plans
+    assert list(assign_shards(sorted(shuffled, key=window_order), 32, {})) == plans
     assert sorted(each.key for plan in plans for each in plan.windows) == sorted(each.key for each in made)
     for plan in plans:
         keys = [each.key for each in plan.windows]
@@ -179,8 +184,21 @@ def test_shards_hold_ascending_keys_of_one_bucket_and_split_whatever_the_order_o
     assert plans[0].name == "train-1280x704x17-000000"
 
 
+def test_a_draft_gives_windows_back_in_the_order_of_shards_and_leaves_nothing(tmp_path: Path) -> None:
+    made = [msgspec.structs.replace(each, media_xxh3=f"{i % 7:032x}", prompt=f"{i}: \"가\"\n")
+            for i, each in enumerate(windows(200))]
+    database = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
+    with Draft(database) as draft:
+        draft.add(made[:90])
+        draft.add(made[90:])
+        assert list(draft.windows()) == sorted(made, key=window_order)
+    assert database.execute("SELECT count(*) FROM sqlite_temp_master").fetchone() == (0,)
+    database.close()
+    assert (tmp_path / "catalog.sqlite").stat().st_size == 0
+
+
 def test_what_comes_later_goes_to_new_shards() -> None:
-    later = assign_shards(windows(20), 8, {("train", str(LONG)): 7})
+    later = assign_shards(sorted(windows(20), key=window_order), 8, {("train", str(LONG)): 7})
     assert [plan.name for plan in later] == [
         "train-1280x704x17-000000", "train-1280x704x49-000007", "train-1280x704x49-000008", "val-1280x704x17-000000",
         "val-1280x704x49-000000"]

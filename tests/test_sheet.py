@@ -45,6 +45,16 @@ def test_a_rejected_clip_shows_why_and_what_it_would_have_been(planned: Path, tm
     assert "no windows: timecode_past_end" in out and "declared 5.21 s, probed 3.20 s" in out
 
 
+def test_a_clip_rejected_by_its_label_is_shown_too(planned: Path, tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = tmp_path / "sheet.png"
+    assert main(["inspect", "2400911", "--dataset", str(planned), "--sheet", str(sheet)]) == 0
+    out = capsys.readouterr().out
+    assert "rejected (timecode_reversed" in out and "whole_clip" in out and "초록색 울타리" in out
+    with Image.open(sheet) as image:
+        assert image.size == (8 * 160, 2 * (96 + 16))
+
+
 def test_what_cannot_be_shown_is_said_in_one_line(planned: Path, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     sheet = tmp_path / "sheet.png"

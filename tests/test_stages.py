@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import xxhash
 from PIL import Image
 
 from bench.label_tree import defective_labels, label_bytes, label_files, make_label
@@ -31,6 +32,7 @@ from shardgen.config import (
     WindowsConfig,
     recipe_of,
 )
+from shardgen.fetch_stage import fetch_media
 from shardgen.ingest import ingest_labels
 from shardgen.pictures import encode_mp4
 from shardgen.tables import FINAL
@@ -56,7 +58,7 @@ def run(config: ShardgenConfig) -> Ends:
     with open_catalog(config) as catalog:
         catalog.adopt_recipe(recipe_id(recipe_of(config)), f"{config.labels.limit}/{config.labels.sample_fraction}")
         ingest_labels(catalog, Path(config.labels.root), max_bytes=config.labels.max_bytes, workers=1)
-        for stage in (stages.filter_labels, stages.fetch_media, stages.probe_media):
+        for stage in (stages.filter_labels, fetch_media, stages.probe_media):
             stage(catalog, config, advance)
         stages.settle_duplicates(catalog)
         stages.plan_shards(catalog, config, advance)
@@ -256,6 +258,22 @@ def test_missing_or_broken_media_are_looked_at_again_when_they_change(root: Path
     for i in range(1, 4):
         (root / f"200000{i}.png").write_bytes(png(i))
     assert set(run(config).values()) == {("accepted", "")}
+
+
+def test_a_file_rewritten_between_hashing_and_probing_is_never_taken_for_what_was_hashed(root: Path) -> None:
+    config = config_of(root)
+    label = add_image(root, "2000001", png(1))
+    with open_catalog(config) as catalog:
+        catalog.adopt_recipe(recipe_id(recipe_of(config)), "0/1.0")
+        ingest_labels(catalog, root, workers=1)
+        stages.filter_labels(catalog, config, lambda _: None)
+        fetch_media(catalog, config, lambda _: None)
+        (root / "2000001.png").write_bytes(png(2) + b"more")
+        stages.probe_media(catalog, config, lambda _: None)
+        (clip,) = catalog.clips()
+        assert (clip["status"], clip["reason"], clip["probe"]) == ("unavailable", "media_changing", None)
+    assert run(config)[label] == ("accepted", "")
+    assert row(config, label)["media_xxh3"] == xxhash.xxh3_128_hexdigest(png(2) + b"more")
 
 
 @pytest.fixture
