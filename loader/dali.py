@@ -4,9 +4,9 @@ One pipeline: encoded bytes in, decoded and normalised frames out, handed to tor
 pixel is ever in host memory. DALI fails a whole batch for one bad file and may leave the pipeline broken. Then the
 pipeline is rebuilt and the files are tried one by one: the bad one comes back as a DecodeError, the others as frames.
 
-Left out: DALI's readers (ours verifies the bytes first), resizing and cropping (a shard's frames have their bucket's
-size; cropping the frame but not the stored latent would be wrong), and DALI's checkpoints (its video decoder has
-none; where we are is the feed's to know). Without a GPU it decodes JPEG, and of video only VP8, VP9 and MJPEG.
+Left out: DALI's readers (ours verifies the bytes first), resizing, cropping and noise beside a stored latent (the frame
+would no longer be that latent's; a shard's frames have their bucket's size already), and DALI's checkpoints (its video
+decoder has none; where we are is the feed's to know). Without a GPU it decodes JPEG, and of video VP8, VP9 and MJPEG.
 """
 
 from collections.abc import Sequence
@@ -33,17 +33,15 @@ class DecodeError(ValueError):
 class FrameDecoder:
     """Decodes the first `num_frames` frames of files of one kind to [3, num_frames, H, W] in [-1, 1].
 
-    `dtype` float16 or float32; frames are ready on torch's current stream. Not thread-safe. Raises ValueError for mp4
-    without a GPU, where DALI has no decoder for H.264.
+    `dtype` float16 or float32; frames are ready on torch's current stream. `crop_px` (height, width) cuts out the
+    middle. Not thread-safe.
     """
 
     def __init__(self, container: Container, device: torch.device, dtype: torch.dtype, *, max_batch: int,
-                 num_frames: int = 1, num_threads: int = 1):
-        if container == "mp4" and device.type != "cuda":
-            raise ValueError("DALI decodes H.264 on a GPU only; without one the raw path needs KEY.jpg, so build the "
-                             "dataset with the first frames stored")
+                 num_frames: int = 1, crop_px: tuple[int, int] | None = None, num_threads: int = 1):
         self._container, self._device, self._dtype = container, device, dtype
         self._max_batch, self._num_frames, self._num_threads = max_batch, num_frames, num_threads
+        self._crop_px = crop_px
         self._pipeline = self._build()
 
     def _build(self) -> Pipeline:
@@ -60,8 +58,8 @@ class FrameDecoder:
                 frames = fn.decoders.video(encoded, device=decoder, sequence_length=self._num_frames, affine=False,
                                            pad_mode="none", build_index=False)
             pipeline.set_outputs(fn.crop_mirror_normalize(
-                frames, dtype=_DTYPES[self._dtype], output_layout="CHW" if self._container == "jpg" else "FCHW",
-                mean=[127.5] * 3, std=[127.5] * 3))
+                frames, crop=self._crop_px, dtype=_DTYPES[self._dtype],
+                output_layout="CHW" if self._container == "jpg" else "FCHW", mean=[127.5] * 3, std=[127.5] * 3))
         pipeline.build()
         return pipeline
 
@@ -78,7 +76,13 @@ class FrameDecoder:
             return self._run([file])[0]
         except RuntimeError as error:
             self._pipeline = self._build()
-            return DecodeError(_last_sentence(error))
+            return DecodeError(_last_sentence(error) + self._advice)
+
+    @property
+    def _advice(self) -> str:
+        if self._container == "jpg" or self._device.type == "cuda":
+            return ""
+        return " (DALI decodes H.264 on a GPU only: without one, build the dataset with first frames, KEY.jpg, stored)"
 
     def _run(self, files: Sequence[bytes | memoryview]) -> list[Tensor]:
         self._pipeline.feed_input("encoded", [np.frombuffer(file, np.uint8) for file in files])
@@ -96,9 +100,9 @@ def _last_sentence(error: RuntimeError) -> str:
 
 
 class FirstFrames:
-    """Raw first frames to latents, one at a time, so that a latent doesn't depend on who shares its batch.
+    """Raw frames to latents, one file at a time, so that a latent doesn't depend on who shares its batch.
 
-    One per rank; safe to use from several threads, of which one gets in at a time. This is TI2V-5B's conditioning:
+    One per rank; safe to use from several threads, of which one gets in at a time. `encode` is TI2V-5B's conditioning:
     the latent of frame 0 replaces that of the clip. A14B's I2V model instead takes 20 more channels, a mask and the
     latent of a whole clip that is grey after frame 0: `VAEEncoder.encode` makes that latent from this class's pixels;
     the mask and the wider input are the model's, and neither is written.
@@ -108,18 +112,29 @@ class FirstFrames:
         self._vae, self._device = vae, device
         half = next(vae.parameters()).dtype == torch.float16
         self._dtype = torch.float16 if half else torch.float32  # DALI has no bfloat16
-        self._decoders: dict[Container, FrameDecoder] = {}
+        self._decoders: dict[tuple[Container, int, tuple[int, int] | None], FrameDecoder] = {}
         self._lock = Lock()
 
     def encode(self, container: Container, file: bytes, bucket: Bucket) -> Tensor | DecodeError:
         """The latent [48, 1, h, w] of the file's first frame, in the VAE's dtype, or why there is none."""
+        return self._encode(container, file, bucket, 1, None)
+
+    def encode_clip(self, container: Container, file: bytes, bucket: Bucket) -> Tensor | DecodeError:
+        """The latent [48, T, h, w] of the file's first frames, cropped to the bucket, where no latent is stored."""
+        return self._encode(container, file, bucket, bucket.num_frames, (bucket.height_px, bucket.width_px))
+
+    def _encode(self, container: Container, file: bytes, bucket: Bucket, num_frames: int,
+                crop_px: tuple[int, int] | None) -> Tensor | DecodeError:
         with self._lock:
-            if container not in self._decoders:
-                self._decoders[container] = FrameDecoder(container, self._device, self._dtype, max_batch=1)
-            pixels_CTHW = self._decoders[container].decode([file])[0]
+            kind = container, num_frames, crop_px
+            if kind not in self._decoders:
+                self._decoders[kind] = FrameDecoder(container, self._device, self._dtype, max_batch=1,
+                                                    num_frames=num_frames, crop_px=crop_px)
+            pixels_CTHW = self._decoders[kind].decode([file])[0]
             if isinstance(pixels_CTHW, DecodeError):
                 return pixels_CTHW
             frames, height, width = pixels_CTHW.shape[1:]
-            if (frames, height, width) != (1, bucket.height_px, bucket.width_px):
-                return DecodeError(f"it holds {width}x{height}x{frames}, not the first frame of a {bucket}")
+            if (frames, height, width) != (num_frames, bucket.height_px, bucket.width_px):
+                return DecodeError(f"it holds {width}x{height}x{frames}, not the first "
+                                   f"{'frame' if num_frames == 1 else f'{num_frames} frames'} of a {bucket}")
             return self._vae.encode(pixels_CTHW.unsqueeze(0))[0]

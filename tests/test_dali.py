@@ -3,14 +3,18 @@
 import io
 from pathlib import Path
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
 from loader.dali import DecodeError, FirstFrames, FrameDecoder
+from loader.feed import Feed
 from loader.sample import Bucket
 from loader.vae import load_vae_encoder
+from shardgen.pictures import encode_mp4
+from tools.synthetic import write_synthetic_dataset
 
 CPU = torch.device("cpu")
 
@@ -53,9 +57,35 @@ def test_a_bad_file_fails_alone_and_the_pipeline_goes_on(bad: bytes) -> None:
         assert (frame - pixels(jpeg(seed))).abs().max() <= 1 / 127.5 + 1e-6
 
 
-def test_mp4_without_a_gpu_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"H\.264 on a GPU only.*KEY\.jpg"):
-        FrameDecoder("mp4", CPU, torch.float32, max_batch=1)
+def test_h264_without_a_gpu_is_refused_with_the_way_out() -> None:
+    h264 = encode_mp4(np.zeros((5, 64, 96, 3), np.uint8), 24.0)
+    (error,) = FrameDecoder("mp4", CPU, torch.float32, max_batch=1).decode([h264])
+    assert isinstance(error, DecodeError) and "H.264 on a GPU only" in str(error) and "KEY.jpg" in str(error)
+
+
+def test_the_raw_feed_takes_the_first_frame_of_a_clip(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Motion JPEG stands in for H.264, which needs a GPU."""
+    frames = [PIL.Image.open(io.BytesIO(jpeg(seed))) for seed in range(5)]
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mjpeg", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p"
+        stream.codec_context.qmin = stream.codec_context.qmax = 2
+        for t, picture in enumerate(frames):
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts = t
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    write_synthetic_dataset(tmp_path, {"96x64x5": 4}, clips=[buffer.getvalue()])
+    vae = load_vae_encoder(tiny_checkpoint, CPU, torch.float32)
+    expected = [vae.encode(pixels(jpeg(seed)).unsqueeze(0))[0] for seed in range(5)]
+    with Feed([tmp_path], split="train", global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0, i2v_share=1.0,
+              caption_dropout=0.0, condition="raw", device="cpu", vae=vae) as feed:
+        batch, _ = next(feed)
+        assert batch.condition_BC1HW is not None and feed.damages == []
+    for latent in batch.condition_BC1HW.float():
+        errors = [((latent - one).norm() / one.norm()).item() for one in expected]
+        assert errors[0] < 0.1 < min(errors[1:])
 
 
 def test_first_frames_become_latents_and_wrong_sizes_errors(tiny_checkpoint: Path) -> None:
