@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FRAMES: tuple[Literal["jpg", "mp4"], ...] = ("jpg", "mp4")  # members that hold the first frame, the better one first
+MAX_OPEN = 256  # shards per dataset and rank: a process may often have 1024 files open; beyond it they are reopened
 CLIPS = FRAMES[::-1]  # members to make a latent of where none is stored
 
 
@@ -89,7 +90,7 @@ class Feed:
                  world_size: int, seed: int, i2v_share: float, caption_dropout: float,
                  condition: Literal["latent", "raw"], device: torch.device | str, num_threads: int = 2,
                  max_ahead: int = 4, vae: VAEEncoder | None = None, weights: Sequence[float] | None = None,
-                 window_shards: int = 8, max_damaged: int = 16, cache_dir: Path | None = None,
+                 window_shards: int = 32, max_damaged: int = 16, cache_dir: Path | None = None,
                  cache_bytes: int = 64 * 2**30):
         if global_batch % (micro_batch * world_size):
             raise ValueError(f"global batch {global_batch} is not a multiple of micro-batch {micro_batch} x world size "
@@ -111,7 +112,7 @@ class Feed:
                                f'data.condition = "raw", which makes them in training')
         shards = [manifest.splits.get(split, []) for manifest in manifests]
         self._order = Order(shards, seed=seed, global_batch=global_batch, weights=weights, window_shards=window_shards)
-        max_open = 2 * window_shards * max(len(buckets) for buckets in self._order.buckets)
+        max_open = min(2 * window_shards * max(len(buckets) for buckets in self._order.buckets), MAX_OPEN)
         self._readers = [Reader(store, split, infos, max_open=max_open, max_damaged=max_damaged, media=names)
                          for store, infos, names in zip(stores, shards, media, strict=True)]
         self._empty_text = [_empty_text(store.read_file(EMPTY_PROMPT_FILE)) for store in stores]
