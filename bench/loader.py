@@ -105,6 +105,8 @@ def samples(subject: str, location: str) -> Iterator[peers.Pair]:
             return limit_samples(location)
         case "webdataset":
             return peers.webdataset_samples(location, int(workers))
+        case "plain":
+            return peers.webdataset_samples(location, int(workers), plain=True)
         case "litdata":
             return peers.litdata_samples(Path(location + ".litdata"), int(workers))
         case "mosaic":
@@ -186,6 +188,7 @@ def main() -> None:
                                 text_dim=4096)
     subjects = [("ours", "ours", location, False), ("limit", "limit", location, False)]
     subjects += [(f"webdataset, {n} workers", f"webdataset:{n}", location, False) for n in (0, 1, 2)]
+    subjects.append(("webdataset, plain codec, 0 workers", "plain:0", location, False))
     if arguments.peers:
         for name, write in (("litdata", "write_litdata"), ("mosaic", "write_mosaic")):
             if not Path(f"{location}.{name}").exists():

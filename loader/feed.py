@@ -34,11 +34,13 @@ from loader.sample import (
     EMPTY_PROMPT_FILE,
     LATENT,
     MAX_TEXT_TOKENS,
+    PIECE_BYTES,
     TEXT,
     Bucket,
     SampleError,
     TensorInfo,
     decode_planes_into,
+    decode_tensor_into,
 )
 from loader.vae import VAEEncoder
 
@@ -205,7 +207,7 @@ class Feed:
     def _batch(self, whole: GlobalBatch, places: list[tuple[int, int]]) -> Batch:
         """Read the samples at (shard, position) and place each one in the batch, on the device."""
         latent_BCTHW = torch.empty((len(places), *whole.bucket.latent_shape), dtype=torch.float16, device=self._device)
-        loaded, texts = [], []
+        text_BSD, loaded = None, []
         for i, (shard, position) in enumerate(places):
             sample, latent_CTHW = self._read(whole, shard, position)
             meta, members = sample.meta, sample.members
@@ -213,8 +215,10 @@ class Feed:
             i2v = is_i2v(self._seed, whole.epoch, meta.key, meta.num_frames, self._i2v_share)
             needs_frame = i2v and self._raw is not None and latent_CTHW is None
             frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members and needs_frame), None)
-            text_SD = torch.empty((MAX_TEXT_TOKENS, meta.text.shape[1]), dtype=torch.float16, device=self._device)
-            num_tokens = meta.text.shape[0]
+            if text_BSD is None:
+                text_BSD = torch.empty((len(places), MAX_TEXT_TOKENS, meta.text.shape[1]), dtype=torch.float16,
+                                       device=self._device)
+            text_SD, num_tokens = text_BSD[i], meta.text.shape[0]
             try:
                 if latent_CTHW is None:
                     self._place(members[LATENT], meta.latent, latent_BCTHW[i])
@@ -230,14 +234,14 @@ class Feed:
                 error.add_note(f"shard {sample.shard}, key {meta.key}")
                 raise
             text_SD[num_tokens:] = 0
-            texts.append(text_SD)
             loaded.append(_Loaded(sample.shard, meta.key, i2v, dropped, needs_frame, frame))
         condition_BC1HW = None
         if self._raw is not None:
             condition_BC1HW = latent_BCTHW[:, :, :1].clone()  # stays for the samples that are not I2V
             for one, stored in zip(loaded, condition_BC1HW, strict=True):
                 self._encode_frame(one, stored, whole)
-        return Batch(latent_BCTHW, torch.stack(texts) if len(texts) > 1 else texts[0].unsqueeze(0), condition_BC1HW,
+        assert text_BSD is not None
+        return Batch(latent_BCTHW, text_BSD, condition_BC1HW,
                      is_i2v=[one.is_i2v for one in loaded], caption_dropped=[one.caption_dropped for one in loaded],
                      keys=[one.key for one in loaded],
                      seeds=[sample_seed(self._seed, whole.epoch, one.key) for one in loaded], bucket=whole.bucket,
@@ -265,17 +269,17 @@ class Feed:
         return [LATENT, TEXT, *(frame if self._raw else [])]
 
     def _place(self, member: memoryview, info: TensorInfo, out: Tensor) -> None:
-        """Unpack a tensor member into pinned memory, copy it to the device, merge its planes into `out` there."""
-        shape = (2, *info.shape)
+        """Unpack a tensor member into `out`: on a GPU by way of pinned memory, its planes merged there."""
         if self._stream is not None:  # torch keeps pinned memory for the next one, once the copy is done
-            planes = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        else:  # one scratch per thread: fresh memory would cost a page fault per 4 KiB
-            scratch = getattr(self._scratch, "planes", None)
-            if scratch is None or scratch.numel() < 2 * out.numel():
-                scratch = self._scratch.planes = torch.empty(2 * out.numel(), dtype=torch.uint8)
-            planes = scratch[:2 * out.numel()].view(shape)
-        decode_planes_into(member, info, planes.numpy().data.cast("B"))
-        merge_planes(planes.to(self._device, non_blocking=True), out)
+            planes = torch.empty((2, *info.shape), dtype=torch.uint8, pin_memory=True)
+            decode_planes_into(member, info, planes.numpy().data.cast("B"))
+            merge_planes(planes.to(self._device, non_blocking=True), out)
+            return
+        num_bytes = out.numel() + PIECE_BYTES
+        scratch: bytearray = getattr(self._scratch, "bytes", bytearray())
+        if len(scratch) < num_bytes:  # one per thread: fresh memory would cost a page fault per 4 KiB
+            scratch = self._scratch.bytes = bytearray(num_bytes)
+        decode_tensor_into(member, info, out.numpy(), scratch)
 
     def _encode_frame(self, loaded: "_Loaded", stored_C1HW: Tensor, whole: GlobalBatch) -> None:
         """Overwrite the stored latent of frame 0 by the raw frame's, or report why it can't be."""
