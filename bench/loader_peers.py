@@ -1,7 +1,8 @@
 """What others load: the same samples through webdataset, litdata and mosaicml-streaming, to the same two tensors.
 
-Each is given its due: our fast codec for our shards in webdataset (and, as another subject, the plain one), its own format with uncompressed float16 (nothing to
-decode) in the other two, written at their defaults, and a torch DataLoader with 0, 1 or 2 workers.
+Each is given its due: our fast codec for our shards in webdataset (and, as another subject, the plain one), its own
+format with uncompressed float16 (nothing to decode) in the other two, written at their defaults, and a torch DataLoader
+with 0, 1 or 2 workers.
 """
 
 import shutil
