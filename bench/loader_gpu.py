@@ -204,9 +204,9 @@ def write_run(folder: Path, name: str, dataset: str, condition: str, steps: int)
     return path
 
 
-def read_metrics(folder: Path, name: str) -> list[dict[str, float]]:
+def read_metrics(folder: Path, name: str) -> list[dict[str, Any]]:
     lines = (folder / f"run-{name}" / "metrics.jsonl").read_bytes().splitlines()
-    return [msgspec.json.decode(line, type=dict[str, float]) for line in lines]
+    return [msgspec.json.decode(line) for line in lines]
 
 
 def check_wait(folder: Path) -> Iterator[Row]:

@@ -137,4 +137,7 @@ class FirstFrames:
             if (frames, height, width) != (num_frames, bucket.height_px, bucket.width_px):
                 return DecodeError(f"it holds {width}x{height}x{frames}, not the first "
                                    f"{'frame' if num_frames == 1 else f'{num_frames} frames'} of a {bucket}")
-            return self._vae.encode(pixels_CTHW.unsqueeze(0))[0]
+            latent_CTHW = self._vae.encode(pixels_CTHW.unsqueeze(0))[0]
+            if self._device.type == "cuda":  # the pixels are DALI's memory, to be used again once we let go of them
+                torch.cuda.current_stream(self._device).synchronize()
+            return latent_CTHW

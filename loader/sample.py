@@ -30,7 +30,7 @@ MEMBERS = (JSON, LATENT, TEXT, JPG, MP4)  # their order inside a sample
 MAX_TEXT_TOKENS = 512
 LATENT_CHANNELS = 48
 EMPTY_PROMPT_FILE = "empty_prompt.text.zst"
-PIECE_BYTES = 1 << 16  # of low bytes that are unpacked and merged at a time: with the result they fit a core's cache
+PIECE_BYTES = 1 << 18  # of low bytes that are unpacked and merged at a time: with the result they fit a core's cache
 
 _BUCKET = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})x([1-9]\d{0,4})")
 _KEY = re.compile(r"[0-9a-f]{32}")
