@@ -13,17 +13,30 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Literal
 
+import msgspec
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from loader.sample import Bucket
+from loader.sample import Bucket, is_bt709
 from loader.vae import VAEEncoder
 
 Container = Literal["jpg", "mp4"]
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
+
+
+def _yuv_to_rgb(red: float, blue: float) -> Tensor:
+    """[3, 3] from luma and two colour differences to RGB, for the weights of red and blue in luma."""
+    green = 1 - red - blue
+    return torch.tensor([[1, 0, 2 * (1 - red)],
+                         [1, -2 * blue * (1 - blue) / green, -2 * red * (1 - red) / green],
+                         [1, 2 * (1 - blue), 0]])
+
+
+# grey stays grey, so this holds for RGB in [-1, 1] as for any other scale
+_BT601_TO_BT709 = _yuv_to_rgb(0.2126, 0.0722) @ torch.linalg.inv(_yuv_to_rgb(0.299, 0.114))
 
 
 class DecodeError(ValueError):
@@ -34,14 +47,16 @@ class FrameDecoder:
     """Decodes the first `num_frames` frames of files of one kind to [3, num_frames, H, W] in [-1, 1].
 
     `dtype` float16 or float32; frames are ready on torch's current stream. `crop_px` (height, width) cuts out the
-    middle. Not thread-safe.
+    middle. `bt709` says which matrix a video's colours have, for DALI takes all of them as BT.601. Not thread-safe.
     """
 
     def __init__(self, container: Container, device: torch.device, dtype: torch.dtype, *, max_batch: int,
-                 num_frames: int = 1, crop_px: tuple[int, int] | None = None, num_threads: int = 1):
+                 num_frames: int = 1, crop_px: tuple[int, int] | None = None, bt709: bool = True,
+                 num_threads: int = 1):
         self._container, self._device, self._dtype = container, device, dtype
         self._max_batch, self._num_frames, self._num_threads = max_batch, num_frames, num_threads
         self._crop_px = crop_px
+        self._to_bt709 = _BT601_TO_BT709.to(device) if bt709 and container == "mp4" else None
         self._pipeline = self._build()
 
     def _build(self) -> Pipeline:
@@ -89,7 +104,12 @@ class FrameDecoder:
         stream = torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else None
         (outputs,) = self._pipeline.run(stream)
         frames = [from_dlpack(output) for output in outputs]
-        return [frame.unsqueeze(1) if self._container == "jpg" else frame.movedim(0, 1) for frame in frames]
+        if self._container == "jpg":
+            return [frame.unsqueeze(1) for frame in frames]
+        if self._to_bt709 is not None:
+            frames = [torch.einsum("dc,fchw->fdhw", self._to_bt709, frame.float()).clamp_(-1, 1).to(self._dtype)
+                      for frame in frames]
+        return [frame.movedim(0, 1) for frame in frames]
 
 
 def _last_sentence(error: RuntimeError) -> str:
@@ -112,32 +132,39 @@ class FirstFrames:
         self._vae, self._device = vae, device
         half = next(vae.parameters()).dtype == torch.float16
         self._dtype = torch.float16 if half else torch.float32  # DALI has no bfloat16
-        self._decoders: dict[tuple[Container, int, tuple[int, int] | None], FrameDecoder] = {}
+        self._decoders: dict[tuple[Container, Bucket | None], FrameDecoder] = {}
         self._lock = Lock()
 
     def encode(self, container: Container, file: bytes, bucket: Bucket) -> Tensor | DecodeError:
-        """The latent [48, 1, h, w] of the file's first frame, in the VAE's dtype, or why there is none."""
-        return self._encode(container, file, bucket, 1, None)
+        """The latent [48, 1, h, w] of the file's first frame, in the VAE's dtype, or why there is none.
+
+        A video is shardgen's, whose colours are BT.709.
+        """
+        with self._lock:
+            if (container, None) not in self._decoders:
+                self._decoders[container, None] = FrameDecoder(container, self._device, self._dtype, max_batch=1)
+            return self._encode(self._decoders[container, None], file, msgspec.structs.replace(bucket, num_frames=1))
 
     def encode_clip(self, container: Container, file: bytes, bucket: Bucket) -> Tensor | DecodeError:
-        """The latent [48, T, h, w] of the file's first frames, cropped to the bucket, where no latent is stored."""
-        return self._encode(container, file, bucket, bucket.num_frames, (bucket.height_px, bucket.width_px))
+        """The latent [48, T, h, w] of the file's first frames, cropped to the bucket, where no latent is stored.
 
-    def _encode(self, container: Container, file: bytes, bucket: Bucket, num_frames: int,
-                crop_px: tuple[int, int] | None) -> Tensor | DecodeError:
+        Its colours are what players assume of its size: BT.709 above 576 lines or from 1280 columns, else BT.601.
+        """
         with self._lock:
-            kind = container, num_frames, crop_px
-            if kind not in self._decoders:
-                self._decoders[kind] = FrameDecoder(container, self._device, self._dtype, max_batch=1,
-                                                    num_frames=num_frames, crop_px=crop_px)
-            pixels_CTHW = self._decoders[kind].decode([file])[0]
-            if isinstance(pixels_CTHW, DecodeError):
-                return pixels_CTHW
-            frames, height, width = pixels_CTHW.shape[1:]
-            if (frames, height, width) != (num_frames, bucket.height_px, bucket.width_px):
-                return DecodeError(f"it holds {width}x{height}x{frames}, not the first "
-                                   f"{'frame' if num_frames == 1 else f'{num_frames} frames'} of a {bucket}")
-            latent_CTHW = self._vae.encode(pixels_CTHW.unsqueeze(0))[0]
-            if self._device.type == "cuda":  # the pixels are DALI's memory, to be used again once we let go of them
-                torch.cuda.current_stream(self._device).synchronize()
-            return latent_CTHW
+            if (container, bucket) not in self._decoders:
+                self._decoders[container, bucket] = FrameDecoder(
+                    container, self._device, self._dtype, max_batch=1, num_frames=bucket.num_frames,
+                    crop_px=(bucket.height_px, bucket.width_px), bt709=is_bt709(bucket.width_px, bucket.height_px))
+            return self._encode(self._decoders[container, bucket], file, bucket)
+
+    def _encode(self, decoder: FrameDecoder, file: bytes, expected: Bucket) -> Tensor | DecodeError:
+        pixels_CTHW = decoder.decode([file])[0]
+        if isinstance(pixels_CTHW, DecodeError):
+            return pixels_CTHW
+        frames, height, width = pixels_CTHW.shape[1:]
+        if (width, height, frames) != (expected.width_px, expected.height_px, expected.num_frames):
+            return DecodeError(f"it decodes to {width}x{height}x{frames}, not to {expected}")
+        latent_CTHW = self._vae.encode(pixels_CTHW.unsqueeze(0))[0]
+        if self._device.type == "cuda":  # the pixels are DALI's memory, to be used again once we let go of them
+            torch.cuda.current_stream(self._device).synchronize()
+        return latent_CTHW

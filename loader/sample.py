@@ -75,6 +75,11 @@ class Bucket(msgspec.Struct, frozen=True, order=True):
         return frames * (height // 2) * (width // 2)
 
 
+def is_bt709(width_px: int, height_px: int) -> bool:
+    """What players assume of a video that states no colour matrix; if not, it is BT.601."""
+    return height_px > 576 or width_px >= 1280
+
+
 class TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a tensor member holds: numpy dtype name (always "float16" in version 1) and shape."""
 

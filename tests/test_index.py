@@ -17,6 +17,7 @@ from loader.feed import Batch, Feed
 from loader.manifest import DatasetError, Manifest, media_shards, read_manifest
 from loader.read import TooManyDamagedError
 from loader.vae import VAEEncoder, load_vae_encoder
+from shardgen.media import BT709
 from shardgen.text import TextEncoder
 from tools.index import tar_samples, write_index
 
@@ -31,7 +32,7 @@ def pictures(seed: int, num: int, width: int = 100, height: int = 70) -> list[np
     return [np.roll(first, 2 * t, axis=1) for t in range(num)]
 
 
-def clip(frames: list[np.ndarray], codec: str = "mjpeg") -> bytes:
+def clip(frames: list[np.ndarray], codec: str = "mjpeg", matrix: int | None = None) -> bytes:
     """Motion JPEG, which DALI decodes without a GPU; of H.264 it can't."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -40,8 +41,12 @@ def clip(frames: list[np.ndarray], codec: str = "mjpeg") -> bytes:
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         if codec == "mjpeg":
             stream.codec_context.qmin = stream.codec_context.qmax = 2
+        if matrix:
+            stream.codec_context.colorspace = matrix
         for t, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            if matrix:
+                picture = picture.reformat(format="yuv420p", dst_colorspace=matrix)
             picture.pts = t
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -85,6 +90,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     images = {f"image{i}": {"jpeg": jpeg(pictures(9 + i, 1)[0]), "json": about(f"A picture, {i}.")} for i in range(2)}
     bad = {"alone": {"mp4": clips["clip 0"]["mp4"]}, "mute": {"jpg": b"", "json": about(None)},
            "text": {"txt": b"x", "json": about("x")}, "short": {"mp4": clip(pictures(5, 3)), "json": about("x")},
+           "odd": {"mp4": clip(pictures(6, 9), "libx264", BT709), "json": about("x")},
            "broken": {"mp4": clips["clip 1"]["mp4"][:500], "json": about("x")}, "cut": {"jpg": b"x", "json": b"{"}}
     return [write_tar(folder / "one.tar", clips), write_tar(folder / "two.tar", bad | images)]
 
@@ -115,7 +121,8 @@ def test_every_sample_is_used_or_refused_for_one_reason_and_the_tars_stay_as_the
     assert [tar.read_bytes() for tar in tars] == before
     assert {shard.bucket: shard.num_samples for shard in manifest.splits["train"]} == {"96x64x5": 4, "96x64x1": 2}
     assert refused == {"no json": 1, 'no text under "caption" in its json': 1, "neither mp4 nor jpg": 1,
-                       f"fewer than {FRAMES} frames": 1, "its mp4 does not decode": 1, "its json can't be read": 1}
+                       f"fewer than {FRAMES} frames": 1, "its mp4 does not decode": 1, "its json can't be read": 1,
+                       "the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)": 1}
     assert isinstance(read_manifest(tmp_path), Manifest)
     with pytest.raises(ValueError, match="a dataset already"):
         write_index(tars, tmp_path, encoder, num_frames=FRAMES)

@@ -52,6 +52,7 @@ from loader.sample import (
     TensorInfo,
     encode_meta,
     encode_tensor,
+    is_bt709,
     sample_key,
 )
 from shardgen.prompt import prompt_clean
@@ -59,6 +60,7 @@ from shardgen.text import TextEncoder
 from shardgen.write import file_xxh3, write_atomic, write_shard
 
 SIDE = 32  # TI2V-5B takes multiples of this
+BT709, UNSTATED = 1, (0, 2)  # as ffmpeg numbers matrices; an RGB video's is 0
 
 
 class RefusedError(ValueError):
@@ -134,10 +136,14 @@ def examine_clip(data: bytes, num_frames: int) -> tuple[int, int, float]:
             stream = container.streams.video[0]
             frame = next(container.decode(stream))
             rate, sar, held = stream.average_rate, stream.sample_aspect_ratio, stream.frames
+            matrix = int(frame.colorspace)
     except (av.FFmpegError, IndexError, StopIteration):
         raise RefusedError("its mp4 does not decode") from None
     if sar not in (None, 0, 1) or frame.rotation or frame.interlaced_frame:
         raise RefusedError("its mp4 is rotated, interlaced or has pixels that aren't square")
+    shown = frame.width - frame.width % SIDE, frame.height - frame.height % SIDE
+    if matrix not in UNSTATED and (matrix == BT709) != is_bt709(*shown):
+        raise RefusedError("the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)")
     if held < num_frames or not rate:
         raise RefusedError(f"fewer than {num_frames} frames")
     return frame.width, frame.height, float(rate)
