@@ -310,6 +310,7 @@ def main() -> None:
         except Exception as error:  # the other parts' figures are worth having, and the exit code tells
             traceback.print_exc()
             rows.append(Row(f"{name} failed after {len(rows) - num} rows: {error}", 0, "", "no error", False))
+        torch.cuda.empty_cache()  # the next part may be another process
         print(f"-- {name}: {time.perf_counter() - start_s:.1f} s", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps({
