@@ -34,26 +34,34 @@ from loader.read import open_shard, read_dataset
 from tools.synthetic import write_synthetic_dataset
 
 NUM_THREADS = 2
+CPU = torch.device("cpu")
 WARM_UP = 8  # samples before the clock of the rate starts
 
 
-def feed_samples(location: str) -> Iterator[peers.Pair]:
+def feed_samples(location: str, num_threads: int = NUM_THREADS, device: torch.device = CPU, num_epochs: int = 1
+                 ) -> Iterator[peers.Pair]:
     feed = Feed([location], split="train", global_batch=1, micro_batch=1, rank=0, world_size=1, seed=0, i2v_share=0.4,
-                caption_dropout=0.0, condition="latent", device="cpu", num_threads=NUM_THREADS, max_ahead=4)
+                caption_dropout=0.0, condition="latent", device=device, num_threads=num_threads,
+                max_ahead=2 * num_threads)
     with feed:
-        for _ in range(feed.num_batches_per_epoch):
+        for _ in range(num_epochs * feed.num_batches_per_epoch):
             batch, _ = next(feed)
             yield batch.latent_BCTHW[0], batch.text_BSD[0]
 
 
-def limit_samples(location: str) -> Iterator[peers.Pair]:
-    """pread, zstd and one copy of every tensor member, in the feed's order. The planes stay as they are."""
+def limit_samples(location: str, num_threads: int = NUM_THREADS, device: torch.device = CPU, num_epochs: int = 1
+                  ) -> Iterator[peers.Pair]:
+    """pread, zstd and one copy of every tensor member, in the feed's order. The planes stay as they are.
+
+    On a GPU the one copy goes from pinned memory to it, on a side stream, as the feed's does.
+    """
     store, manifest = read_dataset(location)
     shards = manifest.splits["train"]
     order = Order([shards], seed=0, global_batch=1)
     opened = [open_shard(store, "train", shard) for shard in shards]
     files = [os.open(Path(location) / "train" / f"{shard.name}.tar", os.O_RDONLY) for shard in shards]
     thread = local()
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def job(n: int) -> tuple[torch.Tensor, ...]:
         if not hasattr(thread, "stored"):
@@ -64,18 +72,26 @@ def limit_samples(location: str) -> Iterator[peers.Pair]:
             if name.endswith(".zst"):
                 stored = memoryview(thread.stored)[:size]
                 os.preadv(files[shard], [stored], offset)
-                planes = memoryview(thread.planes)[:zstandard.frame_content_size(stored)]
-                with zstandard.ZstdDecompressor().stream_reader(stored) as stream:
-                    stream.readinto(planes)
-                tensors.append(torch.empty(len(planes), dtype=torch.uint8))
-                tensors[-1].numpy()[:] = np.frombuffer(planes, np.uint8)
+                num_bytes = zstandard.frame_content_size(stored)
+                if stream is not None:
+                    pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+                planes = (pinned.numpy().data if stream is not None else memoryview(thread.planes))[:num_bytes]
+                with zstandard.ZstdDecompressor().stream_reader(stored) as source:
+                    source.readinto(planes)
+                if stream is not None:
+                    with torch.cuda.stream(stream):
+                        tensors.append(pinned.to(device, non_blocking=True))
+                else:
+                    tensors.append(torch.empty(num_bytes, dtype=torch.uint8))
+                    tensors[-1].numpy()[:] = np.frombuffer(planes, np.uint8)
         return tuple(tensors)
 
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        pending = deque(pool.submit(job, n) for n in range(4))
-        for n in range(4, order.batches_per_epoch[0] + 4):
+    ahead, num = 2 * num_threads, num_epochs * order.batches_per_epoch[0]
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending = deque(pool.submit(job, n) for n in range(ahead))
+        for n in range(ahead, num + ahead):
             latent, text = pending.popleft().result()
-            if n < order.batches_per_epoch[0]:
+            if n < num:
                 pending.append(pool.submit(job, n))
             yield latent, text
 
@@ -89,6 +105,8 @@ def samples(subject: str, location: str) -> Iterator[peers.Pair]:
             return limit_samples(location)
         case "webdataset":
             return peers.webdataset_samples(location, int(workers))
+        case "plain":
+            return peers.webdataset_samples(location, int(workers), plain=True)
         case "litdata":
             return peers.litdata_samples(Path(location + ".litdata"), int(workers))
         case "mosaic":
@@ -170,6 +188,7 @@ def main() -> None:
                                 text_dim=4096)
     subjects = [("ours", "ours", location, False), ("limit", "limit", location, False)]
     subjects += [(f"webdataset, {n} workers", f"webdataset:{n}", location, False) for n in (0, 1, 2)]
+    subjects.append(("webdataset, plain codec, 0 workers", "plain:0", location, False))
     if arguments.peers:
         for name, write in (("litdata", "write_litdata"), ("mosaic", "write_mosaic")):
             if not Path(f"{location}.{name}").exists():

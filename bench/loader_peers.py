@@ -1,7 +1,8 @@
 """What others load: the same samples through webdataset, litdata and mosaicml-streaming, to the same two tensors.
 
-Each is given its due: our fast codec for our shards in webdataset, its own format with uncompressed float16 (nothing to
-decode) in the other two, written at their defaults, and a torch DataLoader with 0, 1 or 2 workers.
+Each is given its due: our fast codec for our shards in webdataset (and, as another subject, the plain one), its own
+format with uncompressed float16 (nothing to decode) in the other two, written at their defaults, and a torch DataLoader
+with 0, 1 or 2 workers.
 """
 
 import shutil
@@ -9,20 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import zstandard
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from loader.feed import merge_planes
 from loader.read import Reader, read_dataset
-from loader.sample import JSON, LATENT, TEXT, TensorInfo, decode_meta, decode_planes, decode_tensor
+from loader.sample import JSON, LATENT, TEXT, TensorInfo, decode_meta, decode_tensor, decode_tensor_into
 
 Pair = tuple[Tensor, Tensor]  # latent [48, T, h, w] and text [512, D], float16
 
 
+_scratch = bytearray(1 << 24)
+
+
 def unpack(member: bytes, info: TensorInfo, out: Tensor) -> None:
-    planes = torch.frombuffer(decode_planes(member, info), dtype=torch.uint8)
-    merge_planes(planes.view(2, *info.shape), out)
+    decode_tensor_into(member, info, out.numpy(), _scratch)
 
 
 def pad(text: Tensor) -> Tensor:
@@ -41,13 +45,23 @@ def _webdataset_sample(sample: dict[str, Any]) -> Pair:
     return latent, text
 
 
-def webdataset_samples(location: str, num_workers: int) -> Iterator[Pair]:
+def _plain_sample(sample: dict[str, Any]) -> Pair:
+    """The same by what anyone would write first: unpack at once, and let numpy interleave the planes."""
+    latent, text = (
+        torch.from_numpy(np.frombuffer(zstandard.ZstdDecompressor().decompress(sample[name]), np.uint8)
+                         .reshape(2, -1)[::-1].T.copy().view(np.float16).reshape(info.shape))
+        for meta in [decode_meta(sample[JSON])] for name, info in ((LATENT, meta.latent), (TEXT, meta.text)))
+    return latent, pad(text)
+
+
+def webdataset_samples(location: str, num_workers: int, plain: bool = False) -> Iterator[Pair]:
     import webdataset
 
     _, manifest = read_dataset(location)
     prefix = f"pipe:curl -sf {location}" if "://" in location else location
     urls = [f"{prefix}/train/{shard.name}.tar" for shard in manifest.splits["train"]]
-    dataset = webdataset.WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(64).map(_webdataset_sample)
+    dataset = webdataset.WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(64)
+    dataset = dataset.map(_plain_sample if plain else _webdataset_sample)
     return iter(DataLoader(dataset, batch_size=None, num_workers=num_workers))
 
 

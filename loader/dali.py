@@ -4,26 +4,39 @@ One pipeline: encoded bytes in, decoded and normalised frames out, handed to tor
 pixel is ever in host memory. DALI fails a whole batch for one bad file and may leave the pipeline broken. Then the
 pipeline is rebuilt and the files are tried one by one: the bad one comes back as a DecodeError, the others as frames.
 
-Left out: DALI's readers (ours verifies the bytes first), resizing and cropping (a shard's frames have their bucket's
-size; cropping the frame but not the stored latent would be wrong), and DALI's checkpoints (its video decoder has
-none; where we are is the feed's to know). Without a GPU it decodes JPEG, and of video only VP8, VP9 and MJPEG.
+Left out: DALI's readers (ours verifies the bytes first), resizing, cropping and noise beside a stored latent (the frame
+would no longer be that latent's; a shard's frames have their bucket's size already), and DALI's checkpoints (its video
+decoder has none; where we are is the feed's to know). Without a GPU it decodes JPEG, and of video VP8, VP9 and MJPEG.
 """
 
 from collections.abc import Sequence
 from threading import Lock
 from typing import Literal
 
+import msgspec
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from loader.sample import Bucket
+from loader.sample import Bucket, is_bt709
 from loader.vae import VAEEncoder
 
 Container = Literal["jpg", "mp4"]
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
+
+
+def _yuv_to_rgb(red: float, blue: float) -> Tensor:
+    """[3, 3] from luma and two colour differences to RGB, for the weights of red and blue in luma."""
+    green = 1 - red - blue
+    return torch.tensor([[1, 0, 2 * (1 - red)],
+                         [1, -2 * blue * (1 - blue) / green, -2 * red * (1 - red) / green],
+                         [1, 2 * (1 - blue), 0]])
+
+
+# grey stays grey, so this holds for RGB in [-1, 1] as for any other scale
+_BT601_TO_BT709 = _yuv_to_rgb(0.2126, 0.0722) @ torch.linalg.inv(_yuv_to_rgb(0.299, 0.114))
 
 
 class DecodeError(ValueError):
@@ -33,17 +46,17 @@ class DecodeError(ValueError):
 class FrameDecoder:
     """Decodes the first `num_frames` frames of files of one kind to [3, num_frames, H, W] in [-1, 1].
 
-    `dtype` float16 or float32; frames are ready on torch's current stream. Not thread-safe. Raises ValueError for mp4
-    without a GPU, where DALI has no decoder for H.264.
+    `dtype` float16 or float32; frames are ready on torch's current stream. `crop_px` (height, width) cuts out the
+    middle. `bt709` says which matrix a video's colours have, for DALI takes all of them as BT.601. Not thread-safe.
     """
 
     def __init__(self, container: Container, device: torch.device, dtype: torch.dtype, *, max_batch: int,
-                 num_frames: int = 1, num_threads: int = 1):
-        if container == "mp4" and device.type != "cuda":
-            raise ValueError("DALI decodes H.264 on a GPU only; without one the raw path needs KEY.jpg, so build the "
-                             "dataset with the first frames stored")
+                 num_frames: int = 1, crop_px: tuple[int, int] | None = None, bt709: bool = True,
+                 num_threads: int = 1):
         self._container, self._device, self._dtype = container, device, dtype
         self._max_batch, self._num_frames, self._num_threads = max_batch, num_frames, num_threads
+        self._crop_px = crop_px
+        self._to_bt709 = _BT601_TO_BT709.to(device) if bt709 and container == "mp4" else None
         self._pipeline = self._build()
 
     def _build(self) -> Pipeline:
@@ -60,8 +73,8 @@ class FrameDecoder:
                 frames = fn.decoders.video(encoded, device=decoder, sequence_length=self._num_frames, affine=False,
                                            pad_mode="none", build_index=False)
             pipeline.set_outputs(fn.crop_mirror_normalize(
-                frames, dtype=_DTYPES[self._dtype], output_layout="CHW" if self._container == "jpg" else "FCHW",
-                mean=[127.5] * 3, std=[127.5] * 3))
+                frames, crop=self._crop_px, dtype=_DTYPES[self._dtype],
+                output_layout="CHW" if self._container == "jpg" else "FCHW", mean=[127.5] * 3, std=[127.5] * 3))
         pipeline.build()
         return pipeline
 
@@ -78,14 +91,25 @@ class FrameDecoder:
             return self._run([file])[0]
         except RuntimeError as error:
             self._pipeline = self._build()
-            return DecodeError(_last_sentence(error))
+            return DecodeError(_last_sentence(error) + self._advice)
+
+    @property
+    def _advice(self) -> str:
+        if self._container == "jpg" or self._device.type == "cuda":
+            return ""
+        return " (DALI decodes H.264 on a GPU only: without one, build the dataset with first frames, KEY.jpg, stored)"
 
     def _run(self, files: Sequence[bytes | memoryview]) -> list[Tensor]:
         self._pipeline.feed_input("encoded", [np.frombuffer(file, np.uint8) for file in files])
         stream = torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else None
         (outputs,) = self._pipeline.run(stream)
         frames = [from_dlpack(output) for output in outputs]
-        return [frame.unsqueeze(1) if self._container == "jpg" else frame.movedim(0, 1) for frame in frames]
+        if self._container == "jpg":
+            return [frame.unsqueeze(1) for frame in frames]
+        if self._to_bt709 is not None:
+            frames = [torch.einsum("dc,fchw->fdhw", self._to_bt709, frame.float()).clamp_(-1, 1).to(self._dtype)
+                      for frame in frames]
+        return [frame.movedim(0, 1) for frame in frames]
 
 
 def _last_sentence(error: RuntimeError) -> str:
@@ -96,9 +120,9 @@ def _last_sentence(error: RuntimeError) -> str:
 
 
 class FirstFrames:
-    """Raw first frames to latents, one at a time, so that a latent doesn't depend on who shares its batch.
+    """Raw frames to latents, one file at a time, so that a latent doesn't depend on who shares its batch.
 
-    One per rank; safe to use from several threads, of which one gets in at a time. This is TI2V-5B's conditioning:
+    One per rank; safe to use from several threads, of which one gets in at a time. `encode` is TI2V-5B's conditioning:
     the latent of frame 0 replaces that of the clip. A14B's I2V model instead takes 20 more channels, a mask and the
     latent of a whole clip that is grey after frame 0: `VAEEncoder.encode` makes that latent from this class's pixels;
     the mask and the wider input are the model's, and neither is written.
@@ -108,18 +132,39 @@ class FirstFrames:
         self._vae, self._device = vae, device
         half = next(vae.parameters()).dtype == torch.float16
         self._dtype = torch.float16 if half else torch.float32  # DALI has no bfloat16
-        self._decoders: dict[Container, FrameDecoder] = {}
+        self._decoders: dict[tuple[Container, Bucket | None], FrameDecoder] = {}
         self._lock = Lock()
 
     def encode(self, container: Container, file: bytes, bucket: Bucket) -> Tensor | DecodeError:
-        """The latent [48, 1, h, w] of the file's first frame, in the VAE's dtype, or why there is none."""
+        """The latent [48, 1, h, w] of the file's first frame, in the VAE's dtype, or why there is none.
+
+        A video is shardgen's, whose colours are BT.709.
+        """
         with self._lock:
-            if container not in self._decoders:
-                self._decoders[container] = FrameDecoder(container, self._device, self._dtype, max_batch=1)
-            pixels_CTHW = self._decoders[container].decode([file])[0]
-            if isinstance(pixels_CTHW, DecodeError):
-                return pixels_CTHW
-            frames, height, width = pixels_CTHW.shape[1:]
-            if (frames, height, width) != (1, bucket.height_px, bucket.width_px):
-                return DecodeError(f"it holds {width}x{height}x{frames}, not the first frame of a {bucket}")
-            return self._vae.encode(pixels_CTHW.unsqueeze(0))[0]
+            if (container, None) not in self._decoders:
+                self._decoders[container, None] = FrameDecoder(container, self._device, self._dtype, max_batch=1)
+            return self._encode(self._decoders[container, None], file, msgspec.structs.replace(bucket, num_frames=1))
+
+    def encode_clip(self, container: Container, file: bytes, bucket: Bucket) -> Tensor | DecodeError:
+        """The latent [48, T, h, w] of the file's first frames, cropped to the bucket, where no latent is stored.
+
+        Its colours are what players assume of its size: BT.709 above 576 lines or from 1280 columns, else BT.601.
+        """
+        with self._lock:
+            if (container, bucket) not in self._decoders:
+                self._decoders[container, bucket] = FrameDecoder(
+                    container, self._device, self._dtype, max_batch=1, num_frames=bucket.num_frames,
+                    crop_px=(bucket.height_px, bucket.width_px), bt709=is_bt709(bucket.width_px, bucket.height_px))
+            return self._encode(self._decoders[container, bucket], file, bucket)
+
+    def _encode(self, decoder: FrameDecoder, file: bytes, expected: Bucket) -> Tensor | DecodeError:
+        pixels_CTHW = decoder.decode([file])[0]
+        if isinstance(pixels_CTHW, DecodeError):
+            return pixels_CTHW
+        frames, height, width = pixels_CTHW.shape[1:]
+        if (width, height, frames) != (expected.width_px, expected.height_px, expected.num_frames):
+            return DecodeError(f"it decodes to {width}x{height}x{frames}, not to {expected}")
+        latent_CTHW = self._vae.encode(pixels_CTHW.unsqueeze(0))[0]
+        if self._device.type == "cuda":  # the pixels are DALI's memory, to be used again once we let go of them
+            torch.cuda.current_stream(self._device).synchronize()
+        return latent_CTHW

@@ -27,18 +27,20 @@ import torch
 import zstandard
 from torch import Tensor
 
-from loader.manifest import DatasetError, Split
+from loader.manifest import DatasetError, Split, media_shards
 from loader.order import GlobalBatch, Order, is_i2v, keyed_uniform, micro_slice, sample_seed
-from loader.read import Damage, Reader, read_dataset
+from loader.read import Damage, Reader, Sample, read_dataset
 from loader.sample import (
     EMPTY_PROMPT_FILE,
     LATENT,
     MAX_TEXT_TOKENS,
+    PIECE_BYTES,
     TEXT,
     Bucket,
     SampleError,
     TensorInfo,
     decode_planes_into,
+    decode_tensor_into,
 )
 from loader.vae import VAEEncoder
 
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FRAMES: tuple[Literal["jpg", "mp4"], ...] = ("jpg", "mp4")  # members that hold the first frame, the better one first
+MAX_OPEN = 256  # shards per dataset and rank: a process may often have 1024 files open; beyond it they are reopened
+CLIPS = FRAMES[::-1]  # members to make a latent of where none is stored
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,16 @@ class Feed:
     `datasets` are folders or URLs (of which `cache_dir` keeps up to `cache_bytes`), mixed by `weights` (default: by
     size), each with its own epochs. Of global batch n, rank r gets in micro-step m the
     samples [(m*world_size + r)*micro_batch : +micro_batch]. `num_threads` jobs run at a time, at most `max_ahead`
-    micro-batches are ready or in work. `condition="raw"` needs `vae`, on `device`. More than `max_damaged` damaged
-    samples raise TooManyDamagedError. Raises ValueError for sizes that don't divide and datasets that can't be used.
+    micro-batches are ready or in work. `condition="raw"` needs `vae`, on `device`; an index of foreign tars, whose
+    latents are made on the way, needs "raw". More than `max_damaged` damaged samples raise TooManyDamagedError. Raises
+    ValueError for sizes that don't divide and datasets that can't be used.
     """
 
     def __init__(self, datasets: Sequence[Path | str], *, split: Split, global_batch: int, micro_batch: int, rank: int,
                  world_size: int, seed: int, i2v_share: float, caption_dropout: float,
                  condition: Literal["latent", "raw"], device: torch.device | str, num_threads: int = 2,
                  max_ahead: int = 4, vae: VAEEncoder | None = None, weights: Sequence[float] | None = None,
-                 window_shards: int = 8, max_damaged: int = 16, cache_dir: Path | None = None,
+                 window_shards: int = 32, max_damaged: int = 16, cache_dir: Path | None = None,
                  cache_bytes: int = 64 * 2**30):
         if global_batch % (micro_batch * world_size):
             raise ValueError(f"global batch {global_batch} is not a multiple of micro-batch {micro_batch} x world size "
@@ -102,11 +107,16 @@ class Feed:
         self._num_threads, self._max_ahead = num_threads, max_ahead
 
         stores, manifests = zip(*(read_dataset(dataset, cache_dir, cache_bytes) for dataset in datasets), strict=True)
+        media = [media_shards(manifest) for manifest in manifests]
+        foreign = [str(dataset) for dataset, names in zip(datasets, media, strict=True) if names]
+        if condition == "latent" and foreign:
+            raise DatasetError(f"{', '.join(foreign)}: an index of foreign tars holds no latents; set "
+                               f'data.condition = "raw", which makes them in training')
         shards = [manifest.splits.get(split, []) for manifest in manifests]
         self._order = Order(shards, seed=seed, global_batch=global_batch, weights=weights, window_shards=window_shards)
-        max_open = 2 * window_shards * max(len(buckets) for buckets in self._order.buckets)
-        self._readers = [Reader(store, split, infos, max_open=max_open, max_damaged=max_damaged)
-                         for store, infos in zip(stores, shards, strict=True)]
+        max_open = min(2 * window_shards * max(len(buckets) for buckets in self._order.buckets), MAX_OPEN)
+        self._readers = [Reader(store, split, infos, max_open=max_open, max_damaged=max_damaged, media=names)
+                         for store, infos, names in zip(stores, shards, media, strict=True)]
         self._empty_text = [_empty_text(store.read_file(EMPTY_PROMPT_FILE)) for store in stores]
         self._raw = _first_frames(vae, self._device) if condition == "raw" and vae is not None else None
         if rank == 0:
@@ -202,17 +212,23 @@ class Feed:
     def _batch(self, whole: GlobalBatch, places: list[tuple[int, int]]) -> Batch:
         """Read the samples at (shard, position) and place each one in the batch, on the device."""
         latent_BCTHW = torch.empty((len(places), *whole.bucket.latent_shape), dtype=torch.float16, device=self._device)
-        loaded, texts = [], []
+        text_BSD, loaded = None, []
         for i, (shard, position) in enumerate(places):
-            sample = self._readers[whole.dataset].read(shard, position, self._wanted)
+            sample, latent_CTHW = self._read(whole, shard, position)
             meta, members = sample.meta, sample.members
             dropped = keyed_uniform(self._seed, whole.epoch, meta.key, "caption") < self._caption_dropout
             i2v = is_i2v(self._seed, whole.epoch, meta.key, meta.num_frames, self._i2v_share)
-            frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members and i2v), None)
-            text_SD = torch.empty((MAX_TEXT_TOKENS, meta.text.shape[1]), dtype=torch.float16, device=self._device)
-            num_tokens = meta.text.shape[0]
+            needs_frame = i2v and self._raw is not None and latent_CTHW is None
+            frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members and needs_frame), None)
+            if text_BSD is None:
+                text_BSD = torch.empty((len(places), MAX_TEXT_TOKENS, meta.text.shape[1]), dtype=torch.float16,
+                                       device=self._device)
+            text_SD, num_tokens = text_BSD[i], meta.text.shape[0]
             try:
-                self._place(members[LATENT], meta.latent, latent_BCTHW[i])
+                if latent_CTHW is None:
+                    self._place(members[LATENT], meta.latent, latent_BCTHW[i])
+                else:
+                    latent_BCTHW[i] = latent_CTHW
                 if dropped:
                     planes = torch.from_numpy(self._empty_text[whole.dataset]).view(2, -1, meta.text.shape[1])
                     num_tokens = planes.shape[1]
@@ -223,40 +239,56 @@ class Feed:
                 error.add_note(f"shard {sample.shard}, key {meta.key}")
                 raise
             text_SD[num_tokens:] = 0
-            texts.append(text_SD)
-            loaded.append(_Loaded(sample.shard, meta.key, i2v, dropped, frame))
+            loaded.append(_Loaded(sample.shard, meta.key, i2v, dropped, needs_frame, frame))
         condition_BC1HW = None
         if self._raw is not None:
             condition_BC1HW = latent_BCTHW[:, :, :1].clone()  # stays for the samples that are not I2V
             for one, stored in zip(loaded, condition_BC1HW, strict=True):
                 self._encode_frame(one, stored, whole)
-        return Batch(latent_BCTHW, torch.stack(texts) if len(texts) > 1 else texts[0].unsqueeze(0), condition_BC1HW,
+        assert text_BSD is not None
+        return Batch(latent_BCTHW, text_BSD, condition_BC1HW,
                      is_i2v=[one.is_i2v for one in loaded], caption_dropped=[one.caption_dropped for one in loaded],
                      keys=[one.key for one in loaded],
                      seeds=[sample_seed(self._seed, whole.epoch, one.key) for one in loaded], bucket=whole.bucket,
                      dataset=whole.dataset, epoch=whole.epoch, index=whole.number, wait_s=0.0)
 
+    def _read(self, whole: GlobalBatch, shard: int, position: int) -> tuple[Sample, Tensor | None]:
+        """A sample, and the latent of its clip if none is stored. Where that can't be made, another sample's."""
+        reader = self._readers[whole.dataset]
+        while True:
+            sample = reader.read(shard, position, self._wanted)
+            if LATENT in sample.members or self._raw is None:
+                return sample, None
+            kind = next(kind for kind in CLIPS if kind in sample.members)
+            latent_CTHW = self._raw.encode_clip(kind, bytes(sample.members[kind]), whole.bucket)
+            if isinstance(latent_CTHW, Tensor):
+                return sample, latent_CTHW
+            key = sample.meta.key
+            reader.reject(Damage(sample.shard, key, f"{key}.{kind}", str(latent_CTHW)))
+
     def _wanted(self, extensions: Sequence[str]) -> Sequence[str]:
         """The same members every time, needed or not, so that a cache of samples has one kind of entry."""
+        if self._raw and LATENT not in extensions:
+            return [TEXT, *[kind for kind in CLIPS if kind in extensions][:1]]
         frame = [kind for kind in FRAMES if kind in extensions][:1]
         return [LATENT, TEXT, *(frame if self._raw else [])]
 
     def _place(self, member: memoryview, info: TensorInfo, out: Tensor) -> None:
-        """Unpack a tensor member into pinned memory, copy it to the device, merge its planes into `out` there."""
-        shape = (2, *info.shape)
+        """Unpack a tensor member into `out`: on a GPU by way of pinned memory, its planes merged there."""
         if self._stream is not None:  # torch keeps pinned memory for the next one, once the copy is done
-            planes = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        else:  # one scratch per thread: fresh memory would cost a page fault per 4 KiB
-            scratch = getattr(self._scratch, "planes", None)
-            if scratch is None or scratch.numel() < 2 * out.numel():
-                scratch = self._scratch.planes = torch.empty(2 * out.numel(), dtype=torch.uint8)
-            planes = scratch[:2 * out.numel()].view(shape)
-        decode_planes_into(member, info, planes.numpy().data.cast("B"))
-        merge_planes(planes.to(self._device, non_blocking=True), out)
+            planes = torch.empty((2, *info.shape), dtype=torch.uint8, pin_memory=True)
+            decode_planes_into(member, info, planes.numpy().data.cast("B"))
+            merge_planes(planes.to(self._device, non_blocking=True), out)
+            return
+        num_bytes = out.numel() + PIECE_BYTES
+        scratch: bytearray = getattr(self._scratch, "bytes", bytearray())
+        if len(scratch) < num_bytes:  # one per thread: fresh memory would cost a page fault per 4 KiB
+            scratch = self._scratch.bytes = bytearray(num_bytes)
+        decode_tensor_into(member, info, out.numpy(), scratch)
 
     def _encode_frame(self, loaded: "_Loaded", stored_C1HW: Tensor, whole: GlobalBatch) -> None:
         """Overwrite the stored latent of frame 0 by the raw frame's, or report why it can't be."""
-        if self._raw is None or not loaded.is_i2v:
+        if self._raw is None or not loaded.needs_frame:
             return
         container, data = loaded.frame or (FRAMES[0], b"")
         latent_C1HW = self._raw.encode(container, data, whole.bucket) if data else "missing"
@@ -270,12 +302,13 @@ class Feed:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What is left to know of a sample whose tensors are in the batch; `frame` is its encoded first frame, for I2V."""
+    """What is left to know of a sample whose tensors are in the batch; `frame` holds its first frame, in a file."""
 
     shard: str
     key: str
     is_i2v: bool
     caption_dropped: bool
+    needs_frame: bool
     frame: tuple[Literal["jpg", "mp4"], bytes] | None
 
 

@@ -3,6 +3,9 @@
 `manifest.json` is written last and by rename: a folder that has one is complete. It names every shard with its bucket
 and the xxh3_128 of its three files, holds no timestamps, and is the only file a reader needs in order to know the
 sequence of samples of any epoch.
+
+An index of foreign tars (tools/index.py) is a dataset whose samples hold no latent: their media stay in the foreign
+tar, which `NAME.media.tar` links to, with a .idx and .xxh3 of its own whose line i belongs to sample i of `NAME`.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import xxhash
 from loader.sample import FORMAT_VERSION, Bucket, split_member_name
 
 MANIFEST_FILE = "manifest.json"
+MEDIA = "media"  # in a recipe: the ShardInfo of each shard's foreign media, by the shard's name
 Split = Literal["train", "val"]
 
 
@@ -59,6 +63,11 @@ def shard_name(split: str, bucket: Bucket, number: int) -> str:
 def recipe_id(recipe: dict[str, Any]) -> str:
     """xxh3_128 hex of the recipe as compact JSON with sorted keys."""
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(recipe, order="sorted"))
+
+
+def media_shards(manifest: Manifest) -> dict[str, ShardInfo]:
+    """Where the media of each shard lie; empty unless the dataset is an index of foreign tars."""
+    return msgspec.convert(manifest.recipe.get(MEDIA, {}), dict[str, ShardInfo])
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

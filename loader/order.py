@@ -159,7 +159,7 @@ class Order:
     """
 
     def __init__(self, datasets: Sequence[Sequence[ShardInfo]], *, seed: int, global_batch: int,
-                 weights: Sequence[float] | None = None, window_shards: int = 8):
+                 weights: Sequence[float] | None = None, window_shards: int = 32):
         self.seed, self.global_batch, self.window_shards = seed, global_batch, window_shards
         self.buckets = [sorted({Bucket.parse(shard.bucket) for shard in shards}) for shards in datasets]
         self._size_S = [np.array([shard.num_samples for shard in shards], np.int64) for shards in datasets]

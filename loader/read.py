@@ -16,7 +16,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -139,16 +139,17 @@ def read_dataset(location: Path | str, cache_dir: Path | None = None, cache_byte
 
 
 class Shard(NamedTuple):
-    """An open shard: members by sample, hash by member name."""
+    """An open shard: members by sample, hash by member name; `media` holds further members of the same samples."""
 
     info: ShardInfo
     file: File
     samples: list[list[Member]]
     hashes: dict[str, str]
+    media: "Shard | None"
 
 
-def open_shard(store: Store, split: str, info: ShardInfo) -> Shard:
-    """Open a shard and check its two side files against the manifest. Raises DamagedError."""
+def open_shard(store: Store, split: str, info: ShardInfo, media: ShardInfo | None = None) -> Shard:
+    """Open a shard (and that of its media) and check the side files against the manifest. Raises DamagedError."""
     name = f"{split}/{info.name}"
     part = ".idx"
     try:
@@ -164,7 +165,8 @@ def open_shard(store: Store, split: str, info: ShardInfo) -> Shard:
             raise DatasetError("its hash differs from the manifest's")
         part = ".tar"
         file = store.open(f"{name}.tar", info.bytes, info.tar_xxh3)
-        return Shard(info, file, samples, decode_hashes(hashes, f"{name}.xxh3"))
+        return Shard(info, file, samples, decode_hashes(hashes, f"{name}.xxh3"),
+                     open_shard(store, split, media) if media else None)
     except (OSError, DatasetError) as error:
         raise DamagedError(Damage(info.name, "", f"{info.name}{part}", _reason(error))) from error
 
@@ -180,30 +182,21 @@ def _reason(error: OSError | ValueError) -> str:
 
 def read_sample(shard: Shard, position: int, wanted: Wanted) -> Sample:
     """Read and check sample `position` of a shard: its json and what `wanted` asks for. Raises DamagedError."""
-    members = {split_member_name(member.name)[1]: member for member in shard.samples[position]}
+    extensions = [split_member_name(member.name)[1] for member in shard.samples[position]]
     key = split_member_name(shard.samples[position][0].name)[0]
+    in_media = []
+    if shard.media:
+        in_media = [split_member_name(member.name)[1] for member in shard.media.samples[position]]
+    asked = wanted([*extensions, *in_media])
+    views = {}
+    if shard.media and (from_media := [extension for extension in asked if extension in in_media]):
+        views = {extension: memoryview(bytes(view))  # the next read takes the buffer
+                 for extension, view in _read_members(shard.media, position, from_media).items()}
+    views |= _read_members(shard, position, [JSON, *(extension for extension in asked if extension not in views)])
 
     def damaged(extension: str, reason: str) -> DamagedError:
         return DamagedError(Damage(shard.info.name, key, f"{key}.{extension}", reason))
 
-    extensions = [JSON, *wanted(list(members))]
-    for extension in extensions:
-        if extension not in members:
-            raise damaged(extension, f"missing; the sample has {', '.join(members)}")
-    first = min(members[extension].offset for extension in extensions)
-    end = max(members[extension].offset + members[extension].size for extension in extensions)
-    try:
-        data = shard.file.read(first, end - first)
-    except OSError as error:
-        raise damaged(JSON, _reason(error)) from error
-    views = {}
-    for extension in extensions:
-        _, offset, size = members[extension]
-        views[extension] = data[offset - first:offset - first + size]
-        if len(views[extension]) < size:
-            raise damaged(extension, f"short: {len(views[extension])} of {size} bytes; the shard is truncated")
-        if xxhash.xxh3_64_hexdigest(views[extension]) != shard.hashes.get(members[extension].name):
-            raise damaged(extension, "damaged: its bytes differ from the .xxh3 file's hash")
     try:
         meta = decode_meta(views[JSON])
     except SampleError as error:
@@ -213,6 +206,34 @@ def read_sample(shard: Shard, position: int, wanted: Wanted) -> Sample:
     if meta.latent.shape != meta.bucket.latent_shape:
         raise damaged(LATENT, f"shape {list(meta.latent.shape)}, a {meta.bucket} has {list(meta.bucket.latent_shape)}")
     return Sample(meta, shard.info.name, views)
+
+
+def _read_members(shard: Shard, position: int, extensions: Sequence[str]) -> dict[str, memoryview]:
+    """One read over the members asked for, each checked against its hash."""
+    members = {split_member_name(member.name)[1]: member for member in shard.samples[position]}
+    key = split_member_name(shard.samples[position][0].name)[0]
+
+    def damaged(extension: str, reason: str) -> DamagedError:
+        return DamagedError(Damage(shard.info.name, key, f"{key}.{extension}", reason))
+
+    for extension in extensions:
+        if extension not in members:
+            raise damaged(extension, f"missing; the sample has {', '.join(members)}")
+    first = min(members[extension].offset for extension in extensions)
+    end = max(members[extension].offset + members[extension].size for extension in extensions)
+    try:
+        data = shard.file.read(first, end - first)
+    except OSError as error:
+        raise damaged(extensions[0], _reason(error)) from error
+    views = {}
+    for extension in extensions:
+        _, offset, size = members[extension]
+        views[extension] = data[offset - first:offset - first + size]
+        if len(views[extension]) < size:
+            raise damaged(extension, f"short: {len(views[extension])} of {size} bytes; the shard is truncated")
+        if xxhash.xxh3_64_hexdigest(views[extension]) != shard.hashes.get(members[extension].name):
+            raise damaged(extension, "damaged: its bytes differ from the .xxh3 file's hash")
+    return views
 
 
 def replacements(shards: Sequence[ShardInfo], shard: int, position: int) -> Iterator[tuple[int, int]]:
@@ -231,11 +252,13 @@ class Reader:
     """Reads the samples of one split of a dataset; safe to use from several threads.
 
     At most `max_open` shards stay open (their index in memory, their file descriptor). `damages` lists what could not
-    be used, each once.
+    be used, each once. `media` are the shards with the samples' media, by name, of an index of foreign tars.
     """
 
-    def __init__(self, store: Store, split: str, shards: Sequence[ShardInfo], *, max_open: int, max_damaged: int):
-        self._store, self._split, self._shards = store, split, shards
+    def __init__(self, store: Store, split: str, shards: Sequence[ShardInfo], *, max_open: int, max_damaged: int,
+                 media: Mapping[str, ShardInfo] = {}):
+        self._store, self._split, self._shards, self._media = store, split, shards, media
+        self._rejected: set[tuple[str, str]] = set()
         self._max_open, self._max_damaged = max_open, max_damaged
         self._open: OrderedDict[int, _Slot] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
@@ -245,10 +268,18 @@ class Reader:
         """The sample, or the first intact one of `replacements`. Raises TooManyDamagedError."""
         for i, candidate in replacements(self._shards, shard, position):
             try:
-                return read_sample(self._shard(i), candidate, wanted)
+                sample = read_sample(self._shard(i), candidate, wanted)
             except DamagedError as error:
                 self.report(error.damage)
+                continue
+            if (sample.shard, sample.meta.key) not in self._rejected:
+                return sample
         raise TooManyDamagedError(f"no intact sample is left in the shards of {self._shards[shard].bucket}")
+
+    def reject(self, damage: Damage) -> None:
+        """Replace a sample from now on, though its bytes are intact. Raises TooManyDamagedError beyond the limit."""
+        self._rejected.add((damage.shard, damage.key))
+        self.report(damage)
 
     def report(self, damage: Damage) -> None:
         """Count and log a sample that could not be used. Raises TooManyDamagedError beyond the limit."""
@@ -270,7 +301,8 @@ class Reader:
                 self._open.popitem(last=False)
         with slot.lock:
             if slot.shard is None:
-                slot.shard = open_shard(self._store, self._split, self._shards[i])
+                info = self._shards[i]
+                slot.shard = open_shard(self._store, self._split, info, self._media.get(info.name))
             return slot.shard
 
 

@@ -13,7 +13,10 @@ far more alike than its low ones: zstd then packs better and decodes faster. `de
 they are, to be merged on the device; `decode_tensor` merges them here.
 """
 
+import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import msgspec
@@ -27,6 +30,7 @@ MEMBERS = (JSON, LATENT, TEXT, JPG, MP4)  # their order inside a sample
 MAX_TEXT_TOKENS = 512
 LATENT_CHANNELS = 48
 EMPTY_PROMPT_FILE = "empty_prompt.text.zst"
+PIECE_BYTES = 1 << 18  # of low bytes that are unpacked and merged at a time: with the result they fit a core's cache
 
 _BUCKET = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})x([1-9]\d{0,4})")
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -69,6 +73,11 @@ class Bucket(msgspec.Struct, frozen=True, order=True):
         """Transformer tokens: the latent in patches of (1, 2, 2)."""
         _, frames, height, width = self.latent_shape
         return frames * (height // 2) * (width // 2)
+
+
+def is_bt709(width_px: int, height_px: int) -> bool:
+    """What players assume of a video that states no colour matrix; if not, it is BT.601."""
+    return height_px > 576 or width_px >= 1280
 
 
 class TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -155,29 +164,62 @@ def encode_tensor(array: np.ndarray[Any, Any], level: int = 3) -> bytes:
 
 def decode_planes(data: bytes | memoryview, info: TensorInfo) -> bytearray:
     """Unpack a tensor member to 2*n bytes: n high bytes, then n low bytes. Raises SampleError when it is damaged."""
-    planes = bytearray(2 * int(np.prod(info.shape, dtype=np.int64)))
+    planes = bytearray(2 * math.prod(info.shape))
     decode_planes_into(data, info, memoryview(planes))
     return planes
 
 
 def decode_planes_into(data: bytes | memoryview, info: TensorInfo, out: memoryview) -> None:
     """`decode_planes` into memory of exactly that size, for example pinned. Raises SampleError when it is damaged."""
-    if info.dtype != "float16":
-        raise SampleError(f"a tensor member says dtype {info.dtype}; version {FORMAT_VERSION} holds float16 only")
-    try:
-        size = zstandard.frame_content_size(data)
-        if size != len(out):
-            raise SampleError(f"a tensor member of shape {list(info.shape)} must hold {len(out)} bytes, its zstd frame "
-                              f"says {size}")
-        # a stream, because decompress() would allocate megabytes anew for each sample
-        with zstandard.ZstdDecompressor().stream_reader(data) as stream:
-            if stream.readinto(out) != size or stream.read(1):
-                raise SampleError("a tensor member's zstd frame is cut short, or bytes follow it")
-    except zstandard.ZstdError as error:
-        raise SampleError(f"a tensor member does not decompress: {error}") from error
+    with _unpacked(data, info) as fill:
+        fill(out)
 
 
 def decode_tensor(data: bytes | memoryview, info: TensorInfo) -> np.ndarray[Any, Any]:
     """Unpack a tensor member to a float16 array of `info.shape`. Raises SampleError when it is damaged."""
-    planes = np.frombuffer(decode_planes(data, info), np.uint8).reshape(2, -1)
-    return np.ascontiguousarray(planes[::-1].T).view("<f2").reshape(info.shape).astype(np.float16, copy=False)
+    out = np.empty(info.shape, np.float16)
+    decode_tensor_into(data, info, out, bytearray(out.size + PIECE_BYTES))
+    return out
+
+
+def decode_tensor_into(data: bytes | memoryview, info: TensorInfo, out: np.ndarray[Any, Any], scratch: bytearray
+                       ) -> None:
+    """`decode_tensor` into contiguous memory; `scratch` holds at least one byte per element and PIECE_BYTES.
+
+    The low bytes come in pieces that are merged while they are in the cache. Raises SampleError when it is damaged.
+    """
+    bits = out.reshape(-1).view(np.uint16)
+    view = memoryview(scratch)
+    high, piece = view[:len(bits)], view[len(bits):len(bits) + PIECE_BYTES]
+    high_N = np.frombuffer(high, np.uint8)
+    with _unpacked(data, info) as fill:
+        fill(high)
+        for start in range(0, len(bits), PIECE_BYTES):
+            part = bits[start:start + PIECE_BYTES]
+            fill(piece[:len(part)])
+            np.multiply(high_N[start:start + len(part)], np.uint16(256), out=part)
+            np.bitwise_or(part, np.frombuffer(piece[:len(part)], np.uint8), out=part)
+
+
+@contextmanager
+def _unpacked(data: bytes | memoryview, info: TensorInfo) -> Iterator[Callable[[memoryview], None]]:
+    """A function that fills memory with the next bytes of a tensor member, all of which must be asked for."""
+    if info.dtype != "float16":
+        raise SampleError(f"a tensor member says dtype {info.dtype}; version {FORMAT_VERSION} holds float16 only")
+
+    def fill(out: memoryview) -> None:
+        if stream.readinto(out) != len(out):
+            raise SampleError("a tensor member's zstd frame is cut short")
+
+    try:
+        size, expected = zstandard.frame_content_size(data), 2 * math.prod(info.shape)
+        if size != expected:
+            raise SampleError(f"a tensor member of shape {list(info.shape)} must hold {expected} bytes, its zstd frame "
+                              f"says {size}")
+        # a stream, because decompress() would allocate megabytes anew for each sample
+        with zstandard.ZstdDecompressor().stream_reader(data) as stream:
+            yield fill
+            if stream.read(1):
+                raise SampleError("a tensor member's zstd frame holds more than it says")
+    except zstandard.ZstdError as error:
+        raise SampleError(f"a tensor member does not decompress: {error}") from error

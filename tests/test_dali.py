@@ -3,14 +3,19 @@
 import io
 from pathlib import Path
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
 from loader.dali import DecodeError, FirstFrames, FrameDecoder
+from loader.feed import Feed
 from loader.sample import Bucket
 from loader.vae import load_vae_encoder
+from shardgen.media import BT601, BT709
+from shardgen.pictures import encode_mp4
+from tools.synthetic import write_synthetic_dataset
 
 CPU = torch.device("cpu")
 
@@ -53,9 +58,52 @@ def test_a_bad_file_fails_alone_and_the_pipeline_goes_on(bad: bytes) -> None:
         assert (frame - pixels(jpeg(seed))).abs().max() <= 1 / 127.5 + 1e-6
 
 
-def test_mp4_without_a_gpu_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"H\.264 on a GPU only.*KEY\.jpg"):
-        FrameDecoder("mp4", CPU, torch.float32, max_batch=1)
+def test_h264_without_a_gpu_is_refused_with_the_way_out() -> None:
+    h264 = encode_mp4(np.zeros((5, 64, 96, 3), np.uint8), 24.0)
+    (error,) = FrameDecoder("mp4", CPU, torch.float32, max_batch=1).decode([h264])
+    assert isinstance(error, DecodeError) and "H.264 on a GPU only" in str(error) and "KEY.jpg" in str(error)
+
+
+def motion_jpeg(frames: list[PIL.Image.Image], matrix: int) -> bytes:
+    """Stands in for H.264, which DALI decodes on a GPU only."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mjpeg", rate=24)
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuvj420p"
+        stream.codec_context.qmin = stream.codec_context.qmax = 2
+        for t, picture in enumerate(frames):
+            frame = av.VideoFrame.from_image(picture).reformat(format="yuvj420p", dst_colorspace=matrix)
+            frame.pts = t
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("matrix", "bt709"), [(BT709, True), (BT601, False)])
+def test_the_colours_of_a_video_are_those_of_its_matrix(matrix: int, bt709: bool) -> None:
+    clip = motion_jpeg([PIL.Image.open(io.BytesIO(jpeg(seed))) for seed in range(3)], matrix)
+    errors = []
+    for assumed in (bt709, not bt709):
+        decoder = FrameDecoder("mp4", CPU, torch.float32, max_batch=1, num_frames=3, bt709=assumed)
+        (frames,) = decoder.decode([clip])
+        assert isinstance(frames, torch.Tensor)
+        wanted = torch.cat([pixels(jpeg(seed)) for seed in range(3)], 1)
+        errors.append((frames - wanted).abs().mean().item() * 127.5)
+    assert errors[0] < 2 < 3 < errors[1], errors
+
+
+def test_the_raw_feed_takes_the_first_frame_of_a_clip(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    clip = motion_jpeg([PIL.Image.open(io.BytesIO(jpeg(seed))) for seed in range(5)], BT709)
+    write_synthetic_dataset(tmp_path, {"96x64x5": 4}, clips=[clip])
+    vae = load_vae_encoder(tiny_checkpoint, CPU, torch.float32)
+    expected = [vae.encode(pixels(jpeg(seed)).unsqueeze(0))[0] for seed in range(5)]
+    with Feed([tmp_path], split="train", global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0, i2v_share=1.0,
+              caption_dropout=0.0, condition="raw", device="cpu", vae=vae) as feed:
+        batch, _ = next(feed)
+        assert batch.condition_BC1HW is not None and feed.damages == []
+    for latent in batch.condition_BC1HW.float():
+        errors = [((latent - one).norm() / one.norm()).item() for one in expected]
+        assert errors[0] < 0.1 < min(errors[1:])
 
 
 def test_first_frames_become_latents_and_wrong_sizes_errors(tiny_checkpoint: Path) -> None:
@@ -65,4 +113,4 @@ def test_first_frames_become_latents_and_wrong_sizes_errors(tiny_checkpoint: Pat
     assert isinstance(latent, torch.Tensor) and latent.shape == (48, 1, 4, 6)
     assert (latent - vae.encode(pixels(jpeg(1)).unsqueeze(0))[0]).abs().max() < 0.05
     error = frames.encode("jpg", jpeg(1), Bucket(64, 64, 9))
-    assert isinstance(error, DecodeError) and "96x64x1, not the first frame of a 64x64x9" in str(error)
+    assert isinstance(error, DecodeError) and "to 96x64x1, not to 64x64x1" in str(error)

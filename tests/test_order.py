@@ -109,7 +109,7 @@ def test_only_a_bounded_number_of_shards_is_in_use() -> None:
 
 def test_neighbours_in_a_shard_are_parted_and_orders_differ_by_epoch_and_seed() -> None:
     many = shards({"160x96x9": [50] * 64})
-    order = Order([many], seed=1, global_batch=8)
+    order = Order([many], seed=1, global_batch=8, window_shards=8)
     seen = sequence(order, 0, order.batches_per_epoch[0])
     place = {sample: i for i, sample in enumerate(seen)}
     gaps = [abs(place[0, s, p] - place[0, s, p + 1]) for s in range(64) for p in range(49)]

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from loader.manifest import DatasetError
+from loader.manifest import MANIFEST_FILE, DatasetError, encode_manifest, read_manifest
 from loader.read import Damage, Reader, Sample, TooManyDamagedError, read_dataset
 from loader.sample import JPG, LATENT, TEXT, decode_tensor
+from shardgen.verify import check_across, check_shard
 from tools.synthetic import write_synthetic_dataset
 
 SHARD = "train-64x64x5-000000"
@@ -98,6 +100,40 @@ def test_every_flipped_bit_of_a_member_is_found(dataset: Path) -> None:
 @pytest.mark.soak
 def test_every_one_of_ten_thousand_flipped_bits_is_found(dataset: Path) -> None:
     assert flips_found(dataset, 10_000, seed=2) == 10_000
+
+
+@pytest.mark.soak
+def test_verify_finds_a_thousand_flips_anywhere(tiny_dataset: Path, tmp_path: Path) -> None:
+    """In the manifest, the .idx, the .xxh3 and the .tar of the smallest shard."""
+    dataset = Path(shutil.copytree(tiny_dataset, tmp_path / "one", ignore=shutil.ignore_patterns("catalog*", "*.csv")))
+    manifest = read_manifest(dataset)
+    info = min(manifest.splits["train"], key=lambda info: info.bytes)
+    (dataset / MANIFEST_FILE).write_bytes(
+        encode_manifest(msgspec.structs.replace(manifest, splits={"train": [info]})))
+    for path in [*dataset.glob("*/*")]:
+        if path.is_file() and path.stem != info.name:
+            path.unlink()
+
+    def faults() -> list[str]:
+        """verify_dataset without its pool of processes."""
+        try:
+            now = read_manifest(dataset)
+            checked = {one.name: check_shard((split, one), dataset=dataset)
+                       for split, infos in now.splits.items() for one in infos}
+        except ValueError as error:
+            return [str(error)]
+        return [*(fault for shard in checked.values() for fault in shard.faults),
+                *check_across(dataset, now, checked)]
+
+    assert faults() == []
+    choose = random.Random(3)
+    files = [dataset / MANIFEST_FILE, *(dataset / "train" / f"{info.name}.{kind}" for kind in ("idx", "xxh3", "tar"))]
+    for path in [files[0]] * 150 + [files[1]] * 100 + [files[2]] * 100 + [files[3]] * 650:
+        whole = path.read_bytes()
+        at = choose.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << choose.randrange(8)]) + whole[at + 1:])
+        assert faults(), (path, at)
+        path.write_bytes(whole)
 
 
 def damage_json(dataset: Path) -> None:

@@ -3,12 +3,13 @@
     python -m tools.synthetic DIR --bucket 1280x704x49=64 --bucket 832x480x9=256 --text-dim 4096
 
 Latents are Gaussian, as real ones nearly are, so they compress alike; captions have as many tokens as real ones tend
-to. Keys, prompts and the frame in KEY.jpg differ from sample to sample; equal arguments give equal bytes.
+to. Keys, prompts and the frame in KEY.jpg differ from sample to sample; `--mp4 CLIP` stores that clip in its place (of
+several each in its turn). Equal arguments give equal bytes, and tensors and keys don't depend on the clips.
 """
 
 import argparse
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from loader.sample import (
     JPG,
     JSON,
     LATENT,
+    MP4,
     TEXT,
     Bucket,
     SampleMeta,
@@ -32,14 +34,18 @@ from shardgen.write import write_atomic, write_shard
 
 
 def write_synthetic_dataset(folder: Path, buckets: Mapping[str, int], *, samples_per_shard: int = 16,
-                            text_dim: int = 32, split: Split = "train", seed: int = 0) -> Manifest:
-    """Write a dataset with so many samples of each bucket ("160x96x9": 24) and return its manifest."""
+                            text_dim: int = 32, split: Split = "train", seed: int = 0,
+                            clips: Sequence[bytes] = ()) -> Manifest:
+    """Write a dataset with so many samples of each bucket ("160x96x9": 24) and return its manifest.
+
+    Videos hold a KEY.jpg, or one of `clips` as KEY.mp4, whose size is the caller's to match.
+    """
     shards: list[ShardInfo] = []
     for name, num_samples in buckets.items():
         bucket = Bucket.parse(name)
         keys = sorted(sample_key(f"{seed:032x}", f"{i:07d}", 0, 0, bucket, 24.0) for i in range(num_samples))
         for number, start in enumerate(range(0, num_samples, samples_per_shard)):
-            samples = _samples(keys[start:start + samples_per_shard], bucket, text_dim, split)
+            samples = _samples(keys[start:start + samples_per_shard], bucket, text_dim, split, clips)
             shards.append(write_shard(folder / split, shard_name(split, bucket, number), name, samples))
     recipe = {"synthetic": dict(buckets), "text_dim": text_dim, "seed": seed}
     manifest = Manifest(recipe=recipe, recipe_id=recipe_id(recipe), splits={split: shards})
@@ -48,8 +54,9 @@ def write_synthetic_dataset(folder: Path, buckets: Mapping[str, int], *, samples
     return manifest
 
 
-def _samples(keys: list[str], bucket: Bucket, text_dim: int, split: Split) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for key in keys:
+def _samples(keys: list[str], bucket: Bucket, text_dim: int, split: Split, clips: Sequence[bytes]
+             ) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for i, key in enumerate(keys):
         rng = np.random.default_rng(int(key, 16))
         latent = rng.standard_normal(bucket.latent_shape, np.float32).astype(np.float16)
         text = rng.standard_normal((int(rng.integers(60, 260)), text_dim), np.float32).astype(np.float16)
@@ -60,14 +67,16 @@ def _samples(keys: list[str], bucket: Bucket, text_dim: int, split: Split) -> It
             shot=0, media_xxh3=key, latent=TensorInfo("float16", latent.shape), text=TensorInfo("float16", text.shape))
         members = {JSON: encode_meta(meta), LATENT: encode_tensor(latent), TEXT: encode_tensor(text)}
         if bucket.num_frames > 1:
-            members[JPG] = _frame(rng, bucket)
+            members |= {MP4: clips[i % len(clips)]} if clips else {JPG: synthetic_jpeg(rng, bucket)}
         yield key, members
 
 
-def _frame(rng: np.random.Generator, bucket: Bucket) -> bytes:
+def synthetic_jpeg(rng: np.random.Generator, bucket: Bucket) -> bytes:
+    """Random soft colours at the bucket's size, compressed as shardgen does it."""
     coarse = PIL.Image.fromarray(rng.integers(0, 256, (6, 10, 3), dtype=np.uint8))
     file = io.BytesIO()
-    coarse.resize((bucket.width_px, bucket.height_px), PIL.Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    picture = coarse.resize((bucket.width_px, bucket.height_px), PIL.Image.Resampling.BICUBIC)
+    picture.save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()
 
 
@@ -77,10 +86,12 @@ def main() -> None:
     parser.add_argument("--bucket", action="append", required=True, metavar="WIDTHxHEIGHTxFRAMES=SAMPLES")
     parser.add_argument("--samples-per-shard", type=int, default=64)
     parser.add_argument("--text-dim", type=int, default=4096)
+    parser.add_argument("--mp4", action="append", default=[], type=Path, metavar="CLIP")
     arguments = parser.parse_args()
     buckets = {name: int(num) for name, _, num in (bucket.partition("=") for bucket in arguments.bucket)}
     manifest = write_synthetic_dataset(arguments.folder, buckets, text_dim=arguments.text_dim,
-                                       samples_per_shard=arguments.samples_per_shard)
+                                       samples_per_shard=arguments.samples_per_shard,
+                                       clips=[clip.read_bytes() for clip in arguments.mp4])
     num_bytes = sum(shard.bytes for shard in manifest.splits["train"])
     print(f"{arguments.folder}: {sum(buckets.values())} samples, {num_bytes / 2**20:.0f} MiB")
 

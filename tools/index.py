@@ -1,0 +1,250 @@
+"""Train on plain webdataset tars as they are: `python -m tools.index TAR... --output DIR --model MODEL`.
+
+A sample of such a tar is a `json` with a caption beside an `mp4` or a `jpg`; there are no latents. The tars are read
+once and stay untouched. DIR becomes a dataset: its shards hold what training needs and the tars lack (metadata, and the
+caption's embedding), and beside each lie a link to its tar, a .idx with the place of every clip, and a .xxh3. In
+training (`data.condition = "raw"`) DALI decodes the clips and the VAE encodes them, in every epoch again: `shardgen
+build` does both once and better, so this is for trying out a set.
+
+A clip gives its first `--frames` frames at its own frame rate, an image one. What does not have a multiple of 32 as
+width or height loses up to 31 pixels at the edges; nothing is resized. What can't be used is refused, and counted by
+reason. Links hold absolute paths: after moving the tars, index them again; for another machine, copy DIR with links
+followed (`cp -rL`, `rsync -L`).
+"""
+
+import argparse
+import io
+import os
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import msgspec
+import torch
+import xxhash
+from PIL import Image, ImageOps
+
+from loader.manifest import (
+    MANIFEST_FILE,
+    MEDIA,
+    Manifest,
+    Member,
+    ShardInfo,
+    Split,
+    encode_hashes,
+    encode_index,
+    encode_manifest,
+    recipe_id,
+    shard_name,
+)
+from loader.sample import (
+    EMPTY_PROMPT_FILE,
+    JPG,
+    JSON,
+    MP4,
+    TEXT,
+    Bucket,
+    SampleMeta,
+    TensorInfo,
+    encode_meta,
+    encode_tensor,
+    is_bt709,
+    sample_key,
+)
+from shardgen.prompt import prompt_clean
+from shardgen.text import TextEncoder
+from shardgen.write import file_xxh3, write_atomic, write_shard
+
+SIDE = 32  # TI2V-5B takes multiples of this
+BT709, UNSTATED = 1, (0, 2)  # as ffmpeg numbers matrices; an RGB video's is 0
+
+
+class RefusedError(ValueError):
+    """A sample that can't be used. `reason` is what is counted."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Found(NamedTuple):
+    """A usable sample of a tar: its metadata without the text's shape, and where its media lie."""
+
+    meta: SampleMeta
+    media: Member  # under our name for it, KEY.mp4 or KEY.jpg
+    digest: str
+
+
+def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(name, {extension: member}) of adjacent members, named as webdataset does: up to the first dot of the file name.
+
+    Raises ValueError for what is no uncompressed tar, or a truncated one.
+    """
+    def split(member: tarfile.TarInfo) -> tuple[str, str]:
+        folder, _, file = member.name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        return f"{folder}/{stem}" if folder else stem, extension.lower().replace("jpeg", JPG)
+
+    try:
+        with tarfile.open(path, "r:") as tar:
+            files = (member for member in tar if member.isreg() and not member.issparse())
+            for name, members in groupby(files, key=lambda member: split(member)[0]):
+                yield name, {split(m)[1]: Member(m.name, m.offset_data, m.size) for m in members}
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a plain, whole tar file: {error}; unpack .tar.gz first") from error
+
+
+def examine(name: str, members: Mapping[str, Member], tar: Path, split: Split, caption_field: str, num_frames: int
+            ) -> Found:
+    """Metadata of one sample. Raises RefusedError."""
+    kind = next((kind for kind in (MP4, JPG) if kind in members), None)
+    if JSON not in members or kind is None:
+        raise RefusedError("no json" if JSON not in members else "neither mp4 nor jpg")
+    with tar.open("rb") as file:
+        about, data = (os.pread(file.fileno(), m.size, m.offset) for m in (members[JSON], members[kind]))
+    try:
+        fields = msgspec.json.decode(about)
+    except msgspec.DecodeError:
+        raise RefusedError("its json can't be read") from None
+    caption = fields.get(caption_field) if isinstance(fields, dict) else None
+    prompt = prompt_clean(caption) if isinstance(caption, str) else ""
+    if not prompt:
+        raise RefusedError(f'no text under "{caption_field}" in its json')
+    width, height, fps = examine_clip(data, num_frames) if kind == MP4 else (*examine_image(data), 0.0)
+    if min(width, height) < SIDE:
+        raise RefusedError(f"smaller than {SIDE}x{SIDE}")
+    bucket = Bucket(width - width % SIDE, height - height % SIDE, num_frames if kind == MP4 else 1)
+    media_xxh3 = xxhash.xxh3_128_hexdigest(data)
+    key = sample_key(media_xxh3, name, 0, 0, bucket, fps)
+    meta = SampleMeta(key=key, clip_id=name, label=f"{tar.name}/{members[JSON].name}", category="", programme=tar.stem,
+                      media_type="video" if kind == MP4 else "image", split=split, prompt=prompt, fps=fps, start_ms=0,
+                      width_px=bucket.width_px, height_px=bucket.height_px, num_frames=bucket.num_frames, shot=0,
+                      media_xxh3=media_xxh3, latent=TensorInfo("float16", bucket.latent_shape),
+                      text=TensorInfo("float16", (0, 0)))
+    media = Member(f"{key}.{kind}", members[kind].offset, members[kind].size)
+    return Found(meta, media, xxhash.xxh3_64_hexdigest(data))
+
+
+def examine_clip(data: bytes, num_frames: int) -> tuple[int, int, float]:
+    """Width and height in pixels, and frames per second. Decodes one frame. Raises RefusedError."""
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.video[0]
+            frame = next(container.decode(stream))
+            rate, sar, held = stream.average_rate, stream.sample_aspect_ratio, stream.frames
+            matrix = int(frame.colorspace)
+    except (av.FFmpegError, IndexError, StopIteration):
+        raise RefusedError("its mp4 does not decode") from None
+    if sar not in (None, 0, 1) or frame.rotation or frame.interlaced_frame:
+        raise RefusedError("its mp4 is rotated, interlaced or has pixels that aren't square")
+    shown = frame.width - frame.width % SIDE, frame.height - frame.height % SIDE
+    if matrix not in UNSTATED and (matrix == BT709) != is_bt709(*shown):
+        raise RefusedError("the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)")
+    if held < num_frames or not rate:
+        raise RefusedError(f"fewer than {num_frames} frames")
+    return frame.width, frame.height, float(rate)
+
+
+def examine_image(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, as shown. Raises RefusedError."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            return ImageOps.exif_transpose(image).size
+    except (OSError, SyntaxError):
+        raise RefusedError("its jpg does not decode") from None
+
+
+def write_index(tars: Sequence[Path], output: Path, encoder: TextEncoder, *, split: Split = "train",
+                caption_field: str = "caption", num_frames: int = 49) -> tuple[Manifest, Counter[str]]:
+    """Write the dataset `output`; returns its manifest and how many samples were refused, by reason.
+
+    Raises ValueError for an output that is a dataset already, for tars that can't be read, and for samples that repeat.
+    """
+    if (output / MANIFEST_FILE).exists():
+        raise ValueError(f"{output} is a dataset already; take another folder")
+    Bucket.parse(f"{SIDE}x{SIDE}x{num_frames}")
+    refused: Counter[str] = Counter()
+    shards: list[ShardInfo] = []
+    media: dict[str, ShardInfo] = {}
+    sources: dict[str, str] = {}
+    for tar in sorted(tars):
+        by_bucket: defaultdict[Bucket, list[Found]] = defaultdict(list)
+        for name, members in tar_samples(tar):
+            try:
+                found = examine(name, members, tar, split, caption_field, num_frames)
+            except RefusedError as error:
+                refused[error.reason] += 1
+                continue
+            key, source = found.meta.key, f"{name} in {tar}"
+            if key in sources:
+                raise ValueError(f"{source} is the same sample as {sources[key]}; leave one of the tars out")
+            sources[key] = source
+            by_bucket[found.meta.bucket].append(found)
+        tar_hash = file_xxh3(tar) if by_bucket else ""
+        for bucket, samples in sorted(by_bucket.items()):
+            samples.sort(key=lambda found: found.meta.key)
+            name = shard_name(split, bucket, sum(shard.bucket == str(bucket) for shard in shards))
+            folder = output / split
+            shards.append(write_shard(folder, name, str(bucket), _with_text(samples, encoder)))
+            idx = encode_index([[found.media] for found in samples])
+            hashes = encode_hashes([(found.digest, found.media.name) for found in samples])
+            write_atomic(folder / f"{name}.media.idx", idx)
+            write_atomic(folder / f"{name}.media.xxh3", hashes)
+            link = folder / f"{name}.media.tar"
+            link.unlink(missing_ok=True)  # of a run that was interrupted
+            link.symlink_to(tar.resolve())
+            media[name] = ShardInfo(name=f"{name}.media", bucket=str(bucket), num_samples=len(samples),
+                                    bytes=tar.stat().st_size, tar_xxh3=tar_hash,
+                                    idx_xxh3=xxhash.xxh3_128_hexdigest(idx),
+                                    xxh3_xxh3=xxhash.xxh3_128_hexdigest(hashes))
+    recipe: dict[str, Any] = {"caption_field": caption_field, "num_frames": num_frames,
+                              MEDIA: {name: msgspec.to_builtins(info) for name, info in media.items()}}
+    manifest = Manifest(recipe=recipe, recipe_id=recipe_id(recipe), splits={split: shards})
+    if shards:
+        write_atomic(output / EMPTY_PROMPT_FILE, encode_tensor(encoder.encode([""], 1)[""].rows))
+        write_atomic(output / MANIFEST_FILE, encode_manifest(manifest))
+    return manifest, refused
+
+
+def _with_text(samples: Sequence[Found], encoder: TextEncoder) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for start in range(0, len(samples), 64):  # a shard's texts together may fill the memory
+        some = samples[start:start + 64]
+        texts = encoder.encode([found.meta.prompt for found in some], 16)
+        for found in some:
+            rows = texts[found.meta.prompt].rows
+            meta = msgspec.structs.replace(found.meta, text=TensorInfo("float16", rows.shape))
+            yield meta.key, {JSON: encode_meta(meta), TEXT: encode_tensor(rows)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tars", nargs="+", type=Path, metavar="TAR")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="the diffusers folder whose text encoder to use")
+    parser.add_argument("--frames", type=int, default=49, help="of each clip; 4n+1")
+    parser.add_argument("--caption", default="caption", help="the caption's field in the json")
+    parser.add_argument("--split", choices=["train", "val"], default="train")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    arguments = parser.parse_args()
+    try:
+        encoder = TextEncoder(arguments.model, arguments.device, getattr(torch, arguments.dtype))
+        encoder.model.to(arguments.device)
+        manifest, refused = write_index(arguments.tars, arguments.output, encoder, split=arguments.split,
+                                        caption_field=arguments.caption, num_frames=arguments.frames)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"tools.index: {error}") from error
+    num = sum(shard.num_samples for shard in manifest.splits[arguments.split])
+    print(f"{arguments.output}: {num} samples of {num + refused.total()}")
+    for reason, count in refused.most_common():
+        print(f"  refused, {reason}: {count}")
+    if num == 0:
+        raise SystemExit("tools.index: nothing to train on, no dataset written")
+
+
+if __name__ == "__main__":
+    main()
