@@ -198,8 +198,9 @@ def main() -> None:
             subjects += [(f"{name}, {n} workers", f"{name}:{n}", location, False) for n in (0, 1, 2)]
     else:
         print("litdata and mosaicml-streaming: left out, no --peers", file=sys.stderr)
-    subjects += [("ours, cold", "ours", location, True),
-                 ("webdataset, 0 workers, cold", "webdataset:0", location, True)]
+    subjects += [("ours, cold", "ours", location, True)]
+    subjects += [(f"{name}, 0 workers, cold", f"{name}:0", location, True)
+                 for name in ("webdataset", "litdata", "mosaic") if arguments.peers or name == "webdataset"]
     server = subprocess.Popen([sys.executable, "-m", "bench.range_server", str(folder)], stdout=subprocess.PIPE,
                               text=True)
     try:
