@@ -7,6 +7,7 @@ one, exactly. Nothing random comes from a global generator: what happens to a sa
 import argparse
 import math
 import sys
+from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from loader.vae import load_vae_encoder
 from train import checkpoint, dist, lora, optim, remat
 from train.attention import choose_attention
 from train.config import TrainConfig, flat, resumable_changes
-from train.metrics import Metrics, Stopwatch, peak_memory_gib
+from train.metrics import Metrics, Report, Stopwatch, record_of
 from train.step import MicroStep, prepare
 from train.weights import load_transformer
 
@@ -85,6 +86,7 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
             metrics.say(f"{bucket}: {remat.describe(model.config, plans[shape])}")
 
     stopwatch, logged_step, num_tokens = Stopwatch(device), first_step, 0
+    reports: deque[Report] = deque()
     for step in range(first_step, config.num_steps):
         flat_parameters.buffer.zero_()
         for _ in range(num_micro):
@@ -111,22 +113,19 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         done = step + 1
         save = done % config.checkpoint_every == 0 or done == config.num_steps
         if save or done % config.log_every == 0:
-            laps_s, num_logged = stopwatch.read(), done - logged_step  # host sync
-            elapsed_s, mean_loss = sum(laps_s.values()), flat_parameters.loss.item()
-            finite = math.isfinite(mean_loss) and (scaler.is_enabled() or math.isfinite(grad_norm.item()))
-            if not finite:  # the same on all ranks; nothing of this is saved
-                raise ValueError(f"step {done}: loss {mean_loss}, gradient norm {grad_norm.item()}. Start a new output "
-                                 f"with a lower optim.lr, from lora.init = the {lora.DIFFUSERS_FILE} in "
-                                 f"{checkpoint.latest(output) or 'an earlier run'}")
-            if metrics:
-                metrics.write({
-                    "step": done, "epoch": batch.epoch, "loss": mean_loss, "lr": lr,
-                    "grad_norm": grad_norm.item(), "loss_scale": scaler.get_scale(),
-                    "s_per_step": elapsed_s / num_logged,
-                    **{name: seconds / num_logged for name, seconds in laps_s.items()},
-                    "tokens_per_s": num_tokens / elapsed_s, "data_wait_share": laps_s["data_wait_s"] / elapsed_s,
-                    "memory_gib": peak_memory_gib(device)})
+            reports.append(Report(done, done - logged_step, batch.epoch, lr, scaler.get_scale(),
+                                  flat_parameters.loss.clone(), grad_norm, num_tokens, stopwatch.split()))
             logged_step, num_tokens = done, 0
+        while reports and (save or len(reports) > 1):  # a step late, so that the device has the next one to work on
+            record = record_of(reports.popleft(), device)  # host sync
+            loss_and_norm = [float(record[name] or 0.0) for name in ("loss", "grad_norm")]
+            if not all(map(math.isfinite, loss_and_norm[:1] if scaler.is_enabled() else loss_and_norm)):
+                # the same on all ranks; nothing of this is saved
+                raise ValueError(f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}. "
+                                 f"Start a new output with a lower optim.lr, from lora.init = the "
+                                 f"{lora.DIFFUSERS_FILE} in {checkpoint.latest(output) or 'an earlier run'}")
+            if metrics:
+                metrics.write(record)
         if metrics and save:
             checkpoint.save(output, done, {
                 "step": done, "config": flat(config), "parameters": flat_parameters.vector.detach(),

@@ -11,10 +11,11 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import msgspec
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -64,18 +65,22 @@ class Metrics:
         self._file.close()
 
 
+Moment = float | torch.cuda.Event
+Laps = list[tuple[str, Moment]]
+
+
 class Stopwatch:
-    """Where the time goes: every moment since the last `read` belongs to the lap that ends after it.
+    """Where the time goes: every moment since the last `split` belongs to the lap that ends after it.
 
     On a GPU the laps are events on its stream, so they say how long the device was busy with (or idle before) a lap,
-    and nothing waits for them but `read`. On the CPU they are wall-clock time.
+    and nothing waits for them but `lap_seconds`. On the CPU they are wall-clock time.
     """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._laps: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+        self._laps: Laps = [("", self._now())]
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Moment:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -86,20 +91,50 @@ class Stopwatch:
         """What was done since the last lap was `name`."""
         self._laps.append((name, self._now()))
 
-    def read(self) -> dict[str, float]:
-        """Seconds per name since the last `read`; their sum is all of the time. A host sync on a GPU."""
-        if self._cuda:
-            torch.cuda.current_stream().synchronize()
-        seconds: dict[str, float] = {}
-        for (_, start), (name, end) in pairwise(self._laps):
-            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                elapsed_s = start.elapsed_time(end) / 1000
-            else:
-                assert isinstance(start, float) and isinstance(end, float)
-                elapsed_s = end - start
-            seconds[name] = seconds.get(name, 0.0) + elapsed_s
-        del self._laps[:-1]
-        return seconds
+    def split(self) -> Laps:
+        """The laps since the last `split`, for `lap_seconds`."""
+        laps, self._laps = self._laps, self._laps[-1:]
+        return laps
+
+
+def lap_seconds(laps: Laps) -> dict[str, float]:
+    """Seconds per name; their sum is all of the time. On a GPU this waits until the last lap is done."""
+    seconds: dict[str, float] = {}
+    for (_, start), (name, end) in pairwise(laps):
+        if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            end.synchronize()
+            elapsed_s = start.elapsed_time(end) / 1000
+        else:
+            assert isinstance(start, float) and isinstance(end, float)
+            elapsed_s = end - start
+        seconds[name] = seconds.get(name, 0.0) + elapsed_s
+    return seconds
+
+
+class Report(NamedTuple):
+    """A step to be logged, with the `num_steps` since the one before; nothing of it has been read from the device."""
+
+    step: int
+    num_steps: int
+    epoch: int
+    lr: float
+    loss_scale: float
+    loss: Tensor
+    grad_norm: Tensor
+    num_tokens: int
+    laps: Laps
+
+
+def record_of(report: Report, device: torch.device) -> Record:
+    """The report as numbers. On a GPU this waits until the step is done."""
+    seconds = lap_seconds(report.laps)
+    elapsed_s = sum(seconds.values())
+    return {
+        "step": report.step, "epoch": report.epoch, "loss": report.loss.item(), "lr": report.lr,
+        "grad_norm": report.grad_norm.item(), "loss_scale": report.loss_scale,
+        "s_per_step": elapsed_s / report.num_steps, **{name: s / report.num_steps for name, s in seconds.items()},
+        "tokens_per_s": report.num_tokens / elapsed_s, "data_wait_share": seconds["data_wait_s"] / elapsed_s,
+        "memory_gib": peak_memory_gib(device)}
 
 
 def peak_memory_gib(device: torch.device) -> float:
