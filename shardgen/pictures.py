@@ -19,8 +19,9 @@ Mp4Encoder = Literal["libx264", "h264_nvenc"]
 BLACK_BELOW, DARK_BELOW, FROZEN_BELOW = 24, 48, 0.1
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _OPTIONS = {
+    # mbtree=0: with it the bytes depend on what memory held before (PyAV 18.1's x264: 16 different files of 25)
     "libx264": {"crf": "18", "preset": "medium", "threads": "1",
-                "x264-params": "open-gop=0:colorprim=bt709:transfer=bt709:colormatrix=bt709:range=tv"},
+                "x264-params": "open-gop=0:mbtree=0:colorprim=bt709:transfer=bt709:colormatrix=bt709:range=tv"},
     "h264_nvenc": {"rc": "constqp", "qp": "18", "preset": "p5", "forced-idr": "1", "strict_gop": "1", "bf": "0"},
 }
 

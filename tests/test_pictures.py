@@ -18,7 +18,10 @@ def test_jpeg_is_close_and_mp4_is_constant_rate_with_closed_short_gops(tmp_path:
     (tmp_path / "a.jpg").write_bytes(encode_jpeg(frames[0]))
     assert np.abs(np.asarray(Image.open(tmp_path / "a.jpg")).astype(int) - frames[0]).mean() < 1.5
     data = encode_mp4(frames, 24.0)
-    assert data == encode_mp4(frames, 24.0)
+    for size in (1_000, 30_000, 1_000_000, 3_000_000):  # whatever memory held before
+        used = [np.full(size, value, np.uint8) for value in (255, 17)]
+        del used
+        assert data == encode_mp4(frames, 24.0)
     (tmp_path / "a.mp4").write_bytes(data)
     found = probe(tmp_path / "a.mp4")
     assert (found.codec, found.pix_fmt, found.num_frames, found.fps) == ("h264", "yuv420p", 29, 24.0)
