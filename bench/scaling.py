@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with dist.process_group() as world:
+        if world.size < 2:
+            raise SystemExit("one process has nothing to compare with: torchrun --nproc-per-node 2 -m bench.scaling")
         run = Run(Bucket.parse(arguments.shape), torch.bfloat16, world)
         error = run.reduced_gradient_error()
         assert error < 1e-5, f"the reduced gradient is off by {error}"

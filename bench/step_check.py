@@ -133,7 +133,7 @@ def same_bits(model: Wan, adapters: lora.LoRA, bucket: Bucket, dtype: torch.dtyp
         run_block = remat.block_runner(model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept})
         scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
         step = MicroStep(model, adapters.set_seeds, chosen, run_block, scaler, 1 / 3,
-                         max_graph_tokens if name == "graphs" else 0)
+                         max_graph_tokens if name.startswith("graphs") else 0)
         for _ in range(2):  # a graph exists from the second round on
             flat.buffer.zero_()
             for batch in batches:

@@ -108,6 +108,7 @@ class Feed:
 
         stores, manifests = zip(*(read_dataset(dataset, cache_dir, cache_bytes) for dataset in datasets), strict=True)
         media = [media_shards(manifest) for manifest in manifests]
+        self.encodes_clips = any(media)  # whole ones, because some dataset has no latents
         foreign = [str(dataset) for dataset, names in zip(datasets, media, strict=True) if names]
         if condition == "latent" and foreign:
             raise DatasetError(f"{', '.join(foreign)}: an index of foreign tars holds no latents; set "

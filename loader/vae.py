@@ -88,7 +88,7 @@ class Attention(nn.Module):
         x_BTLC = self.norm(x_BCTHW).movedim(1, -1).reshape(batch, frames, height * width, dim)
         q_BTLC, k_BTLC, v_BTLC = F.linear(x_BTLC, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, -1)
         # written out: torch's choice of kernels is one switch for all threads, and the trainer's holds it meanwhile
-        weights_BTLL = ((q_BTLC * dim**-0.5) @ k_BTLC.mT).softmax(-1, dtype=torch.float32)
+        weights_BTLL = (q_BTLC.float() * dim**-0.5 @ k_BTLC.float().mT).softmax(-1)
         x_BTLC = weights_BTLL.to(v_BTLC.dtype) @ v_BTLC
         x_BTLC = F.linear(x_BTLC, self.proj.weight.flatten(1), self.proj.bias)
         return x_BCTHW + x_BTLC.reshape(batch, frames, height, width, dim).movedim(-1, 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loader.sample import Bucket
 from train import lora, remat
 from train.attention import choose_attention
 from train.wan import TI2V_5B, Wan
@@ -94,6 +95,12 @@ def test_auto_fills_the_room_and_keeps_everything_where_it_fits(room_gib: float)
     assert (plans[large].blocks is None) == (room_gib == 100.0)
     graph_alone = remat.plan_run(TI2V_5B, [small], lora.TARGETS[:3], 2, None, room_bytes, max_graph_tokens=4096)
     assert graph_alone[small].blocks is None  # nobody else needs the room
+
+
+def test_the_allowance_of_the_raw_path_is_of_the_largest_picture_and_larger_for_clips() -> None:
+    small, wide = Bucket(832, 480, 9), Bucket(1280, 704, 1)
+    assert remat.raw_bytes([small], False) < remat.raw_bytes([wide, small], False) < 2 * 2**30
+    assert remat.raw_bytes([wide, small], True) > 8 * 2**30
 
 
 def test_auto_asks_for_a_gpu() -> None:

@@ -181,7 +181,7 @@ def write_index(tars: Sequence[Path], output: Path, encoder: TextEncoder, *, spl
                 continue
             key, source = found.meta.key, f"{name} in {tar}"
             if key in sources:
-                raise ValueError(f"{source} is the same sample as {sources[key]}; leave one of the tars out")
+                raise ValueError(f"{source} is the same sample as {sources[key]}; leave one of them out")
             sources[key] = source
             by_bucket[found.meta.bucket].append(found)
         tar_hash = file_xxh3(tar) if by_bucket else ""

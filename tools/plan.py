@@ -188,8 +188,11 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
                          config.cuda_graph_tokens)
         sample_s = sum(share * seconds(step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
                                                plans[shapes[bucket]]), card) for bucket, share in shares.items())
-        step_s, total = sample_s * config.global_batch / num_gpus, sum(resident.values()) + max(
-            plan.num_bytes for plan in plans.values())
+        step_s = sample_s * config.global_batch / num_gpus
+        graphs, others = ([plan.num_bytes for shape, plan in plans.items()
+                           if (shape.batch * shape.num_tokens <= config.cuda_graph_tokens) == graph]
+                          for graph in (True, False))  # graphs keep their memory while the others run
+        total = sum(resident.values()) + max(graphs, default=0) + max(others, default=0)
         fits = total <= card.memory_gib * GIB
         tight |= not fits
         lines.append(f"  {card.name:<16}{total / GIB:6.1f} {'yes' if fits else 'no':<5}{step_s:8.2f}"

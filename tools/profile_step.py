@@ -30,6 +30,7 @@ from train.wan import TI2V_5B, Wan, WanConfig
 from train.weights import build_transformer, load_transformer, read_config, tensor_sources
 
 NUM_STEPS = 3
+OPERATIONS = ("aten::", "newsreel::", "bitsandbytes::", "_drop")  # the last are kernels of train/lowrank_kernels.py
 
 
 class Row(NamedTuple):
@@ -54,6 +55,9 @@ def operation_flops(name: str, shapes: list[Any]) -> float:
     if name in ("aten::mm", "aten::addmm"):
         left, right = (shapes[1], shapes[2]) if name == "aten::addmm" else (shapes[0], shapes[1])
         return 2.0 * left[0] * left[1] * right[1]
+    if name.startswith("newsreel::flash4"):  # [B, L, H, E]
+        (batch, length, heads, width), num_keys = shapes[0], shapes[1][1]
+        return (10.0 if "backward" in name else 4.0) * batch * heads * length * num_keys * width
     if name.startswith("aten::_scaled_dot_product") or name.startswith("aten::_cudnn_attention"):
         q, k = (shapes[1], shapes[2]) if "backward" in name else (shapes[0], shapes[1])
         return (10.0 if "backward" in name else 4.0) * math.prod(q[:3]) * k[2] * q[3]
@@ -65,11 +69,11 @@ def rows_of(events: Any, config: WanConfig, num_tokens: int, dtype_bytes: int, c
     per_call, per_block, found = kernel_bytes(config, num_tokens, dtype_bytes), config.num_layers * NUM_STEPS, []
     for event in events:
         ours = event.key.split("(")[0] in per_call
-        if event.self_device_time_total == 0 or not (event.key.startswith("aten::") or ours):
-            continue  # a kernel of an aten operation is counted there
+        if event.self_device_time_total == 0 or not (ours or event.key.startswith(OPERATIONS)):
+            continue  # a kernel of such an operation is counted there
         flops, floor_s = operation_flops(event.key, event.input_shapes), 0.0
         if card is not None:
-            rate = card.attention_flops if "attention" in event.key else card.gemm_flops
+            rate = card.attention_flops if "attention" in event.key or "flash4" in event.key else card.gemm_flops
             floor_s = per_call[event.key] / card.copy_bytes if ours else flops / rate
         name = event.key if ours else f"{event.key} {[shape for shape in event.input_shapes[:3] if shape]}"
         found.append(Row(name, event.count / per_block, event.self_device_time_total / 1e3 / per_block,
@@ -122,7 +126,8 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
         model = random_transformer(read_config(found) if found.exists() else TI2V_5B, device, dtype)
     else:
         model = load_transformer(path, device, dtype)
-    adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout, 0)
+    adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout, 0,
+                           nf4=config.lora.base == "nf4")
     shape = remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS)
     budget_bytes = remat.parse_activation_memory(config.activation_memory)
     plans = remat.plan_run(model.config, [shape], config.lora.targets, dtype.itemsize, budget_bytes,

@@ -7,7 +7,7 @@ cross-attention cuDNN takes 0.83 ms and flash4 0.95, so "flash4" leaves cross-at
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
@@ -32,9 +32,9 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(f"model.dtype = bfloat16: {torch.cuda.get_device_name(device)} would emulate it, many times "
                          f"slower; set model.dtype = \"float16\"")
-    if name == "flash4" and find_spec("flash_attn") is None:
-        raise ValueError('model.attention = "flash4" needs the package flash-attn-4: install the extra flash4, or set '
-                         '"cudnn"')
+    if name == "flash4" and not _has_flash4(device, dtype):
+        raise ValueError(f'model.attention = "flash4" needs the package flash-attn-4 (the extra flash4), a Hopper GPU '
+                         f'and float16 or bfloat16, not {dtype} on {device.type}; set "auto" or "cudnn"')
     backend = _BACKENDS["cudnn" if name == "flash4" else name]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -52,10 +52,18 @@ def _best(device: torch.device, dtype: torch.dtype) -> AttentionName:
         return "flash"
     if dtype == torch.float32:
         return "efficient"
-    major, _ = torch.cuda.get_device_capability(device)
-    if major == 9 and find_spec("flash_attn") is not None:
+    if _has_flash4(device, dtype):
         return "flash4"
+    major, _ = torch.cuda.get_device_capability(device)
     return "cudnn" if major >= 9 else "flash" if major >= 8 else "efficient"
+
+
+def _has_flash4(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        version("flash-attn-4")  # flash-attn 2 has the same module name
+    except PackageNotFoundError:
+        return False
+    return device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] == 9
 
 
 # Operations of torch's own, so that train/remat.py can tell them from others and keep what they put out. The package's

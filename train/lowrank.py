@@ -8,8 +8,9 @@ threshold. A whole hash per element would cost more than reading x. So no mask i
 depends on the rank or micro-batch. Without dropout all three are plain GEMMs. With it there are three ways, and the
 device decides:
 
-- sm_80 and newer: Triton kernels with tensor cores that hash while they read x (train/lowrank_kernels.py);
-- an older GPU: an elementwise kernel makes drop(x), cuBLAS multiplies, because tl.dot has no tensor cores there;
+- sm_80 and newer: Triton kernels with tensor cores that hash while they read x (train/lowrank_kernels.py), up to R =
+  256, or 128 where shared memory is small;
+- otherwise on a GPU: an elementwise kernel makes drop(x) and cuBLAS multiplies: on sm_70 tl.dot has no tensor cores;
 - the CPU: the lines below in eager torch, the twin of both.
 
 Shapes: B samples, L tokens, M = B * L, K width of x, R = rank of all adapters together. Rows of x and dx may lie
@@ -65,7 +66,7 @@ def dropped(x_BLK: Tensor, p: float, key_B: Tensor | None, kernels: bool = True)
 def project_down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_MR: Tensor,
                  kernels: bool = True) -> None:
     """out = drop(x) A^T, in x's dtype."""
-    if p > 0.0 and kernels and _has_dot(x_BLK):
+    if p > 0.0 and kernels and _has_dot(x_BLK, a_RK.shape[0]):
         from train.lowrank_kernels import drop_down
 
         drop_down(x_BLK, a_RK, p, key_B, out_MR)
@@ -78,7 +79,7 @@ def add_project_up(dx_BLK: Tensor, dlow_MR: Tensor, a_RK: Tensor, p: float, key_
     """dx += drop'(dlow A), in place."""
     if p == 0.0:
         _rows(dx_BLK).addmm_(dlow_MR, a_RK)
-    elif kernels and _has_dot(dx_BLK):
+    elif kernels and _has_dot(dx_BLK, a_RK.shape[0]):
         from train.lowrank_kernels import drop_up_add
 
         drop_up_add(dx_BLK, dlow_MR, a_RK, p, key_B)
@@ -88,7 +89,7 @@ def add_project_up(dx_BLK: Tensor, dlow_MR: Tensor, a_RK: Tensor, p: float, key_
 
 def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, kernels: bool = True) -> Tensor:
     """dA = dlow^T drop(x): float32 [R, K]."""
-    if p > 0.0 and kernels and _has_dot(x_BLK):
+    if p > 0.0 and kernels and _has_dot(x_BLK, dlow_MR.shape[1]):
         from train.lowrank_kernels import drop_gradient
 
         out: Tensor = drop_gradient(dlow_MR, x_BLK, p, key_B)
@@ -110,5 +111,9 @@ def _rows(x_BLK: Tensor) -> Tensor:
         (x_BLK.shape[0] * x_BLK.shape[1], x_BLK.shape[2]), (x_BLK.stride(1), 1), x_BLK.storage_offset())
 
 
-def _has_dot(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+def _has_dot(x: Tensor, num_low: int) -> bool:
+    """Whether the kernels with tensor cores run here: their blocks of all R must fit into shared memory."""
+    if not x.is_cuda:
+        return False
+    capability = torch.cuda.get_device_capability(x.device)
+    return capability >= (8, 0) and num_low <= (256 if capability in ((8, 0), (9, 0)) else 128)

@@ -22,7 +22,7 @@ from loader.vae import load_vae_encoder
 from train import checkpoint, dist, lora, optim, remat
 from train.attention import choose_attention
 from train.config import TrainConfig, flat, resumable_changes
-from train.metrics import Metrics, Report, Stopwatch, record_of
+from train.metrics import Metrics, Report, Stopwatch, peak_memory_gib, record_of
 from train.step import MicroStep, prepare
 from train.weights import load_transformer
 
@@ -36,6 +36,10 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
     attention_name, attention = choose_attention(config.model.attention, device, dtype)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums over K = 14336 overflow in fp16
     budget_bytes = remat.parse_activation_memory(config.activation_memory)
+
+    if attention_name == "math" and config.activation_memory not in ("all", "block"):
+        raise ValueError(f'activation_memory = "{config.activation_memory}": attention = "math" is many small '
+                         f'operations, none of which can be kept alone; use "all" or "block"')
 
     model = load_transformer(Path(config.model.path), device, dtype)
     adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout,
@@ -60,7 +64,8 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
     shapes = {bucket: remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in feed.buckets}
     plans = remat.plan_run(
         model.config, list(shapes.values()), config.lora.targets, dtype.itemsize, budget_bytes,
-        remat.room_bytes(device) - 8 * flat_parameters.vector.numel() if budget_bytes is None else 0.0,
+        0.0 if budget_bytes is not None else remat.room_bytes(device) - 8 * flat_parameters.vector.numel()
+        - (remat.raw_bytes(feed.buckets, feed.encodes_clips) if vae else 0),  # of the optimizer; of the raw path
         config.cuda_graph_tokens if device.type == "cuda" else 0)
     micro_step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler,
                            1 / (num_micro * world.size), config.cuda_graph_tokens)
@@ -113,11 +118,12 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         done = step + 1
         save = done % config.checkpoint_every == 0 or done == config.num_steps
         if save or done % config.log_every == 0:
-            reports.append(Report(done, done - logged_step, batch.epoch, lr, scaler.get_scale(),
-                                  flat_parameters.loss.clone(), grad_norm, num_tokens, stopwatch.split()))
+            scale = scaler.scale(torch.ones((), device=device))
+            reports.append(Report(done, done - logged_step, batch.epoch, lr, scale, flat_parameters.loss.clone(),
+                                  grad_norm, num_tokens, stopwatch.split(), peak_memory_gib(device)))
             logged_step, num_tokens = done, 0
         while reports and (save or len(reports) > 1):  # a step late, so that the device has the next one to work on
-            record = record_of(reports.popleft(), device)  # host sync
+            record = record_of(reports.popleft())  # host sync
             loss_and_norm = [float(record[name] or 0.0) for name in ("loss", "grad_norm")]
             if not all(map(math.isfinite, loss_and_norm[:1] if scaler.is_enabled() else loss_and_norm)):
                 # the same on all ranks; nothing of this is saved
@@ -149,8 +155,9 @@ def main() -> None:
             train(load_toml(arguments.config, TrainConfig, arguments.set), stack.enter_context(dist.process_group()),
                   stack)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"train: {error}\ntrain: the GPU's memory is full. Set activation_memory to \"auto\", a smaller "
-                 f"budget or \"block\", micro_batch = 1, or build smaller windows.buckets")
+        sys.exit(f"train: {error}\ntrain: the GPU's memory is full. Set activation_memory to \"block\" or a "
+                 f"smaller budget than it chose, cuda_graph_tokens = 0, micro_batch = 1, or build smaller "
+                 f"windows.buckets")
     except (ValueError, OSError) as error:  # every fault of the user's is one of these, and says what to do
         sys.exit(f"train: {error}")
 

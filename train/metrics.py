@@ -118,23 +118,24 @@ class Report(NamedTuple):
     num_steps: int
     epoch: int
     lr: float
-    loss_scale: float
+    loss_scale: Tensor
     loss: Tensor
     grad_norm: Tensor
     num_tokens: int
     laps: Laps
+    memory_gib: float
 
 
-def record_of(report: Report, device: torch.device) -> Record:
+def record_of(report: Report) -> Record:
     """The report as numbers. On a GPU this waits until the step is done."""
     seconds = lap_seconds(report.laps)
     elapsed_s = sum(seconds.values())
     return {
         "step": report.step, "epoch": report.epoch, "loss": report.loss.item(), "lr": report.lr,
-        "grad_norm": report.grad_norm.item(), "loss_scale": report.loss_scale,
+        "grad_norm": report.grad_norm.item(), "loss_scale": report.loss_scale.item(),
         "s_per_step": elapsed_s / report.num_steps, **{name: s / report.num_steps for name, s in seconds.items()},
         "tokens_per_s": report.num_tokens / elapsed_s, "data_wait_share": seconds["data_wait_s"] / elapsed_s,
-        "memory_gib": peak_memory_gib(device)}
+        "memory_gib": report.memory_gib}
 
 
 def peak_memory_gib(device: torch.device) -> float:

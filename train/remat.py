@@ -4,7 +4,8 @@
 twice. Between the two lies a budget such as "6GiB": the outputs of the expensive operations are kept, those that save
 most time per byte first, in as many blocks as they fit; norms, rotations and GELU are always computed again, because
 they cost a pass over memory each and would fill it. "auto" takes what the card has left, and keeps all if all fits.
-Whatever is kept, the gradients are the same bit for bit: everything random in a block follows from the samples' seeds.
+Whatever is kept, the gradients are the same, bit for bit with deterministic kernels (cuDNN's and flash4's attention are
+not): everything random in a block follows from the samples' seeds.
 
 Time saved per byte: a GEMM's output saves 2 K operations for 2 bytes, whatever its width; self-attention's 4 L; cross-
 attention's only 4 * 512. So self-attention comes first, the GEMMs next, smallest first, and cross-attention last.
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from loader.sample import Bucket
 from train.wan import Block, RunBlock, Wan, WanConfig
 
 _ORDER = ("attn1", "attn1.out", "attn2.q", "attn2.out", "attn1.qkv", "ffn.up", "attn2.kv", "attn2")
@@ -150,6 +152,13 @@ def room_bytes(device: torch.device) -> float:
     free, total = torch.cuda.mem_get_info(device)
     capped = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_reserved(device)
     return 0.95 * min(free, capped)
+
+
+def raw_bytes(buckets: Sequence[Bucket], clips: bool) -> float:
+    """An allowance, not measured, for condition = "raw": DALI, and eight activations of the VAE at its widest (160
+    channels at half the size) of one frame, or of the 16 that a clip is worked off in."""
+    num_pixels = max(bucket.width_px * bucket.height_px for bucket in buckets)
+    return 2.0**30 + 8 * (16 if clips else 1) * 160 * 2 * num_pixels / 4
 
 
 def describe(config: WanConfig, kept: Kept) -> str:
