@@ -142,6 +142,19 @@ def test_resumed_on_one_rank_it_goes_on_with_the_same_samples(base: TrainConfig,
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
+def test_deterministic_algorithms_are_enough_for_training_and_change_no_bit_on_a_cpu(base: TrainConfig, one_rank: Path,
+                                                                                     tmp_path: Path) -> None:
+    finish(start(base, tmp_path, 1, deterministic=True))
+    assert (tmp_path / lora.DIFFUSERS_FILE).read_bytes() == (one_rank / lora.DIFFUSERS_FILE).read_bytes()
+
+
+def test_deterministic_refuses_attention_that_is_not(base: TrainConfig, tmp_path: Path) -> None:
+    (process,) = start(base, tmp_path, 1, deterministic=True, model=msgspec.structs.replace(base.model,
+                                                                                            attention="cudnn"))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and 'with deterministic = true use "flash"' in said and "Traceback" not in said
+
+
 def test_recomputing_blocks_changes_no_bit(base: TrainConfig, one_rank: Path, tmp_path: Path) -> None:
     finish(start(base, tmp_path, 1, activation_memory="all"))
     assert (tmp_path / lora.DIFFUSERS_FILE).read_bytes() == (one_rank / lora.DIFFUSERS_FILE).read_bytes()

@@ -22,13 +22,18 @@ _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTE
 MANY_KEYS = 1024  # from here on flash4's share of "flash4"
 
 
-def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
-    """(the name of the kernel, attention(q, k, v) -> out), all [B, H, L, E], no mask.
+def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dtype,
+                     deterministic: bool = False) -> tuple[str, Attention]:
+    """(the name of the kernel, attention(q, k, v) -> out), all [B, H, L, E], no mask. `deterministic` leaves out the
+    kernels whose backward pass gives other bits each time, whatever torch is told: flash4 and cuDNN.
 
     A kernel that can't run here raises torch's own RuntimeError at the first call: it never becomes another one.
     """
     if name == "auto":
-        name = _best(device, dtype)
+        name = _best(device, dtype, deterministic)
+    if deterministic and name in ("flash4", "cudnn"):
+        raise ValueError(f'model.attention = "{name}" gives other bits each time: with deterministic = true use '
+                         f'"flash", "efficient" or "auto"')
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(f"model.dtype = bfloat16: {torch.cuda.get_device_name(device)} would emulate it, many times "
                          f"slower; set model.dtype = \"float16\"")
@@ -47,15 +52,15 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
     return name, attention
 
 
-def _best(device: torch.device, dtype: torch.dtype) -> AttentionName:
+def _best(device: torch.device, dtype: torch.dtype, deterministic: bool) -> AttentionName:
     if device.type == "cpu":
         return "flash"
     if dtype == torch.float32:
         return "efficient"
-    if _has_flash4(device, dtype):
+    if _has_flash4(device, dtype) and not deterministic:
         return "flash4"
     major, _ = torch.cuda.get_device_capability(device)
-    return "cudnn" if major >= 9 else "flash" if major >= 8 else "efficient"
+    return "cudnn" if major >= 9 and not deterministic else "flash" if major >= 8 else "efficient"
 
 
 def _has_flash4(device: torch.device, dtype: torch.dtype) -> bool:

@@ -7,7 +7,8 @@
 
 A folder appears by rename after everything in it is on the disk, so what is there is complete. All ranks hold the same
 state; rank 0 writes it, everyone reads it. A run that goes on from it ends with the same bytes as one that was never
-stopped, on the same number of ranks (on another number it sees the same samples, summed in another order).
+stopped, on the same number of ranks (on another number it sees the same samples, summed in another order), and on a GPU
+with `deterministic = true` (without it, attention's backward pass rounds differently each time).
 """
 
 import os

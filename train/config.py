@@ -81,7 +81,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     global_batch / (micro_batch * GPUs) passes are accumulated. activation_memory: what is kept for the
     backward pass: "block" the inputs of each block, "all" everything, "6GiB" as much beyond "block" as that holds,
     "auto" as much as the card has room for. cuda_graph_tokens: a micro-batch of at most so many tokens runs on a GPU as
-    CUDA graphs; 0: none does.
+    CUDA graphs; 0: none does. deterministic: equal runs give equal bits on a GPU too, with slower attention (on a CPU
+    they always do).
     """
 
     output: str
@@ -95,6 +96,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     micro_batch: Positive = 1
     seed: Annotated[int, Meta(ge=0)] = 0
     activation_memory: str = "block"
+    deterministic: bool = False
     cuda_graph_tokens: Annotated[int, Meta(ge=0)] = 4096
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 3
@@ -111,8 +113,8 @@ def resumable_changes(config: TrainConfig) -> frozenset[str]:
     longer = {"num_steps"} if config.optim.schedule == "constant" else set()
     return frozenset({
         "output", "checkpoint_every", "keep_checkpoints", "log_every", "activation_memory", "cuda_graph_tokens",
-        "micro_batch", "model.path", "model.attention", "data.datasets", "data.num_threads", "data.max_ahead",
-        "data.max_damaged", "data.cache_dir", "data.cache_gib", *longer})
+        "deterministic", "micro_batch", "model.path", "model.attention", "data.datasets", "data.num_threads",
+        "data.max_ahead", "data.max_damaged", "data.cache_dir", "data.cache_gib", *longer})
 
 
 def flat(config: msgspec.Struct, prefix: str = "") -> dict[str, object]:

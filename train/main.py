@@ -1,11 +1,13 @@
 """Fine-tune Wan2.2 with LoRA:  torchrun --nproc-per-node 2 train/main.py CONFIG.toml [--set key=value ...]
 
 The whole program is on this page: build, loop, save. A run whose output folder has checkpoints goes on from the newest
-one, exactly. Nothing random comes from a global generator: what happens to a sample follows from its seed.
+one, exactly (on a GPU bit for bit with `deterministic`). Nothing random comes from a global generator: what happens to
+a sample follows from its seed.
 """
 
 import argparse
 import math
+import os
 import sys
 from collections import deque
 from contextlib import ExitStack
@@ -33,7 +35,10 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
     if rest:
         raise ValueError(f"global_batch = {config.global_batch} is not a multiple of micro_batch x processes = "
                          f"{config.micro_batch} x {world.size}")
-    attention_name, attention = choose_attention(config.model.attention, device, dtype)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first GEMM runs
+        torch.use_deterministic_algorithms(True)
+    attention_name, attention = choose_attention(config.model.attention, device, dtype, config.deterministic)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums over K = 14336 overflow in fp16
     budget_bytes = remat.parse_activation_memory(config.activation_memory)
 
