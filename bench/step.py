@@ -169,14 +169,14 @@ def check(config: WanConfig, bucket: Bucket, profile: str, device: torch.device)
         found[f"2 blocks, {case}"] = step_check.gradients_agree(config, bucket, i2v, subjects.ADAPTERS[adapters], dtype,
                                                                 attention, device)
         _free()
-    two = msgspec.structs.replace(config, num_layers=4)
-    reference = subjects.reference_model(two, device, dtype)
-    model = subjects.our_model(reference, two, dtype)
+    shallow = msgspec.structs.replace(config, num_layers=4)
+    reference = subjects.reference_model(shallow, device, dtype)
+    model = subjects.our_model(reference, shallow, dtype)
     adapters32 = subjects.attach(model, subjects.ADAPTERS["r32"])
     torch.use_deterministic_algorithms(True)
     shape = remat.Shape(1, small.num_tokens, MAX_TEXT_TOKENS)
     targets = subjects.ADAPTERS["r32"].targets
-    plans = {name: remat.plan_shape(two, shape, targets, 2, budget) for name, budget in
+    plans = {name: remat.plan_shape(shallow, shape, targets, 2, budget) for name, budget in
              (("block", 0.0), ("100 MB", 1e8), ("graphs", float("inf")), ("graphs, 100 MB", 1e8))}
     bitwise = "flash" if attention == "auto" else attention  # cuDNN's backward pass is not deterministic
     found["same bits"] = step_check.same_bits(model, adapters32, small, dtype, bitwise, plans, 4096)

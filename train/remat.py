@@ -63,7 +63,9 @@ class Kept(NamedTuple):
 
 
 def parse_activation_memory(text: str) -> float | None:
-    """Bytes that all blocks together may keep: "all" inf, "block" 0, "6GiB" or "6.5GiB", "auto" None."""
+    """Bytes that all blocks together may keep: "all" inf, "block" 0, "6GiB" or "6.5GiB", "auto" None.
+
+    Raises ValueError."""
     if text in ("all", "block", "auto"):
         return {"all": float("inf"), "block": 0.0, "auto": None}[text]
     match = re.fullmatch(r"(\d+(?:\.\d+)?)GiB", text)
