@@ -57,15 +57,18 @@ def kernels_agree(device: torch.device, dtype: torch.dtype, length: int = 517) -
         wide = torch.randn(2, length, width + num_low, device=device).to(dtype)[..., :width]
         a, dlow = torch.randn(num_low, width, device=device).to(dtype), torch.randn(2 * length, num_low,
                                                                                     device=device).to(dtype)
-        lows, ups, gradients = [], [], []
-        for kernels in (True, False):
-            lows.append(torch.empty(2 * length, num_low, device=device, dtype=dtype))
-            lowrank.project_down(wide, a, 0.1, keys_B, lows[-1], kernels)
-            ups.append(wide.clone())
-            lowrank.add_project_up(ups[-1], dlow, a, 0.1, keys_B, kernels)
-            gradients.append(lowrank.gradient_a(dlow, wide, 0.1, keys_B, kernels))
         assert torch.equal(lowrank.dropped(wide, 0.1, keys_B) != 0, lowrank.dropped(wide, 0.1, keys_B, False) != 0)
-        differences[f"low-rank dropout {width}"] = max(relative(*pair) for pair in (lows, ups, gradients))
+        for p in (0.0, 0.1):
+            results = []
+            for kernels in (True, False):
+                found = []
+                for into, gelu in ((None, False), (torch.empty_like(wide), False), (torch.empty_like(wide), True)):
+                    low = torch.empty(2 * length, num_low, device=device, dtype=dtype)
+                    lowrank.project_down(wide, a, p, keys_B, low, into, gelu, kernels)
+                    found += [low] if into is None else [low, into]
+                results.append([*found, lowrank.project_up(dlow, a, p, keys_B, wide.shape, kernels),
+                                *(lowrank.gradient_a(dlow, wide, p, keys_B, gelu, kernels) for gelu in (False, True))])
+            differences[f"low-rank {width}, dropout {p}"] = max(relative(*pair) for pair in zip(*results, strict=True))
     return {name: (difference, 5e-3) for name, difference in differences.items()}
 
 

@@ -188,19 +188,18 @@ def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attent
                 weight, rows = module.weight, lengths.get(name, length)
                 num_out, total = weight.shape
                 width = total - module.num_spare
-                x = buffer(rows, total)
+                x, dy = buffer(rows, total), buffer(rows, num_out)
+                needs_dx = name != "kv" and (index or name != "qkv")  # the text and the first block's input do not
                 F.linear(x, weight, module.bias)
-                dy = buffer(rows, num_out)
-                if name != "kv" and (index or name != "qkv"):  # the text and the first block's input need no gradient
-                    dx = dy @ weight
                 if isinstance(module, lora.LoRAProjections):
                     low = x[:, :width] @ module.a.T
                     torch.mm(dy.T, low, out_dtype=torch.float32)
-                    if name == "kv" or (not index and name == "qkv"):
-                        low = dy @ weight[:, width:]
-                    else:
-                        dx[:, :width].addmm_(low, module.a)
+                    low = dy @ weight[:, width:]
                     torch.mm(low.T, x[:, :width], out_dtype=torch.float32)
+                    if needs_dx:
+                        torch.mm(low, module.a).addmm_(dy, weight[:, :width])
+                elif needs_dx:
+                    torch.mm(dy, weight)
 
     def attentions() -> None:
         q, out = buffer(1, length, heads, dim // heads), buffer(1, length, heads, dim // heads).transpose(1, 2)

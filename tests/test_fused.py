@@ -44,8 +44,9 @@ def eager(module: LoRAProjections, x_BLK: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("targets", [tuple(LAYERS), ("attn1.to_v", "attn1.to_q"), ("attn1.to_k",)])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize(("spare", "nf4"), [(True, False), (False, False), (True, True)])
-def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], dropout: float, spare: bool,
+@pytest.mark.parametrize(("spare", "gelu", "nf4"), [(True, False, False), (False, False, False), (False, True, False),
+                                                     (True, False, True), (False, True, True)])
+def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], dropout: float, spare: bool, gelu: bool,
                                                   nf4: bool) -> None:
     module = adapted(targets, dropout, nf4)
     source_BLK = torch.randn(2, 5, 16, requires_grad=True)
@@ -53,8 +54,9 @@ def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], drop
     x_BLK = gelu_tanh(source_BLK, module.num_spare if spare else 0)
     assert has_spare_columns(x_BLK, module.num_spare) == spare
     results = []
-    for forward in (module.__call__, lambda x: eager(module, x)):
-        y_BLN = forward(gelu_tanh(source_BLK, module.num_spare if spare else 0))
+    for forward in (lambda u: module(u, gelu=True) if gelu else module(gelu_tanh(u, module.num_spare if spare else 0)),
+                    lambda u: eager(module, gelu_tanh(u))):
+        y_BLN = forward(source_BLK)
         gradients = torch.autograd.grad((y_BLN * weights_BLN).sum(), [source_BLK, module.a_RK, module.b_NR])
         results.append((y_BLN.detach(), *gradients))
     for ours, expected in zip(*results, strict=True):

@@ -30,7 +30,7 @@ from train.wan import TI2V_5B, Wan, WanConfig
 from train.weights import build_transformer, load_transformer, read_config, tensor_sources
 
 NUM_STEPS = 3
-OPERATIONS = ("aten::", "newsreel::", "bitsandbytes::", "_drop")  # the last are kernels of train/lowrank_kernels.py
+OPERATIONS = ("aten::", "newsreel::", "bitsandbytes::", "_drop", "_down", "_up", "_gradient")  # lowrank_kernels.py
 
 
 class Row(NamedTuple):

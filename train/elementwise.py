@@ -78,11 +78,23 @@ def gelu_tanh(x_BLK: Tensor, num_spare: int = 0, kernels: bool = True) -> Tensor
     return with_spare_columns(F.gelu(x_BLK, approximate="tanh"), num_spare)
 
 
+def gelu_tanh_backward_(grad_BLK: Tensor, x_BLK: Tensor, kernels: bool = True) -> None:
+    """The gradient of gelu_tanh(x) becomes that of x, in place."""
+    if kernels and x_BLK.is_cuda:
+        from train.kernels import gelu
+
+        gelu(x_BLK, grad_BLK, grad_BLK)
+    else:
+        grad_BLK.copy_(torch.ops.aten.gelu_backward(grad_BLK, x_BLK, approximate="tanh"))
+
+
+def empty_with_spare(like: Tensor, width: int, num_spare: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [B, L, width] whose rows have `num_spare` free columns behind them."""
+    return torch.empty(*like.shape[:2], width + num_spare, dtype=dtype, device=like.device)[..., :width]
+
+
 def with_spare_columns(x_BLK: Tensor, num_spare: int) -> Tensor:
     """A copy of x whose rows have `num_spare` free elements behind them; x itself for 0."""
     if num_spare == 0:
         return x_BLK
-    width = x_BLK.shape[-1]
-    buffer = x_BLK.new_empty(*x_BLK.shape[:-1], width + num_spare)
-    buffer[..., :width] = x_BLK
-    return buffer[..., :width]
+    return empty_with_spare(x_BLK, x_BLK.shape[-1], num_spare, x_BLK.dtype).copy_(x_BLK)

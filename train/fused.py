@@ -2,12 +2,19 @@
 
 The base GEMM and the low-rank path are one GEMM: W is stored with B behind its columns, and x with A x behind its own,
 
-    y = [x | scale drop(x) A^T] [W | B]^T + b        [dx | dh] = dy [W | B],  dx += scale drop'(dh A)
+    y = [x | scale drop(x) A^T] [W | B]^T + b
 
 so the large output is written once and never read again. This needs x in a buffer whose rows have R spare columns:
 who makes x leaves them free when asked (train/elementwise.py), and where x comes without them (attention's output) it
-is copied, and dx is dense too: attention's backward pass wants gradients laid out like its output. The same buffer is
-all that the backward pass keeps; train/lowrank.py has the narrow products, with dropout.
+is copied in the pass that projects it. The same buffer is all that the backward pass keeps. There
+
+    dlow = dy B,  dx = scale drop'(dlow A) + dy W
+
+is a narrow GEMM, and one that starts from the low-rank part instead of from zero. Its widths are the base model's and
+tile well: [dx | dlow] = dy [W | B] would start another column of tiles for R columns. train/lowrank.py has the narrow
+products, with dropout. With `gelu` the layer reads GELU(u), which is made in that buffer in the pass that projects it,
+and made again from u for dA.
+
 Gradients of A and B are float32: they are sums over thousands of tokens, and float16 would overflow.
 
 The wide GEMMs are cuBLAS through torch, which is all that sm_70 has tensor cores for.
@@ -21,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.elementwise import with_spare_columns
-from train.lowrank import add_project_up, dropped, gradient_a, mm_float32, project_down
+from train.elementwise import empty_with_spare, gelu_tanh_backward_
+from train.lowrank import dropped, gradient_a, mm_float32, project_down, project_up
 from train.nf4 import NF4Weight
 
 
@@ -48,39 +55,40 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BLK: Tensor, weight: Tensor | NF4Weight, bias_N: Tensor, a_RK: Tensor, a_param: Tensor,
-                b_param: Tensor, blocks: tuple[tuple[int, int], ...], scale: float, p: float,
-                key_B: Tensor | None) -> Tensor:
+                b_param: Tensor, blocks: tuple[tuple[int, int], ...], scale: float, p: float, key_B: Tensor | None,
+                gelu: bool = False) -> Tensor:
         num_low, width = a_RK.shape
-        ctx.dense = not has_spare_columns(x_BLK, num_low)
-        if ctx.dense:
-            x_BLK = with_spare_columns(x_BLK, num_low)
+        source_BLK, into_BLK = x_BLK, None
+        if gelu or not has_spare_columns(x_BLK, num_low):
+            x_BLK = into_BLK = empty_with_spare(x_BLK, width, num_low, x_BLK.dtype)
         x_MKR = _with_its_spare(x_BLK.data, num_low)  # .data: writing behind x is no change of x, for autograd
-        project_down(x_BLK, a_RK, p, key_B, x_MKR[:, width:])
-        ctx.save_for_backward(x_BLK, weight if isinstance(weight, Tensor) else None, a_RK, key_B)
-        ctx.blocks, ctx.scale, ctx.p, ctx.nf4 = blocks, scale, p, weight if isinstance(weight, NF4Weight) else None
+        low_MR = x_MKR[:, width:]
+        project_down(source_BLK, a_RK, p, key_B, low_MR, into_BLK, gelu)
+        ctx.save_for_backward(source_BLK if gelu else x_BLK, low_MR.clone() if gelu else None,
+                              weight if isinstance(weight, Tensor) else None, a_RK, key_B)
+        ctx.blocks, ctx.scale, ctx.p, ctx.gelu = blocks, scale, p, gelu
+        ctx.nf4 = weight if isinstance(weight, NF4Weight) else None
         weight_NKR = weight.dense() if isinstance(weight, NF4Weight) else weight
         return F.linear(x_MKR, weight_NKR, bias_N).view(*x_BLK.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BLK, weight_NKR, a_RK, key_B = ctx.saved_tensors
+        x_BLK, low_MR, weight_NKR, a_RK, key_B = ctx.saved_tensors  # x: u, with GELU
         weight_NKR = weight_NKR if ctx.nf4 is None else ctx.nf4.dense()
         num_low, width = a_RK.shape
-        dy_MN, low_MR = grads[0].flatten(0, 1), _with_its_spare(x_BLK, num_low)[:, width:]
+        dy_MN = grads[0].flatten(0, 1)
+        low_MR = _with_its_spare(x_BLK, num_low)[:, width:] if low_MR is None else low_MR
         db_NR = mm_float32(dy_MN.T, low_MR)
         rank = num_low // len(ctx.blocks)
         db = torch.cat([db_NR[start:end, i * rank:(i + 1) * rank] for i, (start, end) in enumerate(ctx.blocks)])
-        needs_dx, dx_BLK = ctx.needs_input_grad[0], None
-        if needs_dx and not ctx.dense:
-            dx_MKR = dy_MN @ weight_NKR
-            dlow_MR, dx_BLK = dx_MKR[:, width:], dx_MKR.view(*x_BLK.shape[:2], -1)[..., :width]
-        else:
-            dlow_MR = dy_MN @ weight_NKR[:, width:]
-            dx_BLK = (dy_MN @ weight_NKR[:, :width]).view(x_BLK.shape) if needs_dx else None
-        if dx_BLK is not None:
-            add_project_up(dx_BLK, dlow_MR, a_RK, ctx.p, key_B)
-        da = gradient_a(dlow_MR, x_BLK, ctx.p, key_B).mul_(ctx.scale)
-        return dx_BLK, None, None, None, da, db, None, None, None, None
+        dlow_MR, dx_BLK = dy_MN @ weight_NKR[:, width:], None
+        da = gradient_a(dlow_MR, x_BLK, ctx.p, key_B, ctx.gelu).mul_(ctx.scale)
+        if ctx.needs_input_grad[0]:
+            dx_BLK = project_up(dlow_MR, a_RK, ctx.p, key_B, x_BLK.shape)
+            dx_BLK.view(-1, width).addmm_(dy_MN, weight_NKR[:, :width])
+            if ctx.gelu:
+                gelu_tanh_backward_(dx_BLK, x_BLK)
+        return dx_BLK, None, None, None, da, db, None, None, None, None, None
 
 
 def _with_its_spare(x_BLK: Tensor, num_spare: int) -> Tensor:

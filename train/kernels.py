@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.elementwise import Rows
+from train.elementwise import Rows, empty_with_spare
 
 
 @triton.jit
@@ -124,21 +124,25 @@ def _norm_rope_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def gelu_and_slope(value):  # type: ignore[no-untyped-def]
+    """tanh GELU of float32 values, and its derivative, by tanh(z) = 2 sigmoid(2 z) - 1."""
+    twice = 1.5957691216057308 * (value + 0.044715 * value * value * value)
+    decay = tl.exp(-tl.abs(twice))  # never overflows
+    sigmoid = tl.where(twice < 0, decay, 1.0) / (1.0 + decay)
+    slope = sigmoid + value * sigmoid * (1.0 - sigmoid) * (1.5957691216057308 * (1.0 + 0.134145 * value * value))
+    return value * sigmoid, slope
+
+
+@triton.jit
 def _gelu(u, grad, out, width, u_stride, grad_stride, out_stride, BLOCK: tl.constexpr,  # type: ignore[no-untyped-def]
           BACKWARD: tl.constexpr):
     """tanh GELU of u, or grad times its derivative."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = d < width
-    value = tl.load(u + row * u_stride + d, mask=ok, other=0.0).to(tl.float32)
-    inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-    decay = tl.exp(-2.0 * tl.abs(inner))  # never overflows
-    tanh = tl.where(inner < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
-    result = 0.5 * value * (1.0 + tanh)
+    result, slope = gelu_and_slope(tl.load(u + row * u_stride + d, mask=ok, other=0.0).to(tl.float32))
     if BACKWARD:
-        slope = 0.7978845608028654 * (1.0 + 0.134145 * value * value)
-        result = 0.5 * (1.0 + tanh) + 0.5 * value * (1.0 - tanh * tanh) * slope
-        result *= tl.load(grad + row * grad_stride + d, mask=ok, other=0.0).to(tl.float32)
+        result = slope * tl.load(grad + row * grad_stride + d, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + d, result, mask=ok)
 
 
@@ -149,11 +153,6 @@ def _launch(width: int) -> dict[str, int]:
 
 def _strides(rows: Rows | None) -> tuple[int, int]:
     return (0, 0) if rows is None or rows.boundary_B is None else (rows.values.stride(0), rows.values.stride(1))
-
-
-def empty_with_spare(like: Tensor, width: int, num_spare: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised [B, L, width] whose rows have `num_spare` free columns behind them."""
-    return torch.empty(*like.shape[:2], width + num_spare, dtype=dtype, device=like.device)[..., :width]
 
 
 class ResidualNorm(torch.autograd.Function):
@@ -243,7 +242,7 @@ class Gelu(torch.autograd.Function):
     def forward(ctx: Any, u_BLK: Tensor, num_spare: int) -> Tensor:
         assert u_BLK.is_contiguous()
         out_BLK = empty_with_spare(u_BLK, u_BLK.shape[2], num_spare, u_BLK.dtype)
-        _launch_gelu(u_BLK, None, out_BLK)
+        gelu(u_BLK, None, out_BLK)
         ctx.save_for_backward(u_BLK)
         return out_BLK
 
@@ -252,11 +251,12 @@ class Gelu(torch.autograd.Function):
         (u_BLK,), grad = ctx.saved_tensors, grads[0]
         grad = grad if grad.stride(-1) == 1 and grad.stride(0) == grad.shape[1] * grad.stride(1) else grad.contiguous()
         du_BLK = torch.empty_like(u_BLK)
-        _launch_gelu(u_BLK, grad, du_BLK)
+        gelu(u_BLK, grad, du_BLK)
         return du_BLK, None
 
 
-def _launch_gelu(u_BLK: Tensor, grad_BLK: Tensor | None, out_BLK: Tensor) -> None:
+def gelu(u_BLK: Tensor, grad_BLK: Tensor | None, out_BLK: Tensor) -> None:
+    """GELU of u, or with `grad_BLK` u's gradient, into `out_BLK`, which may be `grad_BLK`."""
     num_rows, width = u_BLK.shape[0] * u_BLK.shape[1], u_BLK.shape[2]
     _gelu[(num_rows, triton.cdiv(width, 2048))](
         u_BLK, grad_BLK, out_BLK, width, u_BLK.stride(1), 0 if grad_BLK is None else grad_BLK.stride(1),

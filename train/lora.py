@@ -71,9 +71,9 @@ class LoRAProjections(nn.Module):
         self.b_NR = nn.Parameter(torch.zeros(num_adapted_out, rank, dtype=torch.float32, device=device))
         self.key_B: Tensor | None = None  # of dropout, for the samples of this pass
 
-    def forward(self, x_BLK: Tensor) -> Tensor:
+    def forward(self, x_BLK: Tensor, gelu: bool = False) -> Tensor:
         y: Tensor = LoRALinear.apply(x_BLK, self.nf4 or self.weight, self.bias, self.a, self.a_RK, self.b_NR,
-                                     self.blocks, self.scale, self.dropout if self.training else 0.0, self.key_B)
+                                     self.blocks, self.scale, self.dropout if self.training else 0.0, self.key_B, gelu)
         return y
 
     def parts(self) -> Iterable[tuple[str, Tensor, Tensor]]:

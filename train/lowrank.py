@@ -1,6 +1,6 @@
 """The low-rank half of a LoRA linear, with dropout by seed: three products that read the wide activations once each.
 
-    low = drop(x) A^T        dx += drop'(dlow A)        dA = dlow^T drop(x)
+    low = drop(x) A^T        dx = drop'(dlow A) + ...        dA = dlow^T drop(x)
 
 Which elements of x survive is a pure function of (sample seed, layer, token, channel) that the CPU, the GPU and every
 kernel compute alike: the 32-bit product of a hash of (seed, layer, token) and an odd hash of the channel, against a
@@ -9,7 +9,7 @@ depends on the rank or micro-batch. Without dropout all three are plain GEMMs. W
 device decides:
 
 - sm_80 and newer: Triton kernels with tensor cores that hash while they read x (train/lowrank_kernels.py), up to R =
-  256, or 128 where shared memory is small;
+  256, or 128 where shared memory is small; also without dropout where they copy x or apply GELU in the same pass;
 - otherwise on a GPU: an elementwise kernel makes drop(x) and cuBLAS multiplies: on sm_70 tl.dot has no tensor cores;
 - the CPU: the lines below in eager torch, the twin of both.
 
@@ -19,6 +19,8 @@ further apart than K.
 
 import torch
 from torch import Tensor
+
+from train.elementwise import gelu_tanh
 
 _MASK32 = 0xFFFFFFFF
 GOLDEN, CHANNEL = 0x9E3779B1, 0x85EBCA77  # odd: they spread tokens and channels before these are hashed
@@ -64,37 +66,40 @@ def dropped(x_BLK: Tensor, p: float, key_B: Tensor | None, kernels: bool = True)
 
 
 def project_down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_MR: Tensor,
-                 kernels: bool = True) -> None:
-    """out = drop(x) A^T, in x's dtype."""
-    if p > 0.0 and kernels and _has_dot(x_BLK, a_RK.shape[0]):
-        from train.lowrank_kernels import drop_down
+                 into_BLK: Tensor | None = None, gelu: bool = False, kernels: bool = True) -> None:
+    """out = drop(x) A^T, in x's dtype. With `into_BLK`, x is copied there on the way, or GELU(x) is, and projected."""
+    if kernels and (p > 0.0 or into_BLK is not None) and _has_dot(x_BLK, a_RK.shape[0]):
+        from train.lowrank_kernels import down
 
-        drop_down(x_BLK, a_RK, p, key_B, out_MR)
-    else:
-        torch.mm(dropped(x_BLK, p, key_B, kernels).flatten(0, 1), a_RK.T, out=out_MR)
-
-
-def add_project_up(dx_BLK: Tensor, dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None,
-                   kernels: bool = True) -> None:
-    """dx += drop'(dlow A), in place."""
-    if p == 0.0:
-        _rows(dx_BLK).addmm_(dlow_MR, a_RK)
-    elif kernels and _has_dot(dx_BLK, a_RK.shape[0]):
-        from train.lowrank_kernels import drop_up_add
-
-        drop_up_add(dx_BLK, dlow_MR, a_RK, p, key_B)
-    else:
-        dx_BLK += dropped((dlow_MR @ a_RK).view(dx_BLK.shape), p, key_B, kernels)
+        down(x_BLK, a_RK, p, key_B, out_MR, into_BLK, gelu)
+        return
+    if into_BLK is not None:
+        x_BLK = into_BLK.copy_(gelu_tanh(x_BLK, 0, kernels) if gelu else x_BLK)
+    torch.mm(_rows(dropped(x_BLK, p, key_B, kernels)), a_RK.T, out=out_MR)
 
 
-def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, kernels: bool = True) -> Tensor:
-    """dA = dlow^T drop(x): float32 [R, K]."""
-    if p > 0.0 and kernels and _has_dot(x_BLK, dlow_MR.shape[1]):
-        from train.lowrank_kernels import drop_gradient
+def project_up(dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, shape: torch.Size,
+               kernels: bool = True) -> Tensor:
+    """drop'(dlow A) of `shape` [B, L, K], contiguous: dx's low-rank part."""
+    if p > 0.0 and kernels and _has_dot(dlow_MR, a_RK.shape[0]):
+        from train.lowrank_kernels import up
 
-        out: Tensor = drop_gradient(dlow_MR, x_BLK, p, key_B)
+        out_BLK = dlow_MR.new_empty(shape)
+        up(dlow_MR, a_RK, p, key_B, out_BLK)
+        return out_BLK
+    return dropped((dlow_MR @ a_RK).view(shape), p, key_B, kernels)
+
+
+def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, gelu: bool = False,
+               kernels: bool = True) -> Tensor:
+    """dA = dlow^T drop(x), or with `gelu` dlow^T drop(GELU(x)): float32 [R, K]."""
+    if kernels and (p > 0.0 or gelu) and _has_dot(x_BLK, dlow_MR.shape[1]):
+        from train.lowrank_kernels import gradient
+
+        out: Tensor = gradient(dlow_MR, x_BLK, p, key_B, gelu)
         return out
-    return mm_float32(dlow_MR.T, dropped(x_BLK, p, key_B, kernels).flatten(0, 1))
+    x_BLK = gelu_tanh(x_BLK, 0, kernels) if gelu else x_BLK
+    return mm_float32(dlow_MR.T, _rows(dropped(x_BLK, p, key_B, kernels)))
 
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:

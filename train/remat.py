@@ -25,7 +25,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from loader.sample import Bucket
@@ -92,9 +91,8 @@ def autograd_bytes(config: WanConfig, shape: Shape, targets: Sequence[str], dtyp
     total = 3.0 * 4 * shape.num_tokens * config.dim + 3 * row
     total += sum(size for name, size in sizes.items() if not name.endswith(".out"))
     for name, layers in GROUPS.items():
-        if not set(layers).isdisjoint(targets):
-            width = config.ffn_dim if name == "ffn.down" else config.dim
-            total += (shape.num_text_tokens if name == "attn2.kv" else shape.num_tokens) * width * dtype_bytes
+        if not set(layers).isdisjoint(targets) and name != "ffn.down":  # which keeps what GELU reads, as GELU does
+            total += (shape.num_text_tokens if name == "attn2.kv" else shape.num_tokens) * config.dim * dtype_bytes
     return total
 
 
@@ -186,15 +184,17 @@ def block_runner(model: Wan, plans: dict[Shape, Kept]) -> RunBlock:
         if blocks is None:
             out: tuple[Tensor, Tensor] = block(*inputs)
             return out
-        contexts = partial(_contexts, block, blocks[index]) if blocks[index] else noop_context_fn
-        out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False,
+                         context_fn=partial(_contexts, block, blocks[index]))
         return out
 
     return run_block
 
 
 def _contexts(block: Block, kept: frozenset[str]) -> Any:
-    """The context managers of one checkpoint call, which know an operation by its bias, or by its place."""
+    """The context managers of one checkpoint call, which know an operation by its bias, or by its place. ffn.down's
+    output is always kept: it is the next block's input, and so costs nothing."""
+    kept |= {"ffn.down"}
     names = {module.bias.data_ptr(): name for name, module in block.named_modules()
              if isinstance(getattr(module, "bias", None), nn.Parameter)}
     attentions = {False: iter(("attn1", "attn2")), True: iter(("attn1", "attn2"))}  # forward, then recomputation

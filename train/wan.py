@@ -69,8 +69,9 @@ class Projections(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(self.sizes), in_features))
         self.bias = nn.Parameter(torch.empty(sum(self.sizes)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """With `gelu` x goes through GELU first: an adapter does both in one pass."""
+        return F.linear(gelu_tanh(x) if gelu else x, self.weight, self.bias)
 
 
 class SelfAttention(nn.Module):
@@ -115,7 +116,7 @@ class FeedForward(nn.Module):
         self.down = Projections(config.ffn_dim, {"ffn.net.2": config.dim})
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        out: Tensor = self.down(gelu_tanh(self.up(x_BLD), self.down.num_spare))
+        out: Tensor = self.down(self.up(x_BLD), gelu=True)
         return out
 
 
