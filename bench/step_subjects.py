@@ -197,7 +197,8 @@ def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attent
                     low = dy @ weight[:, width:]
                     torch.mm(low.T, x[:, :width], out_dtype=torch.float32)
                     if needs_dx:
-                        torch.mm(low, module.a).addmm_(dy, weight[:, :width])
+                        dx = low @ module.a
+                        torch.addmm(dx, dy, weight[:, :width], out=dx)
                 elif needs_dx:
                     torch.mm(dy, weight)
 

@@ -99,7 +99,7 @@ def linear_flops(config: WanConfig, num_tokens: int, targets: list[str], rank: i
         product = 2.0 * num_rows
         adapters = product * low * (num_out + width)  # the gradients of B and of A
         if video and (group != "attn1.qkv" or input_needs_gradient):
-            adapters += product * (num_out * (width + low) + low * width)  # dy [W | B], then dh A
+            adapters += product * (num_out * (width + low) + low * width)  # dy B, dlow A, dy W
         else:
             adapters += product * num_out * low  # dy B
         flops[group] = (product * (num_out * (width + low) + low * width), adapters)
@@ -121,16 +121,16 @@ def step_of(config: WanConfig, bucket: Bucket, targets: list[str], rank: int, dt
     stream, row, up = 4 * tokens * d, dtype_bytes * tokens * d, dtype_bytes * tokens * config.ffn_dim
     forward_bytes = 6 * stream + 12 * row + 2 * up  # three norms, q/k/v, q, GELU
     moved = blocks * (forward_bytes + 9 * stream + 17 * row + 3 * up)
-    for names in GROUPS.values():  # the narrow products of adapters: x twice, dx twice, dy
+    for names in GROUPS.values():  # the narrow products of adapters: x twice, the low-rank part of dx twice, dy twice
         if video_targets := [name for name in names if name in targets and layer_sizes(config)[name][2]]:
             width, num_out, _ = layer_sizes(config)[video_targets[0]]
-            moved += blocks * dtype_bytes * tokens * (4 * width + len(names) * num_out)
+            moved += blocks * dtype_bytes * tokens * (4 * width + 2 * len(names) * num_out)
     num_kernels = float(blocks * KERNELS_PER_BLOCK)
     if kept.blocks is not None:
         for block in kept.blocks:
             attention_total += sum(value for name, value in attention.items() if name not in block)
             gemm_total += sum(forward for name, (forward, _) in other.items() if name not in block
-                              and (name != "ffn.down" or "ffn.net.2" in targets))  # nobody needs the last one's output
+                              and name != "ffn.down")  # the next block's input
         moved, num_kernels = moved + blocks * forward_bytes, 1.3 * num_kernels
     return Step(gemm_total, attention_total, moved, num_kernels)
 

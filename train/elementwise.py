@@ -90,7 +90,12 @@ def gelu_tanh_backward_(grad_BLK: Tensor, x_BLK: Tensor, kernels: bool = True) -
 
 def empty_with_spare(like: Tensor, width: int, num_spare: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised [B, L, width] whose rows have `num_spare` free columns behind them."""
-    return torch.empty(*like.shape[:2], width + num_spare, dtype=dtype, device=like.device)[..., :width]
+    return torch.empty(*like.shape[:2], row_stride(width, num_spare), dtype=dtype, device=like.device)[..., :width]
+
+
+def row_stride(width: int, num_spare: int) -> int:
+    """Elements from a row to the next: whole cache lines of 64, if anything is spare."""
+    return -(-(width + num_spare) // 64) * 64 if num_spare else width
 
 
 def with_spare_columns(x_BLK: Tensor, num_spare: int) -> Tensor:

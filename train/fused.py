@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.elementwise import empty_with_spare, gelu_tanh_backward_
+from train.elementwise import empty_with_spare, gelu_tanh_backward_, row_stride
 from train.lowrank import dropped, gradient_a, mm_float32, project_down, project_up
 from train.nf4 import NF4Weight
 
@@ -42,8 +42,8 @@ def lora_linear_eager(x_BLK: Tensor, weight_NK: Tensor, bias_N: Tensor, a_RK: Te
 
 def has_spare_columns(x_BLK: Tensor, num_spare: int) -> bool:
     """Whether the rows of x lie `num_spare` free elements apart, so that A x can be written behind them."""
-    width = x_BLK.shape[-1] + num_spare
-    return x_BLK.stride() == (x_BLK.shape[1] * width, width, 1)
+    stride = row_stride(x_BLK.shape[-1], num_spare)
+    return x_BLK.stride() == (x_BLK.shape[1] * stride, stride, 1)
 
 
 class LoRALinear(torch.autograd.Function):
@@ -85,7 +85,8 @@ class LoRALinear(torch.autograd.Function):
         da = gradient_a(dlow_MR, x_BLK, ctx.p, key_B, ctx.gelu).mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
             dx_BLK = project_up(dlow_MR, a_RK, ctx.p, key_B, x_BLK.shape)
-            dx_BLK.view(-1, width).addmm_(dy_MN, weight_NKR[:, :width])
+            dx_MK = dx_BLK.view(-1, width)
+            torch.addmm(dx_MK, dy_MN, weight_NKR[:, :width], out=dx_MK)
             if ctx.gelu:
                 gelu_tanh_backward_(dx_BLK, x_BLK)
         return dx_BLK, None, None, None, da, db, None, None, None, None, None
@@ -93,5 +94,5 @@ class LoRALinear(torch.autograd.Function):
 
 def _with_its_spare(x_BLK: Tensor, num_spare: int) -> Tensor:
     """The rows of x together with the free columns behind them: [M, K + R]."""
-    num_rows, width = x_BLK.shape[0] * x_BLK.shape[1], x_BLK.shape[2] + num_spare
-    return x_BLK.as_strided((num_rows, width), (width, 1))
+    num_rows, width = x_BLK.shape[0] * x_BLK.shape[1], x_BLK.shape[2]
+    return x_BLK.as_strided((num_rows, width + num_spare), (row_stride(width, num_spare), 1))

@@ -170,7 +170,7 @@ class ResidualNorm(torch.autograd.Function):
         boundary_B = scale.boundary_B if gate is None else gate.boundary_B
         _residual_norm_forward[(num_rows,)](
             x_BLD, y_BLD, None if gate is None else gate.values, shift.values, scale.values, boundary_B, out_BLD, h_BLD,
-            mean_M, rstd_M, length, eps, 0 if y_BLD is None else y_BLD.stride(1), dim + num_spare, *_strides(gate),
+            mean_M, rstd_M, length, eps, 0 if y_BLD is None else y_BLD.stride(1), h_BLD.stride(1), *_strides(gate),
             *_strides(shift), *_strides(scale), D=dim, HAS_Y=y_BLD is not None, HAS_GATE=gate is not None,
             PER_TOKEN=scale.boundary_B is not None, **_launch(dim))
         ctx.save_for_backward(out_BLD, mean_M, rstd_M)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from train.elementwise import row_stride
 from train.fused import LoRALinear
 from train.lowrank import dropout_keys
 from train.nf4 import NF4Weight
@@ -61,7 +62,8 @@ class LoRAProjections(nn.Module):
         if nf4:
             self.nf4: NF4Weight | None = NF4Weight(base.weight, self.num_spare)
         else:
-            self.nf4, weight_NKR = None, torch.zeros(num_out, width + self.num_spare, dtype=dtype, device=device)
+            self.nf4, stride = None, row_stride(width, self.num_spare)
+            weight_NKR = torch.zeros(num_out, stride, dtype=dtype, device=device)[:, :width + self.num_spare]
             weight_NKR[:, :width] = base.weight
             self.weight = nn.Parameter(weight_NKR, requires_grad=False)
         self.bias = base.bias
