@@ -130,7 +130,8 @@ def step_of(config: WanConfig, bucket: Bucket, targets: list[str], rank: int, dt
         for block in kept.blocks:
             attention_total += sum(value for name, value in attention.items() if name not in block)
             gemm_total += sum(forward for name, (forward, _) in other.items() if name not in block
-                              and name != "ffn.down")  # the next block's input
+                              and name != "ffn.down")  # its output is kept: the next block's input
+            gemm_total += 2.0 * tokens * config.ffn_dim * rank * ("ffn.net.2" in targets)  # but not what B reads
         moved, num_kernels = moved + blocks * forward_bytes, 1.3 * num_kernels
     return Step(gemm_total, attention_total, moved, num_kernels)
 
