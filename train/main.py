@@ -24,7 +24,7 @@ from loader.vae import load_vae_encoder
 from train import checkpoint, dist, lora, optim, remat
 from train.attention import choose_attention
 from train.config import TrainConfig, flat, resumable_changes
-from train.metrics import Metrics, Report, Stopwatch, peak_memory_gib, record_of
+from train.metrics import Metrics, Report, Scalars, Stopwatch, peak_memory_gib, record_of
 from train.step import MicroStep, prepare
 from train.weights import load_transformer
 
@@ -124,11 +124,12 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         save = done % config.checkpoint_every == 0 or done == config.num_steps
         if save or done % config.log_every == 0:
             scale = scaler.scale(torch.ones((), device=device))
-            reports.append(Report(done, done - logged_step, batch.epoch, lr, scale, flat_parameters.loss.clone(),
-                                  grad_norm, num_tokens, stopwatch.split(), peak_memory_gib(device)))
+            scalars = Scalars(flat_parameters.loss, grad_norm, scale)
+            reports.append(Report(done, done - logged_step, batch.epoch, lr, scalars, num_tokens, stopwatch.split(),
+                                  peak_memory_gib(device)))
             logged_step, num_tokens = done, 0
         while reports and (save or len(reports) > 1):  # a step late, so that the device has the next one to work on
-            record = record_of(reports.popleft())  # host sync
+            record = record_of(reports.popleft())
             loss_and_norm = [float(record[name] or 0.0) for name in ("loss", "grad_norm")]
             if not all(map(math.isfinite, loss_and_norm[:1] if scaler.is_enabled() else loss_and_norm)):
                 # the same on all ranks; nothing of this is saved

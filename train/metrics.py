@@ -111,6 +111,23 @@ def lap_seconds(laps: Laps) -> dict[str, float]:
     return seconds
 
 
+class Scalars:
+    """Zero-dimensional tensors on their way to the host. Reading them waits for what was queued before they were asked
+    for, and not, as `item` does, for what was queued since."""
+
+    def __init__(self, *scalars: Tensor):
+        self._values = torch.stack([scalar.detach().float() for scalar in scalars]).to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if scalars[0].is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        values: list[float] = self._values.tolist()
+        return values
+
+
 class Report(NamedTuple):
     """A step to be logged, with the `num_steps` since the one before; nothing of it has been read from the device."""
 
@@ -118,21 +135,19 @@ class Report(NamedTuple):
     num_steps: int
     epoch: int
     lr: float
-    loss_scale: Tensor
-    loss: Tensor
-    grad_norm: Tensor
+    scalars: "Scalars"  # loss, gradient norm, loss scale
     num_tokens: int
     laps: Laps
     memory_gib: float
 
 
 def record_of(report: Report) -> Record:
-    """The report as numbers. On a GPU this waits until the step is done."""
-    seconds = lap_seconds(report.laps)
+    """The report as numbers. On a GPU this waits until the step is done, but for no later one."""
+    seconds, (loss, grad_norm, loss_scale) = lap_seconds(report.laps), report.scalars.read()
     elapsed_s = sum(seconds.values())
     return {
-        "step": report.step, "epoch": report.epoch, "loss": report.loss.item(), "lr": report.lr,
-        "grad_norm": report.grad_norm.item(), "loss_scale": report.loss_scale.item(),
+        "step": report.step, "epoch": report.epoch, "loss": loss, "lr": report.lr,
+        "grad_norm": grad_norm, "loss_scale": loss_scale,
         "s_per_step": elapsed_s / report.num_steps, **{name: s / report.num_steps for name, s in seconds.items()},
         "tokens_per_s": report.num_tokens / elapsed_s, "data_wait_share": seconds["data_wait_s"] / elapsed_s,
         "memory_gib": report.memory_gib}
