@@ -78,6 +78,16 @@ def gelu_tanh(x_BLK: Tensor, num_spare: int = 0, kernels: bool = True) -> Tensor
     return with_spare_columns(F.gelu(x_BLK, approximate="tanh"), num_spare)
 
 
+def gelu_tanh_into(x_BLK: Tensor, out_BLK: Tensor, kernels: bool = True) -> None:
+    """gelu_tanh(x), without a gradient."""
+    if kernels and x_BLK.is_cuda:
+        from train.kernels import gelu
+
+        gelu(x_BLK, None, out_BLK)
+    else:
+        out_BLK.copy_(F.gelu(x_BLK, approximate="tanh"))
+
+
 def gelu_tanh_backward_(grad_BLK: Tensor, x_BLK: Tensor, kernels: bool = True) -> None:
     """The gradient of gelu_tanh(x) becomes that of x, in place."""
     if kernels and x_BLK.is_cuda:

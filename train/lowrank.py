@@ -20,7 +20,7 @@ further apart than K.
 import torch
 from torch import Tensor
 
-from train.elementwise import gelu_tanh
+from train.elementwise import gelu_tanh, gelu_tanh_into
 
 _MASK32 = 0xFFFFFFFF
 GOLDEN, CHANNEL = 0x9E3779B1, 0x85EBCA77  # odd: they spread tokens and channels before these are hashed
@@ -74,7 +74,11 @@ def project_down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, ou
         down(x_BLK, a_RK, p, key_B, out_MR, into_BLK, gelu)
         return
     if into_BLK is not None:
-        x_BLK = into_BLK.copy_(gelu_tanh(x_BLK, 0, kernels) if gelu else x_BLK)
+        if gelu:
+            gelu_tanh_into(x_BLK, into_BLK, kernels)
+        else:
+            into_BLK.copy_(x_BLK)
+        x_BLK = into_BLK
     torch.mm(_rows(dropped(x_BLK, p, key_B, kernels)), a_RK.T, out=out_MR)
 
 

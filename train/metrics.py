@@ -135,7 +135,7 @@ class Report(NamedTuple):
     num_steps: int
     epoch: int
     lr: float
-    scalars: "Scalars"  # loss, gradient norm, loss scale
+    scalars: Scalars  # loss, gradient norm, loss scale
     num_tokens: int
     laps: Laps
     memory_gib: float
