@@ -44,7 +44,8 @@ class Row(NamedTuple):
 
 def kernel_bytes(config: WanConfig, rows: int, dtype_bytes: int) -> dict[str, float]:
     """Bytes that each of our kernels reads and writes, for `rows` video tokens, as the mean of its calls in a block:
-    norm and rotation of q/k/v, of q alone, and of the text's k, too short to count; GELU forward and backward."""
+    norm and rotation of q/k/v, of q alone, and of the text's k, too short to count; GELU forward and backward (with an
+    adapted ffn.net.2 only backward: its floor is then 3 and not 2.5 passes, and the table's a sixth too low)."""
     wide, half, up = 4.0 * rows * config.dim, dtype_bytes * rows * config.dim, dtype_bytes * rows * config.ffn_dim
     return {"_residual_norm_forward": 2 * wide + 2 * half, "_residual_norm_backward": 3 * wide + 2 * half,
             "_norm_rope_forward": (4 + 2) * half / 3, "_norm_rope_backward": (8 + 3) * half / 3,

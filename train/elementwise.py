@@ -104,7 +104,7 @@ def empty_with_spare(like: Tensor, width: int, num_spare: int, dtype: torch.dtyp
 
 
 def row_stride(width: int, num_spare: int) -> int:
-    """Elements from a row to the next: whole cache lines of 64, if anything is spare."""
+    """Elements from a row to the next: a multiple of 64 (in half precision a cache line) if any is spare."""
     return -(-(width + num_spare) // 64) * 64 if num_spare else width
 
 

@@ -10,10 +10,9 @@ is copied in the pass that projects it. The same buffer is all that the backward
 
     dlow = dy B,  dx = scale drop'(dlow A) + dy W
 
-is a narrow GEMM, and one that starts from the low-rank part instead of from zero. Its widths are the base model's and
-tile well: [dx | dlow] = dy [W | B] would start another column of tiles for R columns. train/lowrank.py has the narrow
-products, with dropout. With `gelu` the layer reads GELU(u), which is made in that buffer in the pass that projects it,
-and made again from u for dA.
+is a narrow GEMM, and one that starts from the low-rank part instead of from zero: no pass adds that to dx afterwards,
+as [dx | dlow] = dy [W | B] would need. train/lowrank.py has the narrow products, with dropout. With `gelu` the layer
+reads GELU(u), which is made in that buffer in the pass that projects it, and made again from u for dA.
 
 Gradients of A and B are float32: they are sums over thousands of tokens, and float16 would overflow.
 
@@ -41,7 +40,7 @@ def lora_linear_eager(x_BLK: Tensor, weight_NK: Tensor, bias_N: Tensor, a_RK: Te
 
 
 def has_spare_columns(x_BLK: Tensor, num_spare: int) -> bool:
-    """Whether the rows of x lie `num_spare` free elements apart, so that A x can be written behind them."""
+    """Whether x has the layout of `empty_with_spare`, so that A x can be written behind its rows."""
     stride = row_stride(x_BLK.shape[-1], num_spare)
     return x_BLK.stride() == (x_BLK.shape[1] * stride, stride, 1)
 

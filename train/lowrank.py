@@ -13,7 +13,7 @@ device decides:
 - otherwise on a GPU: an elementwise kernel makes drop(x) and cuBLAS multiplies: on sm_70 tl.dot has no tensor cores;
 - the CPU: the lines below in eager torch, the twin of both.
 
-Shapes: B samples, L tokens, M = B * L, K width of x, R = rank of all adapters together. Rows of x and dx may lie
+Shapes: B samples, L tokens, M = B * L, K width of x, R = rank of all adapters together. Rows of x may lie
 further apart than K.
 """
 
