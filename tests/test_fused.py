@@ -24,9 +24,8 @@ def adapted(targets: tuple[str, ...], dropout: float, nf4: bool = False) -> LoRA
                              nf4=nf4)
     torch.nn.init.normal_(module.a_RK)
     torch.nn.init.normal_(module.b_NR)
-    for destination, source in module.copies():
-        destination.copy_(source)
-    module.a *= module.scale
+    for destination, source, factor in module.copies():
+        destination.copy_(source * factor)
     module.key_B = KEYS_NB[3]
     return module
 
@@ -61,6 +60,19 @@ def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], drop
         results.append((y_BLN.detach(), *gradients))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_are_added_to_those_that_are_there(gelu: bool) -> None:
+    module, x_BLK = adapted(tuple(LAYERS), 0.25), torch.randn(2, 5, 16, requires_grad=True)
+    parameters = (module.a_RK, module.b_NR)
+    expected = torch.autograd.grad(module(x_BLK, gelu=gelu).square().sum(), parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    module(x_BLK, gelu=gelu).square().sum().backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 1 + gradient)
 
 
 def test_nf4_weights_are_near_the_dense_ones_and_take_a_seventh_of_float32() -> None:

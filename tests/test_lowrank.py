@@ -1,4 +1,9 @@
-"""The three low-rank products with dropout: Triton kernels, in the interpreter, against their eager twins."""
+"""The low-rank products with dropout: Triton kernels, in the interpreter, against their eager twins."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,5 +40,86 @@ def test_kernels_equal_their_twins(dtype: torch.dtype, num_low: int, p: float) -
     lowrank_kernels.up(dlow_MR, a_RK, p, KEY_B, up_BLK)
     torch.testing.assert_close(up_BLK, lowrank.project_up(dlow_MR, a_RK, p, KEY_B, x_BLK.shape), atol=atol, rtol=rtol)
     for gelu in (False, True):
-        torch.testing.assert_close(lowrank_kernels.gradient(dlow_MR, x_BLK, p, KEY_B, gelu),
-                                   lowrank.gradient_a(dlow_MR, x_BLK, p, KEY_B, gelu), atol=atol, rtol=rtol)
+        grad, twin_grad = (torch.ones(B, L, K, dtype=dtype) if gelu else None for _ in range(2))
+        da, added = lowrank_kernels.gradient(dlow_MR, x_BLK, p, KEY_B, 2.5, grad, None), torch.ones(num_low, K)
+        torch.testing.assert_close(da, lowrank.gradient_a(dlow_MR, x_BLK, p, KEY_B, 2.5, twin_grad), atol=atol,
+                                   rtol=rtol)
+        if grad is not None and twin_grad is not None:
+            torch.testing.assert_close(grad, twin_grad)
+        assert lowrank_kernels.gradient(dlow_MR, x_BLK, p, KEY_B, 2.5, grad, added) is None
+        assert da is not None
+        torch.testing.assert_close(added, 1 + da)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("adapted", [(0, 1, 2), (0, 2), (1,)])
+def test_dlow_and_db_of_one_reading_of_dy_equal_their_twins(dtype: torch.dtype, adapted: tuple[int, ...]) -> None:
+    """Layers of 300 outputs, more than one tile, in 3 row parts; what others have in B's columns must not matter."""
+    torch.manual_seed(0)
+    rank, width, num_rows = 8, 300, 150
+    num_low, blocks = rank * len(adapted), tuple((i * width, (i + 1) * width) for i in adapted)
+    dy_MN, low_MR = (strided(n, 4, dtype).flatten(0, 1).repeat(3, 1)[:num_rows] for n in (3 * width, num_low))
+    b_NR = torch.zeros(3 * width, num_low + 3).to(dtype)[:, :num_low]
+    for i, (first, end) in enumerate(blocks):
+        b_NR[first:end, i * rank:(i + 1) * rank] = torch.randn(width, rank).to(dtype)
+    added = torch.ones(len(adapted) * width, rank)
+    ours, again = (lowrank_kernels.through_b(dy_MN, low_MR, b_NR, blocks[0][0], 2 * width if len(adapted) == 2 else
+                                             width, width, len(adapted), grad) for grad in (None, added))
+    assert ours[1] is not None and again[1] is None
+    torch.testing.assert_close(added, 1 + ours[1])
+    atol, rtol = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 5e-3)
+    for found, twin in zip(ours, lowrank.through_b(dy_MN, low_MR, b_NR, blocks), strict=True):
+        torch.testing.assert_close(found, twin, atol=atol, rtol=rtol)
+
+
+COMPILE = '''
+import sys
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from train import lowrank_kernels as kernels
+
+CAPABILITY, NUM_LOW = int(sys.argv[1]), int(sys.argv[2])
+
+
+def shared_bytes(name, num_low, block_m, block_k, num_warps, num_stages, gelu=False):
+    function, types = getattr(kernels, name), {}
+    for parameter in function.params:
+        n = parameter.name
+        float32 = n in ("db", "parts") or n == "out" and name in ("_gradient", "_add_parts")
+        types[n] = ("constexpr" if parameter.is_constexpr else "*i64" if n == "keys" else "fp32" if n == "scale" else
+                    "*fp32" if float32 else "*fp16" if n in "x a out into dlow grad dy low b".split() else "i32")
+    flags = dict(THRESHOLD=2**28, width=3072, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=block_k, GELU=gelu, COPY=True,
+                 BLOCK_R=kernels._block_r(num_low), columns_per_part=3072, rows_per_part=768, num_parts=16, ADD=True,
+                 BLOCK=2048)
+    names = list(types)
+    constants = {(names.index(n),): flags[n] for n in names if types[n] == "constexpr"}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n][0] == "*" or types[n] == "i32"}
+    binary = compile(ASTSource(function, types, constants, aligned), target=GPUTarget("cuda", CAPABILITY, 32),
+                     options=dict(num_warps=num_warps, num_stages=num_stages))
+    return binary.metadata.shared
+
+
+print("_drop", shared_bytes("_drop", 16, 16, 16, 4, 1))
+print("_add_parts", shared_bytes("_add_parts", 16, 16, 16, 4, 1))
+if NUM_LOW:
+    for name, tiles in (("_down", kernels.DOWN), ("_up", kernels.UP), ("_gradient", kernels.GRADIENT)):
+        print(name, shared_bytes(name, NUM_LOW, *tiles[NUM_LOW > 64][:4]))
+    for name, tile in (("_down", kernels.DOWN_GELU), ("_gradient", kernels.GRADIENT_GELU)):
+        print(name + " gelu", shared_bytes(name, NUM_LOW, *tile[:4], gelu=True))
+    for rank, tile in zip((32, 64), kernels.THROUGH_B):
+        print("_through_b", shared_bytes("_through_b", rank, *tile[:4]))
+'''
+
+
+@pytest.mark.parametrize(("capability", "num_low", "limit_kib"), [(70, 0, 96), (80, 256, 163), (89, 128, 99),
+                                                                 (90, 256, 227)])
+def test_every_kernel_compiles_and_fits_into_shared_memory_at_the_largest_rank(capability: int, num_low: int,
+                                                                               limit_kib: int) -> None:
+    """Up to the R that `_has_dot` allows; the limits are those of CUDA's programming guide."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE, str(capability), str(num_low)], capture_output=True, text=True,
+                         cwd=Path(__file__).parent.parent, env=environment, timeout=200)
+    assert run.returncode == 0, run.stderr
+    sizes = [int(line.split()[-1]) for line in run.stdout.splitlines()]
+    assert len(sizes) == (9 if num_low else 2) and max(sizes) <= limit_kib * 1024, run.stdout

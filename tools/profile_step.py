@@ -30,7 +30,7 @@ from train.wan import TI2V_5B, Wan, WanConfig
 from train.weights import build_transformer, load_transformer, read_config, tensor_sources
 
 NUM_STEPS = 3
-OPERATIONS = ("aten::", "newsreel::", "bitsandbytes::", "_drop", "_down", "_up", "_gradient")  # lowrank_kernels.py
+OPERATIONS = ("aten::", "newsreel::", "bitsandbytes::", "_drop", "_down", "_up", "_gradient", "_through_b")
 
 
 class Row(NamedTuple):
@@ -133,7 +133,8 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     shape = remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS)
     budget_bytes = remat.parse_activation_memory(config.activation_memory)
     plans = remat.plan_run(model.config, [shape], config.lora.targets, dtype.itemsize, budget_bytes,
-                           remat.room_bytes(device) if budget_bytes is None else 0.0, 0)
+                           remat.room_bytes(device) if budget_bytes is None else 0.0, 0,
+                           name in remat.SLOW_ATTENTION)
     scaler = torch.amp.GradScaler("cuda", config.optim.loss_scale, enabled=dtype == torch.float16)
     step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler, 1.0, 0)
     batch = random_batch(bucket, config.micro_batch, model.config.text_dim, device)

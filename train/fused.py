@@ -11,10 +11,12 @@ is copied in the pass that projects it. The same buffer is all that the backward
     dlow = dy B,  dx = scale drop'(dlow A) + dy W
 
 is a narrow GEMM, and one that starts from the low-rank part instead of from zero: no pass adds that to dx afterwards,
-as [dx | dlow] = dy [W | B] would need. train/lowrank.py has the narrow products, with dropout. With `gelu` the layer
-reads GELU(u), which is made in that buffer in the pass that projects it, and made again from u for dA.
+as [dx | dlow] = dy [W | B] would need. train/lowrank.py has the narrow products, with dropout; one pass over dy makes
+both dlow and dB. With `gelu` the layer reads GELU(u), which is made in that buffer in the pass that projects it, and
+made again from u in the pass that makes dA and takes dx through GELU.
 
-Gradients of A and B are float32: they are sums over thousands of tokens, and float16 would overflow.
+Gradients of A and B are float32: they are sums over thousands of tokens, and float16 would overflow. Where a parameter
+has a `.grad` already, the pass that sums it up adds to that, and autograd, which would do it in one more, gets nothing.
 
 The wide GEMMs are cuBLAS through torch, which is all that sm_70 has tensor cores for.
 
@@ -27,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.elementwise import empty_with_spare, gelu_tanh_backward_, row_stride
-from train.lowrank import dropped, gradient_a, mm_float32, project_down, project_up
+from train.elementwise import empty_with_spare, row_stride
+from train.lowrank import dropped, gradient_a, project_down, project_up, through_b
 from train.nf4 import NF4Weight
 
 
@@ -65,7 +67,7 @@ class LoRALinear(torch.autograd.Function):
         project_down(source_BLK, a_RK, p, key_B, low_MR, into_BLK, gelu)
         ctx.save_for_backward(source_BLK if gelu else x_BLK, low_MR.clone() if gelu else None,
                               weight if isinstance(weight, Tensor) else None, a_RK, key_B)
-        ctx.blocks, ctx.scale, ctx.p, ctx.gelu = blocks, scale, p, gelu
+        ctx.blocks, ctx.scale, ctx.p, ctx.gelu, ctx.parameters = blocks, scale, p, gelu, (a_param, b_param)
         ctx.nf4 = weight if isinstance(weight, NF4Weight) else None
         weight_NKR = weight.dense() if isinstance(weight, NF4Weight) else weight
         return F.linear(x_MKR, weight_NKR, bias_N).view(*x_BLK.shape[:2], -1)
@@ -75,19 +77,16 @@ class LoRALinear(torch.autograd.Function):
         x_BLK, low_MR, weight_NKR, a_RK, key_B = ctx.saved_tensors  # x: u, with GELU
         weight_NKR = weight_NKR if ctx.nf4 is None else ctx.nf4.dense()
         num_low, width = a_RK.shape
-        dy_MN = grads[0].flatten(0, 1)
         low_MR = _with_its_spare(x_BLK, num_low)[:, width:] if low_MR is None else low_MR
-        db_NR = mm_float32(dy_MN.T, low_MR)
-        rank = num_low // len(ctx.blocks)
-        db = torch.cat([db_NR[start:end, i * rank:(i + 1) * rank] for i, (start, end) in enumerate(ctx.blocks)])
-        dlow_MR, dx_BLK = dy_MN @ weight_NKR[:, width:], None
-        da = gradient_a(dlow_MR, x_BLK, ctx.p, key_B, ctx.gelu).mul_(ctx.scale)
+        dy_MN, dx_BLK = grads[0].flatten(0, 1), None
+        a_grad, b_grad = (parameter.grad for parameter in ctx.parameters)
+        dlow_MR, db = through_b(dy_MN, low_MR, weight_NKR[:, width:], ctx.blocks, b_grad)
         if ctx.needs_input_grad[0]:
             dx_BLK = project_up(dlow_MR, a_RK, ctx.p, key_B, x_BLK.shape)
             dx_MK = dx_BLK.view(-1, width)
             torch.addmm(dx_MK, dy_MN, weight_NKR[:, :width], out=dx_MK)
-            if ctx.gelu:
-                gelu_tanh_backward_(dx_BLK, x_BLK)
+        assert not ctx.gelu or dx_BLK is not None, "GELU's input always needs a gradient"
+        da = gradient_a(dlow_MR, x_BLK, ctx.p, key_B, ctx.scale, dx_BLK if ctx.gelu else None, a_grad)
         return dx_BLK, None, None, None, da, db, None, None, None, None, None
 
 

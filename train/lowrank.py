@@ -1,15 +1,15 @@
-"""The low-rank half of a LoRA linear, with dropout by seed: three products that read the wide activations once each.
+"""The low-rank half of a LoRA linear, with dropout by seed: products that read the wide activations once each.
 
-    low = drop(x) A^T        dx = drop'(dlow A) + ...        dA = dlow^T drop(x)
+    low = drop(x) A^T        dlow = dy B        dx = drop'(dlow A) + ...        dA = dlow^T drop(x)        dB = dy^T low
 
 Which elements of x survive is a pure function of (sample seed, layer, token, channel) that the CPU, the GPU and every
 kernel compute alike: the 32-bit product of a hash of (seed, layer, token) and an odd hash of the channel, against a
 threshold. A whole hash per element would cost more than reading x. So no mask is kept for the backward pass, and none
-depends on the rank or micro-batch. Without dropout all three are plain GEMMs. With it there are three ways, and the
-device decides:
+depends on the rank or micro-batch. Without dropout all are plain GEMMs. There are three ways, and the device decides:
 
-- sm_80 and newer: Triton kernels with tensor cores that hash while they read x (train/lowrank_kernels.py), up to R =
-  256, or 128 where shared memory is small; also without dropout where they copy x or apply GELU in the same pass;
+- sm_80 and newer: Triton kernels with tensor cores (train/lowrank_kernels.py) that hash while they read x, up to R =
+  256, or 128 where shared memory is small; without dropout those that do more in the pass, as copying x, applying GELU,
+  or making dlow and dB of one reading of dy;
 - otherwise on a GPU: an elementwise kernel makes drop(x) and cuBLAS multiplies: on sm_70 tl.dot has no tensor cores;
 - the CPU: the lines below in eager torch, the twin of both.
 
@@ -20,9 +20,10 @@ further apart than K.
 import torch
 from torch import Tensor
 
-from train.elementwise import gelu_tanh, gelu_tanh_into
+from train.elementwise import gelu_tanh, gelu_tanh_backward_, gelu_tanh_into
 
 _MASK32 = 0xFFFFFFFF
+least_capability = (8, 0)  # for tl.dot, which has no tensor cores before; bench.step's volta profile raises it
 GOLDEN, CHANNEL = 0x9E3779B1, 0x85EBCA77  # odd: they spread tokens and channels before these are hashed
 
 
@@ -94,16 +95,48 @@ def project_up(dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, sh
     return dropped((dlow_MR @ a_RK).view(shape), p, key_B, kernels)
 
 
-def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, gelu: bool = False,
-               kernels: bool = True) -> Tensor:
-    """dA = dlow^T drop(x), or with `gelu` dlow^T drop(GELU(x)): float32 [R, K]."""
-    if kernels and (p > 0.0 or gelu) and _has_dot(x_BLK, dlow_MR.shape[1]):
+def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, scale: float,
+               gelu_grad_BLK: Tensor | None = None, grad_RK: Tensor | None = None,
+               kernels: bool = True) -> Tensor | None:
+    """dA = scale dlow^T drop(x): float32 [R, K], or None where it was added to `grad_RK`.
+
+    With `gelu_grad_BLK`, which is contiguous, dA is of drop(GELU(x)), and that gradient of GELU(x) becomes the gradient
+    of x, in place."""
+    if kernels and (p > 0.0 or gelu_grad_BLK is not None) and _has_dot(x_BLK, dlow_MR.shape[1]):
         from train.lowrank_kernels import gradient
 
-        out: Tensor = gradient(dlow_MR, x_BLK, p, key_B, gelu)
+        out: Tensor | None = gradient(dlow_MR, x_BLK, p, key_B, scale, gelu_grad_BLK, grad_RK)
         return out
-    x_BLK = gelu_tanh(x_BLK, 0, kernels) if gelu else x_BLK
-    return mm_float32(dlow_MR.T, _rows(dropped(x_BLK, p, key_B, kernels)))
+    value_BLK = x_BLK if gelu_grad_BLK is None else gelu_tanh(x_BLK, 0, kernels)
+    da_RK = mm_float32(dlow_MR.T, _rows(dropped(value_BLK, p, key_B, kernels)))
+    if gelu_grad_BLK is not None:
+        gelu_tanh_backward_(gelu_grad_BLK, x_BLK, kernels)
+    return _added(da_RK, scale, grad_RK)
+
+
+def through_b(dy_MN: Tensor, low_MR: Tensor, b_NR: Tensor, blocks: tuple[tuple[int, int], ...],
+              grad_NR: Tensor | None = None, kernels: bool = True) -> tuple[Tensor, Tensor | None]:
+    """dlow = dy B, and dB = dy^T low: float32 [sum of the adapted N, rank], or None where it was added to `grad_NR`.
+
+    Layer i has the outputs `blocks[i]` (first, end), and only there the i-th of B's and low's groups of `rank` columns
+    is other than zero, or wanted."""
+    rank = low_MR.shape[1] // len(blocks)
+    width, spacing = blocks[0][1] - blocks[0][0], blocks[1][0] - blocks[0][0] if len(blocks) > 1 else 0
+    even = all(block == (blocks[0][0] + i * spacing, blocks[0][1] + i * spacing) for i, block in enumerate(blocks))
+    if kernels and even and rank <= 64 and _has_dot(dy_MN, rank):
+        from train import lowrank_kernels
+
+        return lowrank_kernels.through_b(dy_MN, low_MR, b_NR, blocks[0][0], spacing, width, len(blocks), grad_NR)
+    db_NR = mm_float32(dy_MN.T, low_MR)
+    db_NR = torch.cat([db_NR[first:end, i * rank:(i + 1) * rank] for i, (first, end) in enumerate(blocks)])
+    return dy_MN @ b_NR, _added(db_NR, 1.0, grad_NR)
+
+
+def _added(value: Tensor, scale: float, grad: Tensor | None) -> Tensor | None:
+    if grad is None:
+        return value.mul_(scale)
+    grad.add_(value, alpha=scale)
+    return None
 
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -125,4 +158,4 @@ def _has_dot(x: Tensor, num_low: int) -> bool:
     if not x.is_cuda:
         return False
     capability = torch.cuda.get_device_capability(x.device)
-    return capability >= (8, 0) and num_low <= (256 if capability in ((8, 0), (9, 0)) else 128)
+    return capability >= least_capability and num_low <= (256 if capability in ((8, 0), (9, 0)) else 128)

@@ -1,9 +1,9 @@
 """Triton kernels of train/lowrank.py, whose eager lines are their twins. Dropout is a hash of the element's place.
 
-`_drop` is elementwise and compiles for sm_70; the three with tl.dot are for sm_80 and newer. x is read once each time,
-and where it is GELU(u), u is. `_gradient` sums over the rows in a fixed number of parts, added up afterwards in order,
-so that equal inputs give equal bits. A program never works on rows of two samples: to tell them apart would take a
-division per row.
+`_drop` is elementwise and compiles for sm_70; the four with tl.dot are for sm_80 and newer. x is read once each time,
+and where it is GELU(u), u is; dy is read once for both of its products. Sums over rows, and over the columns of dy, are
+made in a fixed number of parts, added up afterwards in order, so that equal inputs give equal bits. A program never
+works on rows of two samples where dropout needs to know them: to tell them apart would take a division per row.
 """
 
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor
 from train.kernels import gelu_and_slope
 from train.lowrank import threshold
 
-# (rows, columns of a tile, warps, stages[, parts]), for R up to 64 and above (GELU: R = 32 only): within 1% of
-# the fastest of 7 to 16 on an H200 at 11,440 rows of 3072 (GELU: 14336) in bf16. Short inputs were not tuned for.
-DOWN, DOWN_GELU, UP = ((32, 128, 4, 4), (64, 64, 4, 4)), (16, 256, 4, 3), ((32, 128, 4, 1), (128, 64, 4, 1))
-GRADIENT, GRADIENT_GELU = ((32, 128, 4, 4, 16), (64, 128, 4, 3, 11)), (32, 64, 4, 4, 4)
+# (rows, columns of a tile, warps, stages, parts), for R up to 64 and above (GELU: R = 32 only; THROUGH_B: for ranks up
+# to 32 and above, and programs in all), of 6 to 14 that were timed on an H200 at 11,440 rows of 3072 (GELU: 14336) in
+# bf16 the fastest or within 1% of it. Short inputs were not tuned for.
+DOWN, DOWN_GELU = ((32, 128, 4, 4, 1), (64, 64, 4, 4, 1)), (32, 128, 4, 3, 4)
+UP = (64, 128, 4, 3, 16), (64, 64, 4, 3, 8)
+GRADIENT, GRADIENT_GELU = ((32, 128, 4, 4, 16), (64, 128, 4, 3, 11)), (64, 64, 4, 3, 4)
+THROUGH_B = (64, 256, 4, 4, 132), (64, 256, 4, 3, 132)
 
 
 @triton.jit
@@ -51,15 +54,15 @@ def _drop(x, out, keys, length, width, x_stride, scale, THRESHOLD: tl.constexpr,
 
 
 @triton.jit
-def _down(x, a, out, into, keys, length, num_low, x_stride, out_stride, into_stride,  # type: ignore[no-untyped-def]
-          scale, THRESHOLD: tl.constexpr, GELU: tl.constexpr, COPY: tl.constexpr, width: tl.constexpr,
-          BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    sample, token = tl.program_id(1), tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+def _down(x, a, out, into, keys, length, num_low, x_stride, out_stride, part_stride,  # type: ignore[no-untyped-def]
+          into_stride, scale, THRESHOLD: tl.constexpr, GELU: tl.constexpr, COPY: tl.constexpr, width: tl.constexpr,
+          columns_per_part: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    part, sample = tl.program_id(1), tl.program_id(2)
+    token, r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     row, row_ok = sample.to(tl.int64) * length + token, token < length
-    r = tl.arange(0, BLOCK_R)
     low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, width, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+    for start in range(0, columns_per_part, BLOCK_K):
+        k = part * columns_per_part + start + tl.arange(0, BLOCK_K)
         ok = row_ok[:, None] & (k < width)[None, :]
         a_KR = tl.load(a + r[None, :] * width + k[:, None], mask=(r < num_low)[None, :] & (k < width)[:, None],
                        other=0.0)
@@ -70,43 +73,93 @@ def _down(x, a, out, into, keys, length, num_low, x_stride, out_stride, into_str
             tl.store(into + row[:, None] * into_stride + k[None, :], value, mask=ok)
         value = _kept(value, keys, sample, token, k, THRESHOLD).to(a_KR.dtype)
         low = tl.dot(value, a_KR, low, input_precision="ieee")
-    tl.store(out + row[:, None] * out_stride + r[None, :], low * scale, mask=row_ok[:, None] & (r < num_low)[None, :])
+    place = out + part * part_stride + row[:, None] * out_stride + r[None, :]
+    tl.store(place, low * scale, mask=row_ok[:, None] & (r < num_low)[None, :])
 
 
 @triton.jit
 def _up(dlow, a, out, keys, length, num_low, dlow_stride, scale, THRESHOLD: tl.constexpr,  # type: ignore[no-untyped-def]
-        width: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    sample, token = tl.program_id(1), tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, row_ok = sample.to(tl.int64) * length + token, token < length
-    k, r = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    low_MR = tl.load(dlow + row[:, None] * dlow_stride + r[None, :], mask=row_ok[:, None] & (r < num_low)[None, :],
-                     other=0.0)
+        width: tl.constexpr, rows_per_part: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_R: tl.constexpr):
+    part, sample = tl.program_id(1), tl.program_id(2)
+    k, r = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     a_RK = tl.load(a + r[:, None] * width + k[None, :], mask=(r < num_low)[:, None] & (k < width)[None, :], other=0.0)
-    update = _kept(tl.dot(low_MR, a_RK, input_precision="ieee") * scale, keys, sample, token, k, THRESHOLD)
-    tl.store(out + row[:, None] * width + k[None, :], update, mask=row_ok[:, None] & (k < width)[None, :])
+    for start in range(0, rows_per_part, BLOCK_M):
+        token = part * rows_per_part + start + tl.arange(0, BLOCK_M)
+        row, row_ok = sample.to(tl.int64) * length + token, token < length
+        low_MR = tl.load(dlow + row[:, None] * dlow_stride + r[None, :], mask=row_ok[:, None] & (r < num_low)[None, :],
+                         other=0.0)
+        update = _kept(tl.dot(low_MR, a_RK, input_precision="ieee") * scale, keys, sample, token, k, THRESHOLD)
+        tl.store(out + row[:, None] * width + k[None, :], update, mask=row_ok[:, None] & (k < width)[None, :])
 
 
 @triton.jit
-def _gradient(dlow, x, out, keys, length, num_low, x_stride, dlow_stride, scale,  # type: ignore[no-untyped-def]
+def _gradient(dlow, x, grad, out, keys, length, num_low, x_stride, dlow_stride, scale,  # type: ignore[no-untyped-def]
               THRESHOLD: tl.constexpr, GELU: tl.constexpr, width: tl.constexpr, rows_per_part: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """With GELU, `grad` [rows, width], the gradient of GELU(x), becomes that of x on the way."""
     part, sample = tl.program_id(1), tl.program_id(2)
     k, r = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in range(0, rows_per_part, BLOCK_M):
         token = part * rows_per_part + start + tl.arange(0, BLOCK_M)
         row, row_ok = sample.to(tl.int64) * length + token, token < length
-        value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=row_ok[:, None] & (k < width)[None, :],
-                        other=0.0)
+        ok = row_ok[:, None] & (k < width)[None, :]
+        if GELU:  # first, because Triton starts only loads that tl.dot waits for ahead of their iteration
+            place = grad + row[:, None] * width + k[None, :]
+            grad_MK = tl.load(place, mask=ok, other=0.0).to(tl.float32)
+        value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
         low_RM = tl.load(dlow + row[None, :] * dlow_stride + r[:, None], mask=(r < num_low)[:, None] & row_ok[None, :],
                          other=0.0)
         if GELU:
-            value = gelu_and_slope(value.to(tl.float32))[0].to(low_RM.dtype)
+            value, slope = gelu_and_slope(value.to(tl.float32))
+            tl.store(place, slope * grad_MK, mask=ok)
         value = _kept(value, keys, sample, token, k, THRESHOLD).to(low_RM.dtype)
         total = tl.dot(low_RM, value, total, input_precision="ieee")
     part += sample * tl.num_programs(1)
     place = out + (part * num_low + r[:, None]) * width + k[None, :]
     tl.store(place, total * scale, mask=(r < num_low)[:, None] & (k < width)[None, :])
+
+
+@triton.jit
+def _through_b(dy, low, b, dlow, db, num_rows, num_low, rank, first, spacing, dy_stride,  # type: ignore[no-untyped-def]
+               low_stride, b_stride, width: tl.constexpr, rows_per_part: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A program's columns of dy lie in one layer, and so need that layer's columns of low and B alone."""
+    tile, part, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n, r = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    n_ok, r_ok = n < width, r < rank
+    column, begin = first + layer * spacing + n, part.to(tl.int64) * rows_per_part
+    b_NR = tl.load(b + column[:, None] * b_stride + (layer * rank + r)[None, :], mask=n_ok[:, None] & r_ok[None, :],
+                   other=0.0)
+    dy += begin * dy_stride
+    low += begin * low_stride + layer * rank
+    dlow += (tile * num_rows + begin) * num_low + layer * rank
+    total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for start in range(0, rows_per_part, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        row_ok = begin + row < num_rows
+        dy_MN = tl.load(dy + row[:, None] * dy_stride + column[None, :], mask=row_ok[:, None] & n_ok[None, :],
+                        other=0.0)
+        low_ok = row_ok[:, None] & r_ok[None, :]
+        low_MR = tl.load(low + row[:, None] * low_stride + r[None, :], mask=low_ok, other=0.0)
+        total = tl.dot(tl.trans(dy_MN), low_MR, total, input_precision="ieee")
+        tl.store(dlow + row[:, None] * num_low + r[None, :], tl.dot(dy_MN, b_NR, input_precision="ieee"), mask=low_ok)
+    place = db + ((part * tl.num_programs(2) + layer) * width + n[:, None]) * rank + r[None, :]
+    tl.store(place, total, mask=n_ok[:, None] & r_ok[None, :])
+
+
+@triton.jit
+def _add_parts(parts, out, size, num_parts: tl.constexpr, ADD: tl.constexpr,  # type: ignore[no-untyped-def]
+               BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < size
+    total = tl.load(parts + i, mask=ok, other=0.0)
+    for part in range(1, num_parts):
+        total += tl.load(parts + part * size + i, mask=ok, other=0.0)
+    if ADD:
+        total += tl.load(out + i, mask=ok, other=0.0)
+    tl.store(out + i, total, mask=ok)
 
 
 def drop(x_BLK: Tensor, p: float, key_B: Tensor) -> Tensor:
@@ -122,35 +175,71 @@ def down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_MR: Te
          gelu: bool) -> None:
     batch, length, width = x_BLK.shape
     num_low, into_stride = a_RK.shape[0], 0 if into_BLK is None else _row_stride(into_BLK)
-    block_m, block_k, num_warps, num_stages = DOWN_GELU if gelu else DOWN[num_low > 64]
-    _down[(triton.cdiv(length, block_m), batch)](
-        x_BLK, a_RK, out_MR, into_BLK, key_B, length, num_low, _row_stride(x_BLK), out_MR.stride(0), into_stride,
-        1 / (1 - p), THRESHOLD=threshold(p), GELU=gelu, COPY=into_BLK is not None, width=width, BLOCK_M=block_m,
-        BLOCK_K=block_k, BLOCK_R=_block_r(num_low), num_warps=num_warps, num_stages=num_stages)
+    block_m, block_k, num_warps, num_stages, num_parts = DOWN_GELU if gelu else DOWN[num_low > 64]
+    columns_per_part = triton.cdiv(triton.cdiv(width, num_parts), block_k) * block_k
+    num_parts = triton.cdiv(width, columns_per_part)
+    parts = out_MR[None] if num_parts == 1 else out_MR.new_empty(num_parts, *out_MR.shape)
+    _down[(triton.cdiv(length, block_m), num_parts, batch)](
+        x_BLK, a_RK, parts, into_BLK, key_B, length, num_low, _row_stride(x_BLK), parts.stride(1), parts.stride(0),
+        into_stride, 1 / (1 - p), THRESHOLD=threshold(p), GELU=gelu, COPY=into_BLK is not None, width=width,
+        columns_per_part=columns_per_part, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=_block_r(num_low),
+        num_warps=num_warps, num_stages=num_stages)
+    if num_parts > 1:
+        torch.sum(parts, 0, out=out_MR)
 
 
 def up(dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_BLK: Tensor) -> None:
     batch, length, width = out_BLK.shape
     num_low = a_RK.shape[0]
-    block_m, block_k, num_warps, num_stages = UP[num_low > 64]
-    _up[(triton.cdiv(length, block_m), batch, triton.cdiv(width, block_k))](
+    block_m, block_k, num_warps, num_stages, num_parts = UP[num_low > 64]
+    rows_per_part = triton.cdiv(triton.cdiv(length, num_parts), block_m) * block_m
+    _up[(triton.cdiv(width, block_k), triton.cdiv(length, rows_per_part), batch)](
         dlow_MR, a_RK, out_BLK, key_B, length, num_low, dlow_MR.stride(0), 1 / (1 - p), THRESHOLD=threshold(p),
-        width=width, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=_block_r(num_low), num_warps=num_warps,
-        num_stages=num_stages)
+        width=width, rows_per_part=rows_per_part, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=_block_r(num_low),
+        num_warps=num_warps, num_stages=num_stages)
 
 
-def gradient(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, gelu: bool) -> Tensor:
+def gradient(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, scale: float,
+             gelu_grad_BLK: Tensor | None, grad_RK: Tensor | None) -> Tensor | None:
     batch, length, width = x_BLK.shape
-    num_low = dlow_MR.shape[1]
+    num_low, gelu = dlow_MR.shape[1], gelu_grad_BLK is not None
     block_m, block_k, num_warps, num_stages, num_parts = GRADIENT_GELU if gelu else GRADIENT[num_low > 64]
     num_parts = max(num_parts // batch, 1)
     out = torch.empty(batch * num_parts, num_low, width, dtype=torch.float32, device=x_BLK.device)
     rows_per_part = triton.cdiv(triton.cdiv(length, num_parts), block_m) * block_m
     _gradient[(triton.cdiv(width, block_k), num_parts, batch)](
-        dlow_MR, x_BLK, out, key_B, length, num_low, _row_stride(x_BLK), dlow_MR.stride(0), 1 / (1 - p),
-        THRESHOLD=threshold(p), GELU=gelu, width=width, rows_per_part=rows_per_part, BLOCK_M=block_m, BLOCK_K=block_k,
-        BLOCK_R=_block_r(num_low), num_warps=num_warps, num_stages=num_stages)
-    return out.sum(0)
+        dlow_MR, x_BLK, gelu_grad_BLK, out, key_B, length, num_low, _row_stride(x_BLK), dlow_MR.stride(0),
+        scale / (1 - p), THRESHOLD=threshold(p), GELU=gelu, width=width, rows_per_part=rows_per_part, BLOCK_M=block_m,
+        BLOCK_K=block_k, BLOCK_R=_block_r(num_low), num_warps=num_warps, num_stages=num_stages)
+    return _summed(out, grad_RK)
+
+
+def through_b(dy_MN: Tensor, low_MR: Tensor, b_NR: Tensor, first: int, spacing: int, width: int,
+              num_layers: int, grad_NR: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """For layers of `width` outputs that begin at columns first, first + spacing, ... of dy."""
+    (num_rows, _), num_low = dy_MN.shape, low_MR.shape[1]
+    rank, dy_MN = num_low // num_layers, dy_MN if dy_MN.stride(1) == 1 else dy_MN.contiguous()
+    block_m, block_n, num_warps, num_stages, num_programs = THROUGH_B[rank > 32]
+    num_tiles = triton.cdiv(width, block_n)
+    num_parts = max(num_programs // (num_tiles * num_layers), 1)
+    rows_per_part = triton.cdiv(triton.cdiv(num_rows, num_parts), block_m) * block_m
+    num_parts = triton.cdiv(num_rows, rows_per_part)
+    dlow = torch.empty(num_tiles, num_rows, num_low, dtype=dy_MN.dtype, device=dy_MN.device)
+    db = torch.empty(num_parts, num_layers * width, rank, dtype=torch.float32, device=dy_MN.device)
+    _through_b[(num_tiles, num_parts, num_layers)](
+        dy_MN, low_MR, b_NR, dlow, db, num_rows, num_low, rank, first, spacing, dy_MN.stride(0), low_MR.stride(0),
+        b_NR.stride(0), width=width, rows_per_part=rows_per_part, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_R=_block_r(rank), num_warps=num_warps, num_stages=num_stages)
+    return dlow.sum(0), _summed(db, grad_NR)
+
+
+def _summed(parts: Tensor, grad: Tensor | None) -> Tensor | None:
+    """The sum over the parts; or None, and it is added to `grad` in the same pass."""
+    out = torch.empty_like(parts[0]) if grad is None else grad
+    assert out.is_contiguous()
+    _add_parts[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), num_parts=parts.shape[0],
+                                                  ADD=grad is not None, BLOCK=1024, num_warps=4)
+    return out if grad is None else None
 
 
 def _row_stride(x_BLK: Tensor) -> int:
