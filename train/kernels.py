@@ -7,6 +7,7 @@ of D channels. `rows` are modulation tables [B, 2, D] of which a token before it
 The backward kernels return gradients for activations only: tables, gates and norm weights are frozen.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,12 +126,13 @@ def _norm_rope_backward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gelu_and_slope(value):  # type: ignore[no-untyped-def]
-    """tanh GELU of float32 values, and its derivative, by tanh(z) = 2 sigmoid(2 z) - 1."""
-    twice = 1.5957691216057308 * (value + 0.044715 * value * value * value)
-    decay = tl.exp(-tl.abs(twice))  # never overflows
-    sigmoid = tl.where(twice < 0, decay, 1.0) / (1.0 + decay)
-    slope = sigmoid + value * sigmoid * (1.0 - sigmoid) * (1.5957691216057308 * (1.0 + 0.134145 * value * value))
-    return value * sigmoid, slope
+    """tanh GELU of float32 values, and its derivative, by tanh(z) = 2 sigmoid(2 z) - 1: few operations, because where
+    GELU rides on another pass they are what that pass waits for."""
+    square = value * value
+    decay = tl.exp2(value * (-2.302208198 - 0.1029432397 * square))  # e^(-2 z), at most inf
+    sigmoid = 1.0 / (1.0 + decay)
+    result = value * sigmoid
+    return result, sigmoid + (result - result * sigmoid) * (1.5957691216057308 + 0.2140644488 * square)
 
 
 @triton.jit
@@ -144,6 +146,19 @@ def _gelu(u, grad, out, width, u_stride, grad_stride, out_stride, BLOCK: tl.cons
     if BACKWARD:
         result = slope * tl.load(grad + row * grad_stride + d, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + d, result, mask=ok)
+
+
+@triton.jit
+def _refresh(table, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A row of `table` is a copy: addresses from and to, elements, width of a row, elements between rows, and the bits
+    of a float32 factor."""
+    row = table + tl.program_id(1) * 6
+    source = tl.load(row).to(tl.pointer_type(tl.float32))
+    destination = tl.load(row + 1).to(tl.pointer_type(HALF))
+    size, width, stride = tl.load(row + 2), tl.load(row + 3).to(tl.int32), tl.load(row + 4)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source + i, mask=i < size, other=0.0) * tl.load(row + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(destination + (i // width) * stride + i % width, value, mask=i < size)
 
 
 def _launch(width: int) -> dict[str, int]:
@@ -261,3 +276,19 @@ def gelu(u_BLK: Tensor, grad_BLK: Tensor | None, out_BLK: Tensor) -> None:
     _gelu[(num_rows, triton.cdiv(width, 2048))](
         u_BLK, grad_BLK, out_BLK, width, u_BLK.stride(1), 0 if grad_BLK is None else grad_BLK.stride(1),
         out_BLK.stride(1), BLOCK=2048, BACKWARD=grad_BLK is not None, num_warps=4)
+
+
+def copy_table(copies: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """What `refresh` copies: (destination, of which rows may lie apart; float32 source; factor). Valid as long as these
+    tensors keep their memory."""
+    assert all(source.is_contiguous() and destination.stride(1) == 1 for destination, source, _ in copies)
+    factors = torch.tensor([factor for _, _, factor in copies]).view(torch.int32).tolist()
+    rows = [(source.data_ptr(), destination.data_ptr(), source.numel(), source.shape[1], destination.stride(0), bits)
+            for (destination, source, _), bits in zip(copies, factors, strict=True)]
+    return torch.tensor(rows, dtype=torch.int64).to(copies[0][0].device)
+
+
+def refresh(table: Tensor, max_size: int, dtype: torch.dtype) -> None:
+    """All copies of `table`, none of which has more than `max_size` elements, to `dtype` in one kernel."""
+    kind = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    _refresh[(triton.cdiv(max_size, 4096), table.shape[0])](table, HALF=kind, BLOCK=4096, num_warps=8)

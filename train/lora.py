@@ -86,12 +86,12 @@ class LoRAProjections(nn.Module):
                    self.b_NR.detach()[row:row + end - start])
             row += end - start
 
-    def copies(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """(destination, source) pairs that bring the compute-dtype copies up to date, but for A's scale."""
-        yield self.a, self.a_RK.detach()
+    def copies(self) -> Iterable[tuple[Tensor, Tensor, float]]:
+        """(destination, source, factor) of what brings the copies in the compute dtype up to date."""
+        yield self.a, self.a_RK.detach(), self.scale
         for i, ((_, _, b), (start, end)) in enumerate(zip(self.parts(), self.blocks, strict=True)):
             b_NR = self.weight[:, self.width:] if self.nf4 is None else self.nf4.b_NR
-            yield b_NR[start:end, i * self.rank:(i + 1) * self.rank], b
+            yield b_NR[start:end, i * self.rank:(i + 1) * self.rank], b, 1.0
 
 
 class LoRA:
@@ -100,6 +100,7 @@ class LoRA:
     def __init__(self, modules: dict[int, list[LoRAProjections]], rank: int, alpha: float, targets: tuple[str, ...]):
         self.modules, self.rank, self.alpha, self.targets = modules, rank, alpha, targets
         self._all = [module for block in modules.values() for module in block]
+        self._table: tuple[int, Tensor, int] | None = None
         self.refresh()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -107,10 +108,22 @@ class LoRA:
 
     def refresh(self) -> None:
         """Call after every change of the parameters: GEMMs read copies in the compute dtype."""
-        pairs = [pair for module in self._all for pair in module.copies()]
+        if self._all[0].a.is_cuda:
+            self.refresh_in_one_kernel()
+            return
         with torch.no_grad():
-            torch._foreach_copy_([destination for destination, _ in pairs], [source for _, source in pairs])
-            torch._foreach_mul_([module.a for module in self._all], self._all[0].scale)
+            for destination, source, scale in (copy for module in self._all for copy in module.copies()):
+                destination.copy_(source * scale)
+
+    def refresh_in_one_kernel(self) -> None:
+        """The same, where one launch for each of hundreds of copies would cost milliseconds."""
+        from train.kernels import copy_table, refresh
+
+        place = self._all[0].a_RK.data_ptr()
+        if self._table is None or self._table[0] != place:  # optim.flatten moves all parameters
+            copies = [copy for module in self._all for copy in module.copies()]
+            self._table = place, copy_table(copies), max(source.numel() for _, source, _ in copies)
+        refresh(self._table[1], self._table[2], self._all[0].a.dtype)
 
     def set_seeds(self, seeds_B: Tensor) -> None:
         """Seeds (int64 [B]) of the samples of the next forward pass, for dropout."""
