@@ -76,6 +76,13 @@ def test_the_plan_fills_the_budget_and_never_exceeds_it(budget_gib: float) -> No
     assert all("attn1" in block for block in kept) or not any(block - {"attn1"} for block in kept[-1:])
 
 
+def test_cross_attention_is_kept_before_the_gemms_where_attention_is_slow() -> None:
+    sizes = remat.output_bytes(TI2V_5B, 11_440, 512, 2)
+    for slow_attention in (False, True):
+        kept = remat.choose_kept(sizes, 30, 5.0 * 2**30, slow_attention)
+        assert all("attn1" in block for block in kept) and all(("attn2" in block) == slow_attention for block in kept)
+
+
 def test_a_wrong_budget_is_named() -> None:
     assert remat.parse_activation_memory("6.5GiB") == 6.5 * 2**30
     with pytest.raises(ValueError, match=r'activation_memory = "6GB": use "auto", "all", "block" or'):

@@ -121,10 +121,10 @@ def step_of(config: WanConfig, bucket: Bucket, targets: list[str], rank: int, dt
     stream, row, up = 4 * tokens * d, dtype_bytes * tokens * d, dtype_bytes * tokens * config.ffn_dim
     forward_bytes = 6 * stream + 12 * row + 2 * up  # three norms, q/k/v, q, GELU
     moved = blocks * (forward_bytes + 9 * stream + 17 * row + 3 * up)
-    for names in GROUPS.values():  # the narrow products of adapters: x twice, the low-rank part of dx twice, dy twice
+    for names in GROUPS.values():  # the narrow products of adapters: x twice, the low-rank part of dx twice, dy once
         if video_targets := [name for name in names if name in targets and layer_sizes(config)[name][2]]:
             width, num_out, _ = layer_sizes(config)[video_targets[0]]
-            moved += blocks * dtype_bytes * tokens * (4 * width + 2 * len(names) * num_out)
+            moved += blocks * dtype_bytes * tokens * (4 * width + len(names) * num_out)
     num_kernels = float(blocks * KERNELS_PER_BLOCK)
     if kept.blocks is not None:
         for block in kept.blocks:
@@ -186,7 +186,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         room_bytes = 0.95 * (card.memory_gib * GIB - sum(resident.values()))
         shapes = {bucket: Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in shares}
         plans = plan_run(wan, list(shapes.values()), config.lora.targets, dtype_bytes, budget_bytes, room_bytes,
-                         config.cuda_graph_tokens)
+                         config.cuda_graph_tokens, card.gemm_flops > 3 * card.attention_flops)
         sample_s = sum(share * seconds(step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
                                                plans[shapes[bucket]]), card) for bucket, share in shares.items())
         step_s = sample_s * config.global_batch / num_gpus
