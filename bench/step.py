@@ -6,7 +6,8 @@ JSON. Profiles:
 
 - native: bfloat16, the card's best attention, nothing recomputed (diffusers: torch's best, cuDNN);
 - native32: the same, our step under a cap of 32 GiB, its activations planned for 30;
-- volta: float16 with loss scaling, SDPA's memory-efficient kernel alone, the same cap.
+- volta: float16 with loss scaling, SDPA's memory-efficient kernel alone, the same cap, and none of the low-rank kernels
+  that need tl.dot: what runs on a V100.
 
 Cases: t2v and i2v with rank 16 on the six q/k/v, r32 with rank 32 on every layer and dropout 0.1 (t2v). Peak memory is
 the step's own: what the other subjects keep is subtracted.
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from bench import step_check
 from bench import step_subjects as subjects
 from loader.sample import MAX_TEXT_TOKENS, Bucket
 from tools import plan
-from train import remat
+from train import lowrank, remat
 from train.wan import TI2V_5B, WanConfig
 
 GIB = 2**30
@@ -63,9 +65,10 @@ class Bench:
             self.adapters = subjects.attach(self.model, adapters)
         with self._counting("frozen"):
             frozen = subjects.our_model(self.reference, config, self.dtype)
-        room = PLANNED_GIB * GIB - self.resident["ours"] - plan.CONTEXT_BYTES
+        room = PLANNED_GIB * GIB - self.resident["ours"]
         self.kept = remat.plan_shape(config, shape, adapters.targets, self.dtype.itemsize,
-                                     None if self.capped else float("inf"), room)
+                                     None if self.capped else float("inf"), room,
+                                     self.attention_name in remat.SLOW_ATTENTION)
         with self._counting("ours"):
             self.steps["ours"] = subjects.our_step(self.model, self.adapters, self.attention, bucket, self.dtype,
                                                    self.kept, graph_tokens)
@@ -164,7 +167,10 @@ def check(config: WanConfig, bucket: Bucket, profile: str, device: torch.device)
     dtype, attention, _ = PROFILES[profile]
     small = Bucket(832, 480, 9)
     found = {"kernels": step_check.kernels_agree(device, dtype),
+             "linear": step_check.linear_agrees(device, dtype, nf4=False),
              "200 steps": step_check.loss_curve(dtype, attention, device)}
+    if find_spec("bitsandbytes"):
+        found["linear, NF4"] = step_check.linear_agrees(device, dtype, nf4=True)
     for case, (adapters, i2v) in CASES.items():
         found[f"2 blocks, {case}"] = step_check.gradients_agree(config, bucket, i2v, subjects.ADAPTERS[adapters], dtype,
                                                                 attention, device)
@@ -204,6 +210,7 @@ def main() -> None:
     begin_s, device, bucket = time.perf_counter(), torch.device("cuda"), Bucket.parse(arguments.shape)
     config = msgspec.structs.replace(TI2V_5B, num_layers=arguments.layers)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    lowrank.least_capability = (99, 0) if arguments.profile == "volta" else lowrank.least_capability
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
         "command": " ".join(sys.argv[1:]), "commit": commit, "card": torch.cuda.get_device_name(), "torch":

@@ -13,8 +13,9 @@ from loader.sample import MAX_TEXT_TOKENS, Bucket
 from train import elementwise, flow, lora, lowrank, optim, remat
 from train.config import FlowConfig
 from train.elementwise import Rows
+from train.fused import lora_linear_eager
 from train.step import MicroStep, prepare
-from train.wan import TI2V_5B, Wan, WanConfig, rope_tables
+from train.wan import TI2V_5B, Projections, Wan, WanConfig, rope_tables
 
 Checks = dict[str, tuple[float, float]]  # what was measured, and the most that it may be
 
@@ -66,10 +67,52 @@ def kernels_agree(device: torch.device, dtype: torch.dtype, length: int = 517) -
                     low = torch.empty(2 * length, num_low, device=device, dtype=dtype)
                     lowrank.project_down(wide, a, p, keys_B, low, into, gelu, kernels)
                     found += [low] if into is None else [low, into]
+                gelu_grad = torch.ones(wide.shape, device=device, dtype=dtype)
                 results.append([*found, lowrank.project_up(dlow, a, p, keys_B, wide.shape, kernels),
-                                *(lowrank.gradient_a(dlow, wide, p, keys_B, gelu, kernels) for gelu in (False, True))])
+                                *(lowrank.gradient_a(dlow, wide, p, keys_B, 2.0, grad, None, kernels)
+                                  for grad in (None, gelu_grad)), gelu_grad])
             differences[f"low-rank {width}, dropout {p}"] = max(relative(*pair) for pair in zip(*results, strict=True))
     return {name: (difference, 5e-3) for name, difference in differences.items()}
+
+
+def linear_agrees(device: torch.device, dtype: torch.dtype, nf4: bool) -> Checks:
+    """Worst relative difference between the adapted GEMMs of a block (q/k/v, ffn.down with its GELU), with dropout, and
+    their definition in float32 with the same weights; with `nf4` those are as bitsandbytes unpacks them."""
+    found: Checks = {}
+    config, length = TI2V_5B, 517
+    for names, width, gelu in ((("attn1.to_q", "attn1.to_k", "attn1.to_v"), config.dim, False),
+                               (("ffn.net.2",), config.ffn_dim, True)):
+        torch.manual_seed(0)
+        with torch.device(device):
+            base = Projections(width, dict.fromkeys(names, config.dim))
+        for parameter in (base.weight, base.bias):
+            parameter.data = (torch.randn_like(parameter) / width**0.5).to(dtype).requires_grad_(False)
+        module = lora.LoRAProjections(base, names, 32, 64.0, 0.1, layer=1, nf4=nf4)
+        for parameter in (module.a_RK, module.b_NR):
+            parameter.data.copy_(0.05 * torch.randn_like(parameter).to(dtype))  # what the copies can hold
+        adapters = lora.LoRA({0: [module]}, 32, 64.0, names)
+        adapters.set_seeds(torch.tensor([2**62 + 5, 77], device=device))
+        source = torch.randn(2, length, width, device=device).to(dtype)
+        dy = torch.randn(2, length, len(names) * config.dim, device=device).to(dtype)
+        weight = module.weight if module.nf4 is None else module.nf4.dense()
+        b_NR = weight[:, width:width + module.num_spare].float().requires_grad_()
+        results = []
+        for ours in (True, False):
+            x = source.clone().requires_grad_() if ours else source.float().requires_grad_()
+            if ours:
+                y = module(x, gelu=gelu)
+            else:
+                value = elementwise.gelu_tanh(x, kernels=False) if gelu else x
+                y = lora_linear_eager(value, weight[:, :width].float(), module.bias.float(), module.a_RK, b_NR,
+                                      module.scale, 0.1, module.key_B)
+            inputs = [x, module.a_RK, module.b_NR if ours else b_NR]
+            results.append([y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))])
+        whole = results[1][-1]
+        results[1][-1] = torch.cat([whole[first:end, i * 32:(i + 1) * 32] for i, (first, end) in
+                                    enumerate(module.blocks)])
+        found["GELU and ffn.down" if gelu else "q/k/v"] = (max(relative(*pair) for pair in zip(*results, strict=True)),
+                                                           1e-2)
+    return found
 
 
 def gradients_agree(config: WanConfig, bucket: Bucket, i2v: bool, adapters: subjects.Adapters, dtype: torch.dtype,
