@@ -65,7 +65,7 @@ class Bench:
             self.adapters = subjects.attach(self.model, adapters)
         with self._counting("frozen"):
             frozen = subjects.our_model(self.reference, config, self.dtype)
-        room = PLANNED_GIB * GIB - self.resident["ours"]
+        room = PLANNED_GIB * GIB - self.resident["ours"] - 12 * sum(p.numel() for p in self.adapters.parameters())
         self.kept = remat.plan_shape(config, shape, adapters.targets, self.dtype.itemsize,
                                      None if self.capped else float("inf"), room,
                                      self.attention_name in remat.SLOW_ATTENTION)

@@ -20,7 +20,7 @@ further apart than K.
 import torch
 from torch import Tensor
 
-from train.elementwise import gelu_tanh, gelu_tanh_backward_, gelu_tanh_into
+from train.elementwise import gelu_tanh_backward_, gelu_tanh_into
 
 _MASK32 = 0xFFFFFFFF
 least_capability = (8, 0)  # for tl.dot, which has no tensor cores before; bench.step's volta profile raises it
@@ -107,7 +107,10 @@ def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, s
 
         out: Tensor | None = gradient(dlow_MR, x_BLK, p, key_B, scale, gelu_grad_BLK, grad_RK)
         return out
-    value_BLK = x_BLK if gelu_grad_BLK is None else gelu_tanh(x_BLK, 0, kernels)
+    value_BLK = x_BLK
+    if gelu_grad_BLK is not None:
+        value_BLK = torch.empty_like(gelu_grad_BLK)
+        gelu_tanh_into(x_BLK, value_BLK, kernels)
     da_RK = mm_float32(dlow_MR.T, _rows(dropped(value_BLK, p, key_B, kernels)))
     if gelu_grad_BLK is not None:
         gelu_tanh_backward_(gelu_grad_BLK, x_BLK, kernels)

@@ -204,7 +204,7 @@ def gradient(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, sca
     batch, length, width = x_BLK.shape
     num_low, gelu = dlow_MR.shape[1], gelu_grad_BLK is not None
     block_m, block_k, num_warps, num_stages, num_parts = GRADIENT_GELU if gelu else GRADIENT[num_low > 64]
-    num_parts = max(num_parts // batch, 1)
+    num_parts = max(min(num_parts, length // (2 * block_m)) // batch, 1)  # text is short
     out = torch.empty(batch * num_parts, num_low, width, dtype=torch.float32, device=x_BLK.device)
     rows_per_part = triton.cdiv(triton.cdiv(length, num_parts), block_m) * block_m
     _gradient[(triton.cdiv(width, block_k), num_parts, batch)](
