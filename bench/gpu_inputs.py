@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from loader.sample import Bucket
 from loader.vae import VAEConfig, VAEEncoder
@@ -25,7 +26,7 @@ VAE = VAEConfig(latents_mean=[0.0] * 48, latents_std=[1.0] * 48, base_dim=160, z
 
 
 def make_clips(folder: Path, bucket: Bucket = LARGE) -> None:
-    """H.264 clips as shardgen stores them, and frame 0 of each as ffmpeg decodes it, by BT.709 and by BT.601."""
+    """H.264 clips as shardgen stores them; ffmpeg's frame 0 of each: the planes, and RGB by BT.709 and by BT.601."""
     import av
 
     from shardgen.media import BT601, BT709, FULL, NARROW, SCALER
@@ -39,10 +40,32 @@ def make_clips(folder: Path, bucket: Bucket = LARGE) -> None:
         (folder / f"{i}.mp4").write_bytes(clip)
         with av.open(io.BytesIO(clip)) as container:
             frame = next(container.decode(video=0))
+        PIL.Image.fromarray(frame.to_ndarray()).save(folder / f"{i}-planes.png")
         for name, matrix in (("709", BT709), ("601", BT601)):
             pixels = frame.reformat(format="rgb24", interpolation=SCALER, src_colorspace=matrix, src_color_range=NARROW,
                                     dst_color_range=FULL, threads=1).to_ndarray()
             PIL.Image.fromarray(pixels).save(folder / f"{i}-{name}.png", optimize=True)
+
+
+def dali_frame(path: Path) -> tuple[Tensor, Tensor]:
+    """What FrameDecoder should make of make_clips' planes, [3, 1, H, W], and which pixels BT.601 can hold, [1, H, W].
+
+    DALI 2.4's CUDA kernel in float64: BT.601 in three decimals, as if black were 255 / 16 and grey chroma 255 / 2, not
+    16 and 128; rounded and clipped to 8 bits, which loses colours that are BT.709's and not BT.601's. Chroma is
+    bilinear and centred between luma, while H.264 puts it on every other column.
+    """
+    from loader.dali import _BT601_TO_BT709
+
+    planes = torch.from_numpy(np.array(PIL.Image.open(path))).double()  # yuv420p, [H + H/2, W]
+    height, width = planes.shape[0] * 2 // 3, planes.shape[1]
+    luma_HW, chroma = planes.split([height, height // 2])
+    chroma = chroma.reshape(1, 2, height // 2, width // 2) - 255 / 2
+    blue_HW, red_HW = interpolate(chroma, scale_factor=2, mode="bilinear")[0]
+    grey_HW = 1.164 * (luma_HW - 255 / 16)
+    rgb_CHW = torch.stack([grey_HW + 1.596 * red_HW, grey_HW - 0.813 * red_HW - 0.392 * blue_HW,
+                           grey_HW + 2.017 * blue_HW])
+    frame_CHW = torch.einsum("dc,chw->dhw", _BT601_TO_BT709.double(), rgb_CHW.round().clamp(0, 255) / 127.5 - 1)
+    return frame_CHW.clamp(-1, 1).unsqueeze(1), ((rgb_CHW >= 0) & (rgb_CHW <= 255)).all(0, keepdim=True)
 
 
 def write_model(folder: Path, config: WanConfig = TI2V_5B, vae: VAEConfig = VAE, device: str = "cuda") -> None:
