@@ -54,7 +54,7 @@ def dali_frame(path: Path) -> tuple[Tensor, Tensor]:
     16 and 128; rounded and clipped to 8 bits, which loses colours that are BT.709's and not BT.601's. Chroma is
     bilinear and centred between luma, while H.264 puts it on every other column.
     """
-    from loader.dali import _BT601_TO_BT709
+    from loader.dali import _BT601_TO_BT709, _CUDA_BIAS
 
     planes = torch.from_numpy(np.array(PIL.Image.open(path))).double()  # yuv420p, [H + H/2, W]
     height, width = planes.shape[0] * 2 // 3, planes.shape[1]
@@ -64,7 +64,8 @@ def dali_frame(path: Path) -> tuple[Tensor, Tensor]:
     grey_HW = 1.164 * (luma_HW - 255 / 16)
     rgb_CHW = torch.stack([grey_HW + 1.596 * red_HW, grey_HW - 0.813 * red_HW - 0.392 * blue_HW,
                            grey_HW + 2.017 * blue_HW])
-    frame_CHW = torch.einsum("dc,chw->dhw", _BT601_TO_BT709.double(), rgb_CHW.round().clamp(0, 255) / 127.5 - 1)
+    levels_CHW = rgb_CHW.round().clamp(0, 255) - torch.tensor(_CUDA_BIAS).view(3, 1, 1)
+    frame_CHW = torch.einsum("dc,chw->dhw", _BT601_TO_BT709.double(), levels_CHW / 127.5 - 1)
     return frame_CHW.clamp(-1, 1).unsqueeze(1), ((rgb_CHW >= 0) & (rgb_CHW <= 255)).all(0, keepdim=True)
 
 

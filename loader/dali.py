@@ -37,6 +37,8 @@ def _yuv_to_rgb(red: float, blue: float) -> Tensor:
 
 # grey stays grey, so this holds for RGB in [-1, 1] as for any other scale
 _BT601_TO_BT709 = _yuv_to_rgb(0.2126, 0.0722) @ torch.linalg.inv(_yuv_to_rgb(0.299, 0.114))
+# levels by which DALI's CUDA kernel is off in RGB: black is 255 / 16 to it and grey chroma 255 / 2, not 16 and 128
+_CUDA_BIAS = (1.164 / 16 + 1.596 / 2, 1.164 / 16 - (0.813 + 0.392) / 2, 1.164 / 16 + 2.017 / 2)
 
 
 class DecodeError(ValueError):
@@ -56,7 +58,7 @@ class FrameDecoder:
         self._container, self._device, self._dtype = container, device, dtype
         self._max_batch, self._num_frames, self._num_threads = max_batch, num_frames, num_threads
         self._crop_px = crop_px
-        self._to_bt709 = _BT601_TO_BT709.to(device) if bt709 and container == "mp4" else None
+        self._from_bt601 = (_BT601_TO_BT709 if bt709 else torch.eye(3)).to(device)
         self._pipeline = self._build()
 
     def _build(self) -> Pipeline:
@@ -72,9 +74,11 @@ class FrameDecoder:
             else:
                 frames = fn.decoders.video(encoded, device=decoder, sequence_length=self._num_frames, affine=False,
                                            pad_mode="none", build_index=False)
+            bias = _CUDA_BIAS if gpu and self._container == "mp4" else (0, 0, 0)
             pipeline.set_outputs(fn.crop_mirror_normalize(
                 frames, crop=self._crop_px, dtype=_DTYPES[self._dtype],
-                output_layout="CHW" if self._container == "jpg" else "FCHW", mean=[127.5] * 3, std=[127.5] * 3))
+                output_layout="CHW" if self._container == "jpg" else "FCHW", mean=[127.5 + levels for levels in bias],
+                std=[127.5] * 3))
         pipeline.build()
         return pipeline
 
@@ -106,10 +110,8 @@ class FrameDecoder:
         frames = [from_dlpack(output) for output in outputs]
         if self._container == "jpg":
             return [frame.unsqueeze(1) for frame in frames]
-        if self._to_bt709 is not None:
-            frames = [torch.einsum("dc,fchw->fdhw", self._to_bt709, frame.float()).clamp_(-1, 1).to(self._dtype)
-                      for frame in frames]
-        return [frame.movedim(0, 1) for frame in frames]
+        return [torch.einsum("dc,fchw->dfhw", self._from_bt601, frame.float()).clamp_(-1, 1).to(self._dtype)
+                for frame in frames]
 
 
 def _last_sentence(error: RuntimeError) -> str:

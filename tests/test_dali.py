@@ -96,9 +96,10 @@ def test_the_colours_of_a_video_are_those_of_its_matrix(matrix: int, bt709: bool
 def test_dalis_arithmetic_gives_ffmpegs_frame_but_for_colours_that_bt601_clips(tmp_path: Path) -> None:
     make_clips(tmp_path, Bucket(640, 352, 5))
     frame, held = dali_frame(tmp_path / "0-planes.png")
-    errors = (frame - pixels((tmp_path / "0-709.png").read_bytes())).abs() * 127.5
-    assert errors.mean() < 1.5 and errors.max() > 20 and held.double().mean() > 0.9
-    assert errors.movedim(0, -1)[held].max() < 8  # H.264's and DALI's chroma lie a quarter of a pixel apart
+    errors = (frame - pixels((tmp_path / "0-709.png").read_bytes())).movedim(0, -1) * 127.5
+    assert errors.abs().max() > 20 and held.double().mean() > 0.9
+    assert errors[held].mean(0).abs().max() < 0.1  # no tint, though DALI's kernel has one
+    assert errors[held].abs().max() < 8  # H.264's and DALI's chroma lie a quarter of a chroma pixel apart
 
 
 def test_the_raw_feed_takes_the_first_frame_of_a_clip(tiny_checkpoint: Path, tmp_path: Path) -> None:
