@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -131,7 +132,8 @@ class Feed:
         self._next = (0, 0)  # (global batch, micro-step) of the next job
         self._consumed = 0
         self._pending: deque[Future[_Ready]] = deque()
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="feed")
+        use_stream = None if self._stream is None else partial(torch.cuda.set_stream, self._stream)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="feed", initializer=use_stream)
 
     @property
     def num_batches_per_epoch(self) -> int:
@@ -203,12 +205,8 @@ class Feed:
         whole = self._order.batch(number)
         rows = micro_slice(step, self._rank, self._world_size, self._micro_batch)
         places = list(zip(whole.shard_G[rows].tolist(), whole.position_G[rows].tolist(), strict=True))
-        last = step + 1 == self._num_micro
-        if self._stream is None:
-            return _Ready(self._batch(whole, places), None, last)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            batch = self._batch(whole, places)
-            return _Ready(batch, self._stream.record_event(), last)
+        batch = self._batch(whole, places)
+        return _Ready(batch, self._stream.record_event() if self._stream else None, step + 1 == self._num_micro)
 
     def _batch(self, whole: GlobalBatch, places: list[tuple[int, int]]) -> Batch:
         """Read the samples at (shard, position) and place each one in the batch, on the device."""
@@ -222,9 +220,9 @@ class Feed:
             needs_frame = i2v and self._raw is not None and latent_CTHW is None
             frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members and needs_frame), None)
             if text_BSD is None:
-                text_BSD = torch.empty((len(places), MAX_TEXT_TOKENS, meta.text.shape[1]), dtype=torch.float16,
+                text_BSD = torch.zeros((len(places), MAX_TEXT_TOKENS, meta.text.shape[1]), dtype=torch.float16,
                                        device=self._device)
-            text_SD, num_tokens = text_BSD[i], meta.text.shape[0]
+            num_tokens = meta.text.shape[0]
             try:
                 if latent_CTHW is None:
                     self._place(members[LATENT], meta.latent, latent_BCTHW[i])
@@ -233,13 +231,12 @@ class Feed:
                 if dropped:
                     planes = torch.from_numpy(self._empty_text[whole.dataset]).view(2, -1, meta.text.shape[1])
                     num_tokens = planes.shape[1]
-                    merge_planes(planes.to(self._device), text_SD[:num_tokens])
+                    merge_planes(planes.to(self._device), text_BSD[i, :num_tokens])
                 else:
-                    self._place(members[TEXT], meta.text, text_SD[:num_tokens])
+                    self._place(members[TEXT], meta.text, text_BSD[i, :num_tokens])
             except (SampleError, RuntimeError) as error:
                 error.add_note(f"shard {sample.shard}, key {meta.key}")
                 raise
-            text_SD[num_tokens:] = 0
             loaded.append(_Loaded(sample.shard, meta.key, i2v, dropped, needs_frame, frame))
         condition_BC1HW = None
         if self._raw is not None:
@@ -332,8 +329,8 @@ def _first_frames(vae: VAEEncoder, device: torch.device) -> "FirstFrames":
 
 def merge_planes(planes: Tensor, out: Tensor) -> None:
     """uint8 [2, ...], high bytes and low bytes, into float16 `out` [...], on whatever device both are."""
-    bits = out.view(torch.int16)
-    bits.copy_(planes[0]).bitwise_left_shift_(8).bitwise_or_(planes[1])
+    (high, low), bits = planes.unbind(), out.view(torch.int16)
+    torch.add(low, bits.copy_(high), alpha=256, out=bits)
 
 
 def _empty_text(member: bytes) -> np.ndarray[Any, Any]:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import xxhash
 
 from loader.manifest import (
@@ -98,8 +99,8 @@ class LocalFile:
 
     def read(self, offset: int, size: int) -> memoryview:
         buffer = getattr(self._buffers, "buffer", b"")
-        if len(buffer) < size:
-            buffer = self._buffers.buffer = bytearray(size)
+        if len(buffer) < size:  # twice, so that it seldom grows: what isn't touched costs no memory
+            buffer = self._buffers.buffer = np.empty(2 * size, np.uint8)
         view, num_read = memoryview(buffer)[:size], 0
         while num_read < size and (got := os.preadv(self._fd, [view[num_read:]], offset + num_read)):
             num_read += got
