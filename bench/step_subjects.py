@@ -236,7 +236,7 @@ def graphed(step: Step, batch: Batch) -> Step:
     with torch.cuda.graph(graph):
         loss = step(batch)
 
-    def replay(_: Batch) -> Tensor:
+    def replay(_: Batch, keep: Step = step) -> Tensor:  # the graph reads tensors that `step` owns
         graph.replay()
         return loss
 
