@@ -155,7 +155,7 @@ class Order:
 
     Args: `weights` is each dataset's share of the batches, in any unit (default: by their numbers of batches);
     `window_shards` bounds the shards in use at a time per bucket (twice that while a batch straddles two windows).
-    Raises OrderError when a dataset has no bucket with a whole global batch.
+    Raises OrderError when a dataset has no bucket with a whole global batch, or not one weight.
     """
 
     def __init__(self, datasets: Sequence[Sequence[ShardInfo]], *, seed: int, global_batch: int,
@@ -177,6 +177,8 @@ class Order:
                 held = ", ".join(f"{bucket}: {size}" for bucket, size in sizes.items()) or "none at all"
                 raise OrderError(f"dataset {d} has no bucket with a whole global batch of {global_batch} samples "
                                  f"({held}); take a smaller global batch or build more samples")
+        if weights and len(weights) != len(datasets):
+            raise OrderError(f"{len(weights)} dataset weights for {len(datasets)} datasets; give one for each, or none")
         self.quotas = mix_quotas(weights or self.batches_per_epoch)
         self._identity = self._describe(datasets)
         self._epochs: dict[tuple[int, int], EpochOrder] = {}

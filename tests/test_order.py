@@ -145,6 +145,9 @@ def test_weights_that_can_not_be_kept_are_refused() -> None:
     for weights in ([1.0, 0.0], [1.0, -1.0], [1.0, 1e-5]):
         with pytest.raises(OrderError, match="weights"):
             Order([SHARDS, SHARDS], seed=5, global_batch=G, weights=weights)
+    for weights in ([1.0], [1.0, 1.0, 1.0]):
+        with pytest.raises(OrderError, match=f"{len(weights)} dataset weights for 2 datasets"):
+            Order([SHARDS, SHARDS], seed=5, global_batch=G, weights=weights)
 
 
 def test_a_dataset_without_a_whole_batch_is_refused() -> None:
