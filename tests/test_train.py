@@ -133,6 +133,7 @@ def test_resumed_on_one_rank_it_goes_on_with_the_same_samples(base: TrainConfig,
     finish(start(base, tmp_path, 2, num_steps=3, optim=msgspec.structs.replace(base.optim, schedule="constant")))
     said = finish(start(base, tmp_path, 1, optim=msgspec.structs.replace(base.optim, schedule="constant")))
     assert "resumed from" in said and "step-00000003" in said
+    assert "8 batches of 2 an epoch; samples left out each epoch" in said
     whole = tmp_path / "whole"
     finish(start(base, whole, 2, optim=msgspec.structs.replace(base.optim, schedule="constant")))
     ours, theirs = load_file(tmp_path / lora.DIFFUSERS_FILE), load_file(whole / lora.DIFFUSERS_FILE)

@@ -6,6 +6,7 @@ a sample follows from its seed.
 """
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -156,6 +157,8 @@ def main() -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="override one key of the file")
     arguments = parser.parse_args()
+    logging.basicConfig(format="train: %(message)s")
+    logging.getLogger("loader").setLevel(logging.INFO)  # the samples that each epoch leaves out
     try:
         with ExitStack() as stack:
             train(load_toml(arguments.config, TrainConfig, arguments.set), stack.enter_context(dist.process_group()),
