@@ -20,6 +20,9 @@ class Handler(BaseHTTPRequestHandler):
             size = os.fstat(file.fileno()).st_size
             match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             start, end = (int(match[1]), min(int(match[2]) + 1, size)) if match else (0, size)
+            if start >= size > 0:
+                self.send_error(416)
+                return
             self.send_response(206 if match else 200)
             if match:
                 self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")

@@ -77,6 +77,9 @@ class File(Protocol):
     def read(self, offset: int, size: int) -> memoryview:
         """Up to `size` bytes at `offset`, fewer at the end of the file; valid until this thread's next read."""
 
+    def forget(self, offset: int, size: int) -> None:
+        """What `read` gave for these was damaged: it must not come from a cache again."""
+
 
 class Store(Protocol):
     """Where a dataset lies. Both methods raise FileNotFoundError for what isn't there.
@@ -105,6 +108,9 @@ class LocalFile:
         while num_read < size and (got := os.preadv(self._fd, [view[num_read:]], offset + num_read)):
             num_read += got
         return view[:num_read]
+
+    def forget(self, offset: int, size: int) -> None:
+        pass
 
 
 class LocalStore:
@@ -224,6 +230,8 @@ def _read_members(shard: Shard, position: int, extensions: Sequence[str]) -> dic
     end = max(members[extension].offset + members[extension].size for extension in extensions)
     try:
         data = shard.file.read(first, end - first)
+    except FileNotFoundError as error:  # a remote shard is first asked for here
+        raise DamagedError(Damage(shard.info.name, "", f"{shard.info.name}.tar", _reason(error))) from error
     except OSError as error:
         raise damaged(extensions[0], _reason(error)) from error
     views = {}
@@ -231,9 +239,13 @@ def _read_members(shard: Shard, position: int, extensions: Sequence[str]) -> dic
         _, offset, size = members[extension]
         views[extension] = data[offset - first:offset - first + size]
         if len(views[extension]) < size:
-            raise damaged(extension, f"short: {len(views[extension])} of {size} bytes; the shard is truncated")
-        if xxhash.xxh3_64_hexdigest(views[extension]) != shard.hashes.get(members[extension].name):
-            raise damaged(extension, "damaged: its bytes differ from the .xxh3 file's hash")
+            reason = f"short: {len(views[extension])} of {size} bytes; the shard is truncated"
+        elif xxhash.xxh3_64_hexdigest(views[extension]) != shard.hashes.get(members[extension].name):
+            reason = "damaged: its bytes differ from the .xxh3 file's hash"
+        else:
+            continue
+        shard.file.forget(first, end - first)
+        raise damaged(extension, reason)
     return views
 
 
@@ -267,11 +279,15 @@ class Reader:
 
     def read(self, shard: int, position: int, wanted: Wanted) -> Sample:
         """The sample, or the first intact one of `replacements`. Raises TooManyDamagedError."""
+        lost = -1
         for i, candidate in replacements(self._shards, shard, position):
+            if i == lost:
+                continue
             try:
                 sample = read_sample(self._shard(i), candidate, wanted)
             except DamagedError as error:
                 self.report(error.damage)
+                lost = i if not error.damage.key else lost  # none of its samples can be had
                 continue
             if (sample.shard, sample.meta.key) not in self._rejected:
                 return sample

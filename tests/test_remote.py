@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class Handler(BaseHTTPRequestHandler):
         if match is None or not server.takes_ranges:
             return self._answer(200, data)
         start, end = int(match[1]), min(int(match[2]) + 1, len(data))
+        if start >= len(data):
+            return self._answer(416, b"", f"bytes */{len(data)}")
         self._answer(206, data[start:end], f"bytes {start}-{end - 1}/{len(data)}")
 
     def _answer(self, status: int, data: bytes, content_range: str = "") -> None:
@@ -180,6 +182,34 @@ def test_a_damaged_sample_on_the_server_is_found(server: Server, dataset: Path, 
         take(feed, 14)
         assert feed.damages and all(damage.member.endswith(".json") for damage in feed.damages)
     shutil.rmtree(copy)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[520] ^= 1  # in the first json of a tar
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+@pytest.mark.parametrize(("fault", "suffix", "member"), [
+    (flip, ".tar", ".json"), (cut, ".tar", ".json"), (Path.unlink, ".tar", ".tar"), (cut, ".idx", ".idx"),
+], ids=["bit flip", "truncated", "gone", "index"])
+def test_a_lost_or_damaged_shard_on_the_server_is_as_a_local_one_and_once_restored_it_is_read(
+        server: Server, dataset: Path, tmp_path: Path, fault: Callable[[Path], None], suffix: str, member: str) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    server.folder = tmp_path
+    broken = next((copy / "train").glob(f"train-64x32x5-*{suffix}"))
+    fault(broken)
+    with make(copy) as local, make(f"{server.url}/copy", tmp_path / "cache") as remote:
+        assert take(remote, 14) == take(local, 14)
+        assert {damage[:3] for damage in remote.damages} == {damage[:3] for damage in local.damages}
+        assert remote.damages[0].member.endswith(member)
+    shutil.copy(dataset / "train" / broken.name, broken)
+    with make(dataset) as local, make(f"{server.url}/copy", tmp_path / "cache") as remote:
+        assert take(remote, 14) == take(local, 14) and remote.damages == []
 
 
 def cache_size(folder: Path) -> int:
