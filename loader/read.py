@@ -291,7 +291,8 @@ class Reader:
                 continue
             if (sample.shard, sample.meta.key) not in self._rejected:
                 return sample
-        raise TooManyDamagedError(f"no intact sample is left in the shards of {self._shards[shard].bucket}")
+        raise TooManyDamagedError(f"no intact sample is left in the shards of {self._shards[shard].bucket}: run "
+                                  f"`shardgen verify` on the dataset, and restore it")
 
     def reject(self, damage: Damage) -> None:
         """Replace a sample from now on, though its bytes are intact. Raises TooManyDamagedError beyond the limit."""

@@ -90,6 +90,8 @@ def run_inspect(options: argparse.Namespace) -> int:
                 for name, data in stored.items():
                     print(f"{meta.key}.{name}: {len(data)} bytes")
                 for name, info in (LATENT, meta.latent), (TEXT, meta.text):
+                    if name not in stored:  # of an index of foreign tars
+                        continue
                     tensor = decode_tensor(stored[name], info).astype("float32")
                     print(f"{name}: shape {list(info.shape)}, mean {tensor.mean():.4f}, deviation {tensor.std():.4f}, "
                           f"from {tensor.min():.4f} to {tensor.max():.4f}")

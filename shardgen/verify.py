@@ -3,10 +3,14 @@
 Three layers, from cheap to dear: the files against the manifest's hashes; the tar itself (headers, padding, order,
 index) against the bytes that write.py would have made; and what the members hold (metadata, tensors, pictures)
 against the format. The layers don't stop each other, so that one flipped bit is traced to its member.
+
+Of an index of foreign tars (tools/index.py) the shards are checked like this, but for latents and first frames, which
+it lacks; the foreign tar against its hash, and each of its clips. What else lies in that tar is not ours to judge.
 """
 
 import mmap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +29,7 @@ from loader.manifest import (
     ShardInfo,
     decode_hashes,
     decode_index,
+    media_shards,
     read_manifest,
 )
 from loader.sample import (
@@ -59,28 +64,54 @@ class Checked(NamedTuple):
     text_dims: set[int]
 
 
-def check_shard(shard: tuple[str, ShardInfo], dataset: Path) -> Checked:
-    """Check one (split, shard) of `dataset` completely. Faults are returned, not raised."""
-    split, info = shard
+Opened = tuple[mmap.mmap, list[list[Member]], dict[str, str]]
+
+
+def check_shard(shard: tuple[str, ShardInfo, ShardInfo | None], dataset: Path) -> Checked:
+    """Check one (split, shard, shard of foreign media) of `dataset` completely. Faults are returned, not raised."""
+    split, info, media = shard
     checked = Checked([], [], set(), set())
     stem = dataset / split / info.name
     try:
-        for suffix, digest in (TAR, info.tar_xxh3), (IDX, info.idx_xxh3), (XXH3, info.xxh3_xxh3):
-            path = stem.with_name(info.name + suffix)
-            if (found := file_xxh3(path)) != digest:
-                checked.faults.append(f"{path}: xxh3_128 is {found}, the manifest says {digest}")
-        with stem.with_name(info.name + TAR).open("rb") as file, \
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if len(data) != info.bytes:
-                checked.faults.append(f"{info.name}.tar: {len(data)} bytes, the manifest says {info.bytes}")
-            index = decode_index(stem.with_name(info.name + IDX).read_bytes(), f"{info.name}.idx")
-            hashes = decode_hashes(stem.with_name(info.name + XXH3).read_bytes(), f"{info.name}.xxh3")
+        with _opened(stem, info, checked.faults) as (data, index, hashes):
             checked.faults.extend(_tar_faults(data, index, hashes, info))
             for members in index:
-                checked.faults.extend(_sample_faults(data, members, split, info, checked))
+                checked.faults.extend(_sample_faults(data, members, split, info, checked, media is not None))
+        if media is not None:
+            stem = stem.with_name(media.name)
+            with _opened(stem, media, checked.faults) as (data, index, hashes):
+                checked.faults.extend(_media_faults(data, index, hashes, media, checked.keys))
     except (OSError, DatasetError, ValueError) as error:  # ValueError: an empty file can't be mapped
-        checked.faults.append(f"{stem}: {error}")
+        advice = "" if stem.name == info.name else "; if its tar was moved or changed, index it again: tools.index"
+        checked.faults.append(f"{stem}: {error}{advice}")
     return checked
+
+
+@contextmanager
+def _opened(stem: Path, info: ShardInfo, faults: list[str]) -> Iterator[Opened]:
+    """A shard's tar, index and hashes; `faults` hears where its files are not those of the manifest."""
+    for suffix, digest in (IDX, info.idx_xxh3), (XXH3, info.xxh3_xxh3), (TAR, info.tar_xxh3):
+        path = stem.with_name(info.name + suffix)
+        if (found := file_xxh3(path)) != digest:
+            faults.append(f"{path}: xxh3_128 is {found}, the manifest says {digest}")
+    with stem.with_name(info.name + TAR).open("rb") as file, \
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if len(data) != info.bytes:
+            faults.append(f"{info.name}.tar: {len(data)} bytes, the manifest says {info.bytes}")
+        index = decode_index(stem.with_name(info.name + IDX).read_bytes(), f"{info.name}.idx")
+        yield data, index, decode_hashes(stem.with_name(info.name + XXH3).read_bytes(), f"{info.name}.xxh3")
+
+
+def _media_faults(data: mmap.mmap, index: list[list[Member]], hashes: dict[str, str], media: ShardInfo,
+                  keys: list[str]) -> Iterator[str]:
+    """The clips in a foreign tar: line i of its index is one clip, of sample i."""
+    clips = [[split_member_name(member.name) for member in members] for members in index]
+    if [[key] for key in keys] != [[key for key, _ in names] for names in clips]:
+        yield f"{media.name}.idx: its {len(index)} clips are not those of the {len(keys)} samples, one each"
+    for member in (member for members in index for member in members):
+        with memoryview(data) as view, view[member.offset:member.offset + member.size] as stored:
+            if xxhash.xxh3_64_hexdigest(stored) != hashes.get(member.name):
+                yield f"{media.name}.tar: {member.name}: its bytes don't match {media.name}.xxh3"
 
 
 def _tar_faults(data: mmap.mmap, index: list[list[Member]], hashes: dict[str, str],
@@ -108,8 +139,8 @@ def _tar_faults(data: mmap.mmap, index: list[list[Member]], hashes: dict[str, st
 
 
 def _sample_faults(data: mmap.mmap, members: list[Member], split: str, info: ShardInfo,
-                   checked: Checked) -> Iterator[str]:
-    """One sample against the format."""
+                   checked: Checked, foreign: bool) -> Iterator[str]:
+    """One sample against the format; a `foreign` one has its media elsewhere, and no latent."""
     key = split_member_name(members[0].name)[0]
     place = f"{info.name}.tar: {key}"
     stored = {}
@@ -135,10 +166,10 @@ def _sample_faults(data: mmap.mmap, members: list[Member], split: str, info: Sha
         if len(meta.text.shape) != 2 or not 1 <= meta.text.shape[0] <= MAX_TEXT_TOKENS:
             yield f"{place}.{TEXT}: shape {list(meta.text.shape)}, expected [1 to {MAX_TEXT_TOKENS}, text dimension]"
         checked.text_dims.add(meta.text.shape[-1])
-        for name, tensor in (LATENT, meta.latent), (TEXT, meta.text):
+        for name, tensor in [(LATENT, meta.latent), (TEXT, meta.text)][foreign:]:
             if not np.isfinite(decode_tensor(stored[name], tensor)).all():
                 yield f"{place}.{name}: holds inf or NaN"
-        if meta.media_type == "video" and JPG not in stored:
+        if meta.media_type == "video" and JPG not in stored and not foreign:
             yield f"{place}: a video without {JPG}"
         yield from _picture_faults(stored, place, meta)
     except KeyError as error:
@@ -173,9 +204,10 @@ def _picture_faults(stored: dict[str, bytes], place: str, meta: SampleMeta) -> I
 def verify_dataset(dataset: Path, num_workers: int, advance: Callable[[int], None]) -> Iterator[str]:
     """Yield every fault of `dataset`; `advance` hears of shards done. Raises DatasetError without a manifest."""
     manifest = read_manifest(dataset)
-    shards = [(split, info) for split, infos in manifest.splits.items() for info in infos]
+    media = media_shards(manifest)
+    shards = [(split, info, media.get(info.name)) for split, infos in manifest.splits.items() for info in infos]
     checked: dict[str, Checked] = {}
-    for (_, info), result in run_local(partial(check_shard, dataset=dataset), shards, num_workers):
+    for (_, info, _), result in run_local(partial(check_shard, dataset=dataset), shards, num_workers):
         if isinstance(result, Failure):
             yield f"{info.name}: {result}"
             continue
@@ -199,8 +231,10 @@ def check_across(dataset: Path, manifest: Manifest, checked: dict[str, Checked])
     dims = set().union(*(shard.text_dims for shard in checked.values()))
     if len(dims) > 1:
         yield f"text rows of different dimensions: {sorted(dims)}"
+    media = media_shards(manifest)
     for split, shards in manifest.splits.items():
-        known = {info.name + suffix for info in shards for suffix in (TAR, IDX, XXH3)}
+        known = {one.name + suffix for info in shards for one in (info, media.get(info.name, info))
+                 for suffix in (TAR, IDX, XXH3)}
         for path in sorted((dataset / split).glob("*")):
             if path.name not in known:
                 yield f"{path}: is not in {MANIFEST_FILE}"

@@ -14,11 +14,13 @@ import torch
 from nvidia.dali import Pipeline, fn
 
 from loader.feed import Batch, Feed
-from loader.manifest import DatasetError, Manifest, media_shards, read_manifest
+from loader.manifest import DatasetError, Manifest, decode_index, media_shards, read_manifest
 from loader.read import TooManyDamagedError
 from loader.vae import VAEEncoder, load_vae_encoder
+from shardgen.cli import main as shardgen
 from shardgen.media import BT709
 from shardgen.text import TextEncoder
+from shardgen.verify import verify_dataset
 from tools.index import tar_samples, write_index
 
 FRAMES = 5
@@ -196,3 +198,33 @@ def test_what_is_no_tar_or_repeats_is_refused_by_name(tars: list[Path], encoder:
     again.write_bytes(tars[0].read_bytes())
     with pytest.raises(ValueError, match=r"clip 0 in .*zwei.tar is the same sample as .*clip 0 in .*one.tar"):
         write_index([tars[0], again], tmp_path / "b", encoder, num_frames=FRAMES)
+
+
+def test_verify_checks_an_index_and_the_clips_it_links_to(tars: list[Path], encoder: TextEncoder, tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    def faults() -> list[str]:
+        return list(verify_dataset(folder, 1, lambda count: None))
+
+    folder, tar = tmp_path / "indexed", tmp_path / "one.tar"
+    tar.write_bytes(tars[0].read_bytes())
+    write_index([tar], folder, encoder, num_frames=FRAMES)
+    assert faults() == []
+    shard = folder / "train" / "train-96x64x5-000000.tar"
+    key = decode_index(shard.with_suffix(".media.idx").read_bytes(), "")[0][0].name[:32]
+    assert shardgen(["inspect", str(shard), key]) == 0 and "text.zst: shape" in capsys.readouterr().out
+
+    whole = tar.read_bytes()
+    member = dict(tar_samples(tar))["./some folder/clip 2"]["mp4"]
+    tar.write_bytes(whole[:member.offset + 9] + b"?" + whole[member.offset + 10:])
+    assert any(".media.tar: xxh3_128 is" in fault for fault in faults())
+    assert any(".mp4: its bytes don't match" in fault for fault in faults())
+    tar.write_bytes(whole)
+    index = shard.with_suffix(".media.idx")
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
+    assert any("are not those of the 4 samples" in fault for fault in faults())
+    index.write_text("".join(lines))
+    assert faults() == []
+    tar.unlink()
+    (fault,) = faults()
+    assert "No such file" in fault and "index it again: tools.index" in fault

@@ -118,7 +118,7 @@ def test_verify_finds_a_thousand_flips_anywhere(tiny_dataset: Path, tmp_path: Pa
         """verify_dataset without its pool of processes."""
         try:
             now = read_manifest(dataset)
-            checked = {one.name: check_shard((split, one), dataset=dataset)
+            checked = {one.name: check_shard((split, one, None), dataset=dataset)
                        for split, infos in now.splits.items() for one in infos}
         except ValueError as error:
             return [str(error)]
