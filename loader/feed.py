@@ -234,7 +234,9 @@ class Feed:
                     merge_planes(planes.to(self._device), text_BSD[i, :num_tokens])
                 else:
                     self._place(members[TEXT], meta.text, text_BSD[i, :num_tokens])
-            except (SampleError, RuntimeError) as error:
+            except SampleError as error:  # its hash is right: it was written like this
+                raise SampleError(f"shard {sample.shard}, key {meta.key}: {error}; build the dataset anew") from error
+            except RuntimeError as error:
                 error.add_note(f"shard {sample.shard}, key {meta.key}")
                 raise
             loaded.append(_Loaded(sample.shard, meta.key, i2v, dropped, needs_frame, frame))

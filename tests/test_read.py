@@ -11,10 +11,20 @@ import msgspec
 import numpy as np
 import pytest
 
-from loader.manifest import MANIFEST_FILE, DatasetError, encode_manifest, read_manifest
+from loader.feed import Feed
+from loader.manifest import (
+    MANIFEST_FILE,
+    DatasetError,
+    Manifest,
+    decode_index,
+    encode_manifest,
+    read_manifest,
+    recipe_id,
+)
 from loader.read import Damage, Reader, Sample, TooManyDamagedError, read_dataset
-from loader.sample import JPG, LATENT, TEXT, decode_tensor
+from loader.sample import JPG, LATENT, TEXT, SampleError, decode_tensor
 from shardgen.verify import check_across, check_shard
+from shardgen.write import write_shard
 from tools.synthetic import write_synthetic_dataset
 
 SHARD = "train-64x64x5-000000"
@@ -242,6 +252,21 @@ def test_threads_read_the_same_bytes_while_shards_are_closed_under_them(source: 
     for thread in threads:
         thread.join()
     assert wrong == [] and shared.damages == []
+
+
+def test_a_tensor_that_was_written_wrong_is_named_by_the_feed(dataset: Path) -> None:
+    info = read_manifest(dataset).splits["train"][0]
+    tar = dataset / "train" / f"{info.name}.tar"
+    data, samples = tar.read_bytes(), []
+    for members in decode_index(tar.with_suffix(".idx").read_bytes(), info.name):
+        samples.append((members[0].name[:32], {m.name[33:]: data[m.offset:m.offset + m.size] for m in members}))
+    samples[3][1][LATENT] = samples[3][1][LATENT][:-9]
+    shard = write_shard(tar.parent, info.name, info.bucket, samples)
+    (dataset / MANIFEST_FILE).write_bytes(encode_manifest(Manifest({}, recipe_id({}), {"train": [shard]})))
+    with Feed([dataset], split="train", global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0, i2v_share=0.4,
+              caption_dropout=0.0, condition="latent", device="cpu") as feed, \
+            pytest.raises(SampleError, match=f"shard {info.name}, key {samples[3][0]}: .*zstd"):
+        next(feed)
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
