@@ -85,8 +85,8 @@ class Feed:
     size), each with its own epochs. Of global batch n, rank r gets in micro-step m the
     samples [(m*world_size + r)*micro_batch : +micro_batch]. `num_threads` jobs run at a time, at most `max_ahead`
     micro-batches are ready or in work. `condition="raw"` needs `vae`, on `device`; an index of foreign tars, whose
-    latents are made on the way, needs "raw". More than `max_damaged` damaged samples raise TooManyDamagedError. Raises
-    ValueError for sizes that don't divide and datasets that can't be used.
+    latents are made on the way, needs "raw". More than `max_damaged` damaged samples of a dataset, on this rank, raise
+    TooManyDamagedError. Raises ValueError for sizes that don't divide and datasets that can't be used.
     """
 
     def __init__(self, datasets: Sequence[Path | str], *, split: Split, global_batch: int, micro_batch: int, rank: int,

@@ -24,8 +24,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """datasets: folders or URLs with a manifest.json. weights: each one's share of the batches (default: by size).
 
-    condition: where the clean first frame of I2V comes from. cache_dir: keeps what was read from URLs, shared by the
-    ranks of a host; empty: none.
+    condition: where the clean first frame of I2V comes from. max_damaged: so many samples of each dataset may a rank
+    find damaged and replace, from its start on; at one more the run stops. cache_dir: keeps what was read from URLs,
+    shared by the ranks of a host; empty: none.
     """
 
     datasets: list[str]
