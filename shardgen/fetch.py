@@ -13,6 +13,7 @@ differ in their signature are one file: after the download the hash says so.
 import http.client
 import os
 import random
+import string
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import xxhash
 
@@ -91,10 +92,11 @@ def hash_local(path: Path) -> Fetched:
 
 def check_url(url: str, schemes: Iterable[str]) -> str:
     """The host of a URL that may be asked. Raises FetchError (url_refused) for another scheme, file:// above all, for a
-    port that is none, and for a name and password, which would end up in messages."""
+    host or port that is none, and for a name and password, which would end up in messages."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
+        host.encode("idna")
     except ValueError as error:
         raise FetchError("url_refused", f"{without_query(url)!r}: {error}", may_pass=False) from error
     if "@" in parts.netloc:
@@ -103,6 +105,15 @@ def check_url(url: str, schemes: Iterable[str]) -> str:
         raise FetchError("url_refused", f"{without_query(url)!r}: only {', '.join(schemes) or 'local files'} with a "
                          f"host are fetched (fetch.schemes)", may_pass=False)
     return host
+
+
+def ascii_url(url: str) -> str:
+    """A URL as it is sent: what isn't ASCII in percent-encoded UTF-8, in the host's name in Punycode. One that is ASCII
+    stays as it is, because a signature may cover every character."""
+    if url.isascii():
+        return url
+    parts = urlsplit(url)
+    return quote(parts._replace(netloc=parts.netloc.encode("idna").decode()).geturl(), safe=string.punctuation)
 
 
 def without_query(url: str) -> str:
@@ -154,20 +165,13 @@ def _validator_file(part: Path) -> Path:
 
 def _download_once(url: str, part: Path, schemes: tuple[str, ...], patience: Patience) -> None:
     """One request: appends to `part` if the server agrees that it is still the same file, else starts it anew."""
-    request = urllib.request.Request(url, headers={"User-Agent": "newsreel", "Accept-Encoding": "identity"})
+    request = urllib.request.Request(ascii_url(url), headers={"User-Agent": "newsreel", "Accept-Encoding": "identity"})
     held = part.stat().st_size if part.exists() and _validator_file(part).exists() else 0
     if held:
         request.add_header("Range", f"bytes={held}-")
         request.add_header("If-Range", _validator_file(part).read_text())
     try:
-        with _opener(schemes).open(request, timeout=patience.timeout_s) as response:
-            if response.status == 206 and _range_start(response) != held:
-                part.unlink(missing_ok=True)
-                raise FetchError("http_range", f"{without_query(url)}: asked for byte {held}, got Content-Range "
-                                 f"{response.headers.get('Content-Range')}", may_pass=True)
-            if response.status not in (200, 206):
-                raise FetchError(f"http_{response.status}", f"{without_query(url)}: unexpected status", may_pass=False)
-            _receive(response, part, held if response.status == 206 else 0, url, patience)
+        response = _opener(schemes).open(request, timeout=patience.timeout_s)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416:  # what we hold is not a beginning of what is there
@@ -175,20 +179,46 @@ def _download_once(url: str, part: Path, schemes: tuple[str, ...], patience: Pat
             if 300 <= error.code < 400:
                 raise FetchError("http_redirect", f"{without_query(url)}: redirects in a circle, or to what may not be "
                                  f"fetched", may_pass=False) from error
-            retry_after = error.headers.get("Retry-After") or ""
+            wait_s = _count(error.headers.get("Retry-After")) or 0
             raise FetchError(f"http_{error.code}", f"{without_query(url)}: {error.reason}",
-                             error.code in _PASSING or error.code == 416,
-                             float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 0.0) from error
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        reason = getattr(error, "reason", error)
-        raise FetchError("http_timeout" if isinstance(reason, TimeoutError) else "http_connection",
-                         f"{without_query(url)}: {reason or type(reason).__name__}", may_pass=True) from error
+                             error.code in _PASSING or error.code == 416, float(wait_s)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _broken(url, error) from error
+    with response:
+        if response.status == 206 and _range_start(response) != held:
+            part.unlink(missing_ok=True)
+            raise FetchError("http_range", f"{without_query(url)}: asked for byte {held}, got Content-Range "
+                             f"{response.headers.get('Content-Range')}", may_pass=True)
+        if response.status not in (200, 206):
+            raise FetchError(f"http_{response.status}", f"{without_query(url)}: unexpected status", may_pass=False)
+        _receive(response, part, held if response.status == 206 else 0, url, patience)
+
+
+def _broken(url: str, error: Exception) -> FetchError:
+    """A connection that failed, whatever the error's kind: a network that is gone is a plain OSError."""
+    reason = getattr(error, "reason", error)
+    return FetchError("http_timeout" if isinstance(reason, TimeoutError) else "http_connection",
+                      f"{without_query(url)}: {reason or type(reason).__name__}", may_pass=True)
+
+
+def _blocks(response: Any, url: str) -> Iterator[bytes]:
+    """The body as it comes. Raises FetchError, so that an OSError beside it is one of the cache's disk."""
+    try:
+        while block := response.read1(_BLOCK_BYTES):
+            yield block
+    except (OSError, http.client.HTTPException) as error:
+        raise _broken(url, error) from error
+
+
+def _count(text: str | None) -> int | None:
+    """A number of bytes or seconds in a header; None for what is no such number, thousands of digits included."""
+    return int(text) if text and len(text) < 19 and text.isascii() and text.isdigit() else None
 
 
 def _receive(response: Any, part: Path, held: int, url: str, patience: Patience) -> None:
     """Body to file. The part stays for the next attempt only if there is a validator to hold the server to."""
-    length = response.headers.get("Content-Length")
-    expected = held + int(length) if length and length.isascii() and length.isdigit() else None
+    length = _count(response.headers.get("Content-Length"))
+    expected = None if length is None else held + length
     if expected is not None and expected > patience.max_bytes:
         raise FetchError("http_too_large", f"{without_query(url)}: {expected} bytes", may_pass=False)
     etag = response.headers.get("ETag") or ""
@@ -199,7 +229,7 @@ def _receive(response: Any, part: Path, held: int, url: str, patience: Patience)
         _validator_file(part).unlink(missing_ok=True)
     size, window_size, window_start = held, held, time.monotonic()
     with part.open("ab" if held else "wb") as file:
-        while block := response.read1(_BLOCK_BYTES):
+        for block in _blocks(response, url):
             file.write(block)
             size += len(block)
             if size > patience.max_bytes:
@@ -216,8 +246,8 @@ def _receive(response: Any, part: Path, held: int, url: str, patience: Patience)
 
 def _range_start(response: Any) -> int:
     """The first byte of a "bytes 5-9/10" Content-Range; -1 if it says none."""
-    start = (response.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]
-    return int(start) if start.isascii() and start.isdigit() else -1
+    start = _count((response.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0])
+    return -1 if start is None else start
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):
@@ -229,6 +259,17 @@ class _Redirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         check_url(newurl, self.schemes)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError as error:  # a refused URL, or what is none
+            fp.close()
+            raise error if isinstance(error, FetchError) else FetchError(
+                "http_redirect", f"{without_query(req.full_url)}: redirects to what is no URL: {error}",
+                may_pass=False) from error
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _opener(schemes: tuple[str, ...]) -> urllib.request.OpenerDirector:

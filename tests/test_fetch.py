@@ -1,10 +1,14 @@
 """What can be had is had, whatever the server does; the rest is named; and nothing is fetched that may not be."""
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import OpenerDirector
 
 import pytest
 import xxhash
@@ -14,6 +18,7 @@ from shardgen.fetch import (
     PERMANENT,
     FetchError,
     Patience,
+    ascii_url,
     check_url,
     download,
     find_local,
@@ -120,6 +125,14 @@ class Flaky(BaseHTTPRequestHandler):
     def moved_to_file(self) -> None:
         self.head(302, Content_Length=0, Location="file:///etc/passwd")
 
+    def moved_to_nothing(self) -> None:
+        self.head(302, Content_Length=0, Location="http://[bad")
+
+    def countless(self) -> None:
+        self.head(200, Content_Length="9" * 5000)
+        self.wfile.write(BODY)
+        self.close_connection = True
+
     def loop(self) -> None:
         self.head(302, Content_Length=0, Location="/loop")
 
@@ -152,7 +165,8 @@ def fetch(server: FaultServer, path: str, cache: Path, patience: Patience = FAST
 
 
 @pytest.mark.parametrize("path", ["/sound", "/error500/2", "/busy/1", "/reset/2", "/stall/1", "/drip/1", "/truncated/2",
-                                  "/unversioned/2", "/lying/1", "/moved", "/sound?sig=a%2Fb&expires=1"])
+                                  "/unversioned/2", "/lying/1", "/moved", "/countless", "/sound?sig=a%2Fb&expires=1",
+                                  "/sound?이름=영상"])
 def test_what_can_be_had_is_had(server: FaultServer, tmp_path: Path, path: str) -> None:
     got = download(server.url + path, tmp_path, ("http",), FAST)
     assert got.path == tmp_path / DIGEST[:2] / DIGEST and got.path.read_bytes() == BODY
@@ -164,7 +178,7 @@ def test_what_can_be_had_is_had(server: FaultServer, tmp_path: Path, path: str) 
     ("/missing", "http_404", 1), ("/forbidden", "http_403", 1), ("/error500", "http_500", 4),
     ("/reset", "http_connection", 4), ("/stall", "http_timeout", 4), ("/drip", "http_slow", 4),
     ("/unversioned", "http_truncated", 4), ("/huge", "http_too_large", 1), ("/moved_to_file", "http_redirect", 1),
-    ("/loop", "http_redirect", 5)])
+    ("/moved_to_nothing", "http_redirect", 1), ("/loop", "http_redirect", 5)])
 def test_what_cannot_be_had_is_named_and_asked_for_no_oftener_than_helps(
         server: FaultServer, tmp_path: Path, path: str, reason: str, num_requests: int) -> None:
     with pytest.raises(FetchError) as caught:
@@ -219,7 +233,8 @@ def test_a_full_disk_is_no_fault_of_the_clip(server: FaultServer, tmp_path: Path
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "data:,x", "", "http://", "//host/x", "http:///x",
                                  "javascript:alert(1)", "/etc/passwd", "http://[bad", "http://host/a b",
                                  "http://host/a\r\nX: y", "FILE:///etc/passwd", "https://host:99999/a",
-                                 "https://host:x/a", "https://user:secret@host/a", "ftp://host/a?sig=secret"])
+                                 "https://host:x/a", "http://a..b/x", f"http://{'a' * 64}.org/x",
+                                 "https://user:secret@host/a", "ftp://host/a?sig=secret"])
 def test_only_http_urls_with_a_host_are_asked(url: str, tmp_path: Path) -> None:
     for attempt in (lambda: check_url(url, ("http", "https")),
                     lambda: download(url, tmp_path, ("http", "https"), FAST)):
@@ -229,6 +244,25 @@ def test_only_http_urls_with_a_host_are_asked(url: str, tmp_path: Path) -> None:
         assert "secret" not in str(caught.value)
     assert check_url("https://cdn.example.org/a.mp4?sig=%2F..%2F", ("https",)) == "cdn.example.org"
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_ascii_is_sent_as_browsers_send_it_and_the_rest_as_it_is() -> None:
+    assert ascii_url("http://방송.kr:81/뉴스/1.mp4?sig=a%2Fb&이름=가") == (
+        "http://xn--vh3b23h.kr:81/%EB%89%B4%EC%8A%A4/1.mp4?sig=a%2Fb&%EC%9D%B4%EB%A6%84=%EA%B0%80")
+    assert ascii_url("http://host/a?") == "http://host/a?"
+
+
+@pytest.mark.parametrize("read", ["read1", "open"])
+def test_a_network_that_is_gone_is_no_fault_of_the_disk(server: FaultServer, tmp_path: Path, read: str,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+
+    owner = HTTPResponse if read == "read1" else OpenerDirector
+    monkeypatch.setattr(owner, read, unreachable)
+    with pytest.raises(FetchError, match="No route to host") as caught:
+        fetch(server, "/sound", tmp_path)
+    assert caught.value.reason == "http_connection" and caught.value.may_pass
 
 
 def test_a_signature_is_in_no_message(server: FaultServer, tmp_path: Path) -> None:
