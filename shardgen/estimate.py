@@ -32,6 +32,8 @@ def expected_samples(catalog: Catalog, config: ShardgenConfig) -> Counter[Bucket
         images = row["media_type"] == "image"
         fitting = nearest_aspect(row["declared_width_px"] or 16, row["declared_height_px"] or 9,
                                  [bucket for bucket in buckets if (bucket.num_frames == 1) == images])
+        if not fitting:  # with score_only the label's rule lets it pass
+            continue
         if images:
             counts[fitting[0]] += 1
             continue

@@ -236,6 +236,8 @@ def clip_windows(row: sqlite3.Row, label: Label, found: Probe, config: ShardgenC
     """All windows of a clip, in time order, with its flags (timecodes_missing, timecodes_wrong). Raises PlanError."""
     recipe, media_type = config.windows, row["media_type"]
     buckets = nearest_aspect(*shown_size(found), _buckets(recipe.buckets, media_type))
+    if not buckets:  # its label's rule says so too, but that holds nobody up with score_only, or who inspects the clip
+        raise PlanError("media_type_unwanted", f"windows.buckets has no shape for a {media_type}")
     flags: list[str] = []
     if media_type == "image":
         stretches = [Stretch(0, [0], Shot(0, 0, *_clip_sentences(label)), buckets[0])]

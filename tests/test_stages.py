@@ -32,6 +32,7 @@ from shardgen.config import (
     WindowsConfig,
     recipe_of,
 )
+from shardgen.estimate import estimate
 from shardgen.fetch_stage import fetch_media
 from shardgen.ingest import ingest_labels
 from shardgen.pictures import encode_mp4
@@ -225,6 +226,15 @@ def test_score_only_computes_everything_and_rejects_nothing_that_can_be_encoded(
     assert run(config) == {"2000001.json": ("accepted", "resolution_unknown"),
                            "2000002.json": ("unavailable", "media_undecodable")}
     assert row(config, "2000001.json")["caption_chars"] > 30
+
+
+def test_score_only_has_no_shape_for_an_image_where_all_are_for_video(root: Path) -> None:
+    label = add_image(root, "2000001", png(1))
+    config = config_of(root, filters=FiltersConfig(score_only=True), windows=WindowsConfig(buckets=("64x32x5",)))
+    assert run(config) == {label: ("rejected", "media_type_unwanted")}
+    with open_catalog(config) as catalog:
+        catalog.db.execute("UPDATE clips SET status = 'wanted'")
+        assert "samples:     0 at most" in estimate(catalog, config)
 
 
 def test_limit_and_fraction_select_and_widening_them_adds(root: Path) -> None:
