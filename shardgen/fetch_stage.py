@@ -12,6 +12,7 @@ from typing import NamedTuple
 from shardgen.cache import Room
 from shardgen.catalog import Catalog
 from shardgen.config import ShardgenConfig, cache_folder
+from shardgen.draft import Urls
 from shardgen.fetch import (
     PERMANENT,
     Fetched,
@@ -54,22 +55,24 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
                              f"again to go on, or raise fetch.cache_limit_gib", may_pass=True)
         return download(request.source, cache, schemes, patience, arriving=room.hold)
 
-    requests = _requests(catalog, config, advance)
-    for request, got in in_parallel(requests, get, lambda request: request.host, workers=fetch.workers,
-                                    per_host=fetch.per_host):
-        if isinstance(got, FetchError):
-            catalog.record([Outcome(clip, UNAVAILABLE, got.reason, got.detail) for clip in request.clips])
-        else:
-            catalog.record_source(request.clips, request.source, *got)
-            room.release(got.media_xxh3)
-            if request.host and room.take(got.size_bytes):
-                catalog.forget_files(room.evict(catalog.unused_media()))
-        advance(len(request.clips))
+    with Urls(catalog.db) as urls:
+        requests = _requests(catalog, config, urls, advance)
+        for request, got in in_parallel(requests, get, lambda request: request.host, workers=fetch.workers,
+                                        per_host=fetch.per_host):
+            if isinstance(got, FetchError):
+                catalog.record([Outcome(clip, UNAVAILABLE, got.reason, got.detail) for clip in request.clips])
+            else:
+                catalog.record_source(request.clips, request.source, *got)
+                room.release(got.media_xxh3)
+                if request.host and room.take(got.size_bytes):
+                    catalog.forget_files(room.evict(catalog.unused_media()))
+            advance(len(request.clips))
 
 
-def _requests(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> Iterator[_Request]:
-    """What must be hashed, local files first. Clips that need no work are recorded on the way."""
-    root, urls = Path(config.labels.root), dict[str, list[int]]()
+def _requests(catalog: Catalog, config: ShardgenConfig, urls: Urls, advance: Advance) -> Iterator[_Request]:
+    """What must be hashed, local files first, then `urls`, which it fills. Clips that need no work are recorded on the
+    way."""
+    root = Path(config.labels.root)
     for row in catalog.clips(WANTED, UNAVAILABLE):
         local = find_local(root / row["label"], row["clip_id"], row["media_type"])
         if local is not None:
@@ -81,10 +84,10 @@ def _requests(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> Ite
         elif row["reason"] in PERMANENT and not config.fetch.ask_again:
             catalog.record([Outcome(row["id"], UNAVAILABLE, row["reason"], row["detail"])])
         else:
-            urls.setdefault(row["url"], []).append(row["id"])
+            urls.add(row["url"], row["id"])
             continue
         advance(1)
-    for url, clips in urls.items():
+    for url, clips in urls:
         if _reuse(catalog, clips, url):
             advance(len(clips))
             continue
