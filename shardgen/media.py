@@ -30,6 +30,9 @@ from loader.sample import Bucket
 
 Frames = np.ndarray[Any, Any]  # uint8 RGB, full range: [H, W, 3] or [F, H, W, 3]
 Fitting = Literal["letterbox", "crop"]
+# formats that hold their own pictures: a playlist would take them from files that nobody hashed
+_FORMATS = ("mov,mp4,matroska,webm,avi,mxf,mxf_opatom,mpegts,mpeg,mpegvideo,m4v,h264,hevc,mjpeg,asf,flv,ogg,gxf,dv,"
+            "nut,ivf")
 START_TOLERANCE_S = 0.001      # start_ms is rounded to whole milliseconds; a frame may begin up to 0.5 ms after it
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _HDR = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
@@ -175,13 +178,18 @@ def _open(path: Path) -> Any:
     try:
         if path.stat().st_size == 0:
             raise MediaError("media_empty", "the file has 0 bytes")
-        container = av.open(str(path), "r")
+        container = av.open(str(path), "r", container_options={"format_whitelist": _FORMATS})
+    except av.ArgumentError as error:
+        raise MediaError("media_undecodable", f"can't be opened, or its format is none of {_FORMATS}") from error
     except (av.FFmpegError, OSError) as error:
         raise MediaError("media_undecodable", f"can't be opened: {error}") from error
     if not container.streams.video:
         container.close()
         raise MediaError("media_no_video", "the file has no video stream")
-    context = container.streams.video[0].codec_context
+    context: Any = container.streams.video[0].codec_context
+    if context is None:
+        container.close()
+        raise MediaError("media_undecodable", "there is no decoder for its codec")
     context.thread_count = 1
     context.options = {"err_detect": "explode"}
     return container

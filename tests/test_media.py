@@ -166,6 +166,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
     cases = {
         "empty.mp4": (b"", "media_empty"), "cut.mp4": (whole[:middle], "media_truncated"),
         "rotten.mp4": (bytes(rotten), "media_undecodable"),
+        "codec.mp4": (whole.replace(b"avc1", b"zzzz"), "media_undecodable"),
+        "picture.mp4": (b"<svg xmlns='http://www.w3.org/2000/svg' width='8' height='8'></svg>", "media_undecodable"),
+        "playlist.mp4": (b"ffconcat version 1.0\nfile a.mp4\n", "media_undecodable"),
         "garbage.mp4": (b"<html>not found</html>" * 50, "media_undecodable"),
         "cut.png": (png[:len(png) // 2], "media_truncated"), "head.png": (png[:20], "media_undecodable"),
     }
