@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 
 from loader.config import load_toml
 from loader.sample import Bucket
-from shardgen.catalog import Catalog
+from shardgen.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig
 from shardgen.fetch import find_local
 from shardgen.media import Fitting, MediaError, Probe, decode_windows, probe
 from shardgen.plan import PlanError, Window
-from shardgen.stages import clip_windows
+from shardgen.stages import clip_prompt, clip_windows
 
 COLUMNS, CELL_PX, HEADER_PX = 8, 240, 16
 
@@ -46,7 +46,9 @@ def inspect_clip(dataset: Path, clip_id: str, sheet: Path | None) -> Iterator[st
             try:
                 path, found = _footage(catalog, row, Path(config.labels.root))
             except MediaError as error:
+                label = catalog.label(row["id"])
                 yield f"  no windows: {error}"
+                yield f"  all its sentences: {clip_prompt(label, row['media_type'], config.prompt)}"
                 continue
             try:
                 windows = _windows(catalog, row, found, config)
@@ -59,7 +61,9 @@ def inspect_clip(dataset: Path, clip_id: str, sheet: Path | None) -> Iterator[st
                 yield (f"  {window.key}  {window.split}  {window.bucket}  shot {window.shot}  {window.start_ms} ms  "
                        f"{' '.join(window.flags)}".rstrip())
                 yield f"    {window.prompt}"
-            if sheet is not None and windows:
+            if sheet is not None and windows and path is None:
+                yield "  its footage is where it was hashed no more: the cache has let it go, or the file was moved"
+            elif sheet is not None and windows and path is not None:
                 try:
                     strips += window_strips(path, windows, config.windows.fit)
                 except MediaError as error:
@@ -71,13 +75,18 @@ def inspect_clip(dataset: Path, clip_id: str, sheet: Path | None) -> Iterator[st
         yield f"{sheet}: {len(strips)} windows, up to {COLUMNS} frames of each"
 
 
-def _footage(catalog: Catalog, row: sqlite3.Row, root: Path) -> tuple[Path, Probe]:
-    """A clip's footage and what it is; that of one whose label was rejected is probed now, if it lies beside the label.
+def _footage(catalog: Catalog, row: sqlite3.Row, root: Path) -> tuple[Path | None, Probe]:
+    """A clip's footage (None: it was there and is gone) and what it is; that of one whose label was rejected is probed
+    now, if it lies beside the label.
 
-    Raises MediaError if there is none or it can't be decoded, CatalogError if it was there and is gone.
+    Raises MediaError if there is none or it can't be decoded.
     """
     if row["probe"]:
-        return catalog.media_path(row["media_xxh3"]), msgspec.json.decode(row["probe"], type=Probe)
+        found = msgspec.json.decode(row["probe"], type=Probe)
+        try:
+            return catalog.media_path(row["media_xxh3"]), found
+        except CatalogError:
+            return None, found
     path = find_local(root / row["label"], row["clip_id"], row["media_type"])
     if path is None:
         raise MediaError("media_missing", "its footage does not lie beside the label, and was not fetched")

@@ -75,7 +75,7 @@ def filter_labels(catalog: Catalog, config: ShardgenConfig, advance: Advance) ->
         outcomes, scores = [], []
         for row in rows:
             label = catalog.label(row["id"])
-            score = score_caption(_prompt(label, row["media_type"], config.prompt, *_clip_sentences(label)))
+            score = score_caption(clip_prompt(label, row["media_type"], config.prompt))
             group = programme_group(label.station, label.broadcast_date, label.clip_id, config.split.group_by)
             scores.append((*score, group, row["id"]))
             if (chosen is not None and row["id"] not in chosen) or not _sampled(label.clip_id, config):
@@ -121,6 +121,11 @@ def _prompt(label: Label, media_type: str, parts: PromptConfig, scenes: Iterable
     return join_sentences(scenes, objects, label.semantic, label.stt_script, label.application, media_type,
                           use_scene=parts.scene, use_object=parts.object, use_semantic=parts.semantic,
                           use_stt=parts.stt, use_application=parts.application)
+
+
+def clip_prompt(label: Label, media_type: str, parts: PromptConfig) -> str:
+    """The caption that the label rules judge: the prompt of all shots together."""
+    return _prompt(label, media_type, parts, *_clip_sentences(label))
 
 
 def _clip_sentences(label: Label) -> tuple[list[str], list[str]]:

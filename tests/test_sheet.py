@@ -1,12 +1,14 @@
 """What became of a clip can be asked for by its id: verdict, prompts, and the very frames that the encoder gets."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from shardgen.build import build
+from shardgen.catalog import Catalog
 from shardgen.cli import main
 from shardgen.config import EncodeConfig, LabelsConfig, ShardgenConfig, WindowsConfig
 
@@ -53,6 +55,23 @@ def test_a_clip_rejected_by_its_label_is_shown_too(planned: Path, tmp_path: Path
     assert "rejected (timecode_reversed" in out and "whole_clip" in out and "초록색 울타리" in out
     with Image.open(sheet) as image:
         assert image.size == (8 * 160, 2 * (96 + 16))
+
+
+def test_the_prompts_are_shown_without_footage(planned: Path, tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(planned, dataset)
+    with Catalog(dataset / "catalog.sqlite") as catalog:
+        catalog.db.execute("UPDATE sources SET path = path || '.evicted'")
+    assert main(["inspect", "2400101", "--dataset", str(dataset)]) == 0
+    assert "기지개를 켜며" in capsys.readouterr().out
+    assert main(["inspect", "2400101", "--dataset", str(dataset), "--sheet", str(tmp_path / "sheet.png")]) == 2
+    captured = capsys.readouterr()
+    assert "기지개를 켜며" in captured.out and "the cache has let it go" in captured.out
+    assert "no footage" in captured.err
+    assert main(["inspect", "2400903", "--dataset", str(planned)]) == 0  # it never had any
+    lines = capsys.readouterr().out.splitlines()
+    assert "media_missing" in lines[1] and lines[2].startswith("  all its sentences: ") and len(lines[2]) > 50
 
 
 def test_what_cannot_be_shown_is_said_in_one_line(planned: Path, tmp_path: Path,
