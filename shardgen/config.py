@@ -6,13 +6,20 @@ come (workers, connections) stand in one file, because that is what a user edits
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from loader.config import ConfigError
 from loader.sample import Bucket
 
+# what would fail late, or loop, or do something else in silence (0 windows a batch: all of them) is refused at the start
+Some = Annotated[int, Meta(ge=1)]
+Number = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Limit = Annotated[float, Meta(ge=0, lt=1e9)]
+Positive = Annotated[float, Meta(gt=0, lt=1e6)]
 TARGET = re.compile(r"(>=|<=) *(\d+(?:\.\d+)?)")
 
 
@@ -20,10 +27,10 @@ class LabelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where the labels lie and which of them to take."""
 
     root: str  # folder of label files, read recursively, never written
-    limit: int = 0  # take the first N label files in path order; 0: all
-    sample_fraction: float = 1.0  # take this share, chosen by a hash of the clip id
-    max_bytes: int = 1 << 20  # a larger label file is refused unread
-    workers: int = 0  # parser processes; 0: one per CPU
+    limit: Number = 0  # take the first N label files in path order; 0: all
+    sample_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0  # take this share, chosen by a hash of the clip id
+    max_bytes: Some = 1 << 20  # a larger label file is refused unread
+    workers: Number = 0  # parser processes; 0: one per CPU
 
 
 class FiltersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,17 +38,17 @@ class FiltersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     score_only: bool = False  # compute everything, reject nothing that can be encoded
     media_types: tuple[Literal["video", "image"], ...] = ("video", "image")
-    min_duration_s: float = 3.0
-    max_duration_s: float = 30.0
-    min_caption_chars: int = 1
-    max_caption_chars: int = 0
-    max_word_run: int = 9  # the same word ten times in a row is a reason
-    max_char_run: int = 14
-    max_special_share: float = 0.3  # of the caption's characters: neither letter, digit, space nor .,!?'"()
+    min_duration_s: Limit = 3.0
+    max_duration_s: Limit = 30.0
+    min_caption_chars: Number = 1
+    max_caption_chars: Number = 0
+    max_word_run: Number = 9  # the same word ten times in a row is a reason
+    max_char_run: Number = 14
+    max_special_share: Share = 0.3  # of the caption's characters: neither letter, digit, space nor .,!?'"()
     require_resolution: bool = True  # the label must declare a readable resolution
     wrong_timecodes: Literal["reject", "whole_clip"] = "reject"  # reversed, impossible, or past the probed end
-    min_short_side_px: int = 0  # of the probed picture
-    max_upscale: float = 0  # resize factor from the source to the bucket
+    min_short_side_px: Number = 0  # of the probed picture
+    max_upscale: Limit = 0  # resize factor from the source to the bucket
 
 
 class PromptConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,7 +64,7 @@ class PromptConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class SplitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Programme groups go to val by a hash of (seed, group): stable when data is added."""
 
-    val_share: float = 0.102
+    val_share: Share = 0.102
     group_by: tuple[Literal["station", "date", "neighbourhood"], ...] = ("station", "date", "neighbourhood")
     seed: int = 0
 
@@ -66,9 +73,9 @@ class WindowsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Which stretches of a clip become samples. A clip takes the bucket of the nearest aspect ratio and most frames."""
 
     buckets: tuple[str, ...]  # WIDTHxHEIGHTxFRAMES; those of one frame are for images
-    fps: float = 24.0
-    per_shot: int = 1  # at most this many windows, spread evenly and never overlapping
-    samples_per_shard: int = 128
+    fps: Positive = 24.0
+    per_shot: Some = 1  # at most this many windows, spread evenly and never overlapping
+    samples_per_shard: Some = 128
     fit: Literal["letterbox", "crop"] = "letterbox"
 
 
@@ -77,14 +84,14 @@ class FetchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     schemes: tuple[Literal["http", "https"], ...] = ("https", "http")
     cache: str = ""  # folder for downloaded media; empty: OUTPUT/cache
-    cache_limit_gib: float = 500.0
-    workers: int = 16  # files in flight, hashing local ones included
-    per_host: int = 8
-    timeout_s: float = 30.0
-    retries: int = 4
-    backoff_s: float = 0.5  # before the first retry; doubled each time, with jitter
+    cache_limit_gib: Positive = 500.0
+    workers: Some = 16  # files in flight, hashing local ones included
+    per_host: Some = 8
+    timeout_s: Positive = 30.0
+    retries: Annotated[int, Meta(ge=0, le=100)] = 4
+    backoff_s: Annotated[float, Meta(ge=0, le=3600)] = 0.5  # before the first retry; doubled each time, with jitter
     ask_again: bool = False  # ask also for what a server refused before (404, 403)
-    max_file_gib: float = 8.0
+    max_file_gib: Positive = 8.0
 
 
 class EncodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,11 +100,11 @@ class EncodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str  # folder of Wan2.2-TI2V-5B in diffusers layout
     device: str = "cpu"  # "cpu" or "cuda"; with several GPUs the executor starts one process for each
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    threads: int = 1  # torch threads per process: part of what decides the bytes
-    text_batch: int = 8
-    vae_batch: int = 1
-    zstd_level: int = 3
-    jpg_quality: int = 95
+    threads: Some = 1  # torch threads per process: part of what decides the bytes
+    text_batch: Some = 8
+    vae_batch: Some = 1
+    zstd_level: Annotated[int, Meta(ge=1, le=22)] = 3
+    jpg_quality: Annotated[int, Meta(ge=1, le=100)] = 95
     jpg_for_images: bool = False
     mp4: bool = False
     mp4_encoder: Literal["auto", "libx264", "h264_nvenc"] = "auto"
@@ -107,8 +114,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Who runs the shards."""
 
     kind: Literal["local", "ray"] = "local"
-    workers: int = 1
-    decode_threads: int = 2  # clips decoded ahead of the encoder, per worker
+    workers: Some = 1
+    decode_threads: Some = 2  # clips decoded ahead of the encoder, per worker
     address: str = ""  # of a Ray cluster; empty: start one here
 
 
@@ -157,19 +164,10 @@ class ShardgenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Raises ValueError (msgspec makes it a ValidationError, load_toml a ConfigError) for impossible values."""
         for text in self.windows.buckets:
             Bucket.parse(text)
-        checks = [
-            (bool(self.windows.buckets), "windows.buckets is empty: name at least one shape, e.g. \"1280x704x49\""),
-            (self.windows.fps > 0, f"windows.fps is {self.windows.fps}: it must be above 0"),
-            (self.windows.per_shot >= 1, f"windows.per_shot is {self.windows.per_shot}: it must be at least 1"),
-            (self.windows.samples_per_shard >= 1, "windows.samples_per_shard must be at least 1"),
-            (0 <= self.split.val_share <= 1, f"split.val_share is {self.split.val_share}: a share lies in 0..1"),
-            (0 < self.labels.sample_fraction <= 1, "labels.sample_fraction must lie in (0, 1]"),
-            (self.executor.workers >= 1, "executor.workers must be at least 1"),
-            (self.fetch.workers >= 1 and self.fetch.per_host >= 1, "fetch.workers and per_host must be at least 1"),
-        ]
-        for fine, message in checks:
-            if not fine:
-                raise ValueError(message)
+        if not self.windows.buckets:
+            raise ValueError("windows.buckets is empty: name at least one shape, e.g. \"1280x704x49\"")
+        if not self.split.group_by:
+            raise ValueError("split.group_by is empty: all clips would be one group, on one side of the split")
 
 
 def recipe_of(config: ShardgenConfig) -> dict[str, Any]:

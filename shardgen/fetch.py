@@ -146,7 +146,7 @@ def download(url: str, cache: Path, schemes: tuple[str, ...], patience: Patience
                     part.unlink(missing_ok=True)
                     _validator_file(part).unlink(missing_ok=True)
                 raise
-            pause_s = patience.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+            pause_s = min(patience.backoff_s * 2 ** (attempt - 1), 300.0) * random.uniform(0.5, 1.5)
             sleep(max(pause_s, min(error.wait_s, 60.0)))
     done = hash_local(part)
     path = cache / done.media_xxh3[:2] / done.media_xxh3

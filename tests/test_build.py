@@ -129,7 +129,9 @@ def test_user_faults_are_one_line_and_exit_2(tiny_recipe: Path, tmp_path: Path, 
     for overrides, words in [
             (["output=" + str(tiny_corpus / "out")], "choose a folder outside"),
             (["output=/proc/newsreel"], "/proc/newsreel"),
-            (["labels.root=/nowhere"], "no such folder"), (["windows.fps=0"], "must be above 0"),
+            (["labels.root=/nowhere"], "no such folder"), (["windows.fps=0"], "> 0.0 - at `$.windows.fps`"),
+            (["encode.threads=0"], "$.encode.threads"), (["fetch.timeout_s=inf"], "$.fetch.timeout_s"),
+            (["labels.limit=-1"], "$.labels.limit"), (["split.group_by=[]"], "split.group_by is empty"),
             (["nonsense=1"], "known keys"), ([f"output={tmp_path / 'out'}", "encode.model=/nowhere"], "diffusers"),
             ([f"output={tiny_recipe}/out"], "Not a directory")]:
         arguments = [part for override in overrides for part in ("--set", override)]
