@@ -44,7 +44,8 @@ def build(config: ShardgenConfig, last_stage: str = STAGES[-1], dry_run: bool = 
     """Build the dataset that `config` describes, up to `last_stage`. With `dry_run` only the labels are read and
     filtered, and what is to be expected is printed.
 
-    Returns False if shards are left that couldn't be encoded now. Raises ConfigError, CatalogError, PictureError,
+    Returns False if shards are left that couldn't be encoded now, or clips for which the cache had no room: the next
+    build goes on with them. Raises ConfigError, CatalogError, PictureError,
     ExecutorError or OSError; what was finished then stands.
     """
     check_paths(config)
@@ -65,9 +66,12 @@ def build(config: ShardgenConfig, last_stage: str = STAGES[-1], dry_run: bool = 
                 print(f"{name}: {status_line(catalog.buckets())}")
             if name == last_stage:
                 break
+        num_waiting = sum(count for *_, reason, count in catalog.buckets() if reason == "cache_full")
     for failure in failures:
         print(f"not encoded: {failure}")
-    return not failures
+    if num_waiting:
+        print(f"not fetched: {num_waiting} clips wait for room in the cache; run the same command to go on")
+    return not failures and not num_waiting
 
 
 def run_stages(catalog: Catalog, config: ShardgenConfig, recipe: dict[str, Any], failures: list[str]) -> Iterator[str]:

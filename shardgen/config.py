@@ -14,7 +14,7 @@ from msgspec import Meta
 from loader.config import ConfigError
 from loader.sample import Bucket
 
-# what would fail late, or loop, or do something else in silence (0 windows a batch: all of them) is refused at the start
+# what would fail late, or do something else in silence (0 windows a batch: all of them), is refused at the start
 Some = Annotated[int, Meta(ge=1)]
 Number = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]

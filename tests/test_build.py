@@ -124,6 +124,16 @@ def test_a_build_can_stop_after_a_stage_and_go_on(tiny_recipe: Path, tmp_path: P
     assert "accepted" in capsys.readouterr().out
 
 
+def test_clips_that_wait_for_room_in_the_cache_are_work_left(tiny_recipe: Path, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["build", str(tiny_recipe), "--set", f"output={tmp_path}", "--stage", "filter"]
+    assert shardgen(command) == 0
+    with Catalog(tmp_path / "catalog.sqlite") as catalog:
+        catalog.db.execute("UPDATE clips SET status = 'unavailable', reason = 'cache_full' WHERE clip_id = '2400101'")
+    assert shardgen(command) == 1
+    assert "1 clips wait for room" in capsys.readouterr().out
+
+
 def test_user_faults_are_one_line_and_exit_2(tiny_recipe: Path, tmp_path: Path, tiny_corpus: Path,
                                              capsys: pytest.CaptureFixture[str]) -> None:
     for overrides, words in [
