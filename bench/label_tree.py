@@ -78,6 +78,7 @@ def defective_labels(clip_id: str) -> dict[str, bytes]:
         "label_too_deep": sound[:-2] + b', "extra": ' + b"[" * 5000 + b"]" * 5000 + b"}",
         "label_too_large": changed(stt_script="가" * 400_000),
         "label_unsafe_id": label_bytes(make_label("../../etc/passwd")),
+        "label_long_field": changed(mid_category="생활" * 200),
         "media_type_unwanted": changed(media_type="audio"),
         "caption_missing": label_bytes(uncaptioned),
         "caption_repeated_word": with_caption("정말 " * 12 + "크다."),

@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 
 MAX_ID_CHARS, MAX_FIELD_CHARS = 64, 200
+_NAMES = (("raw_data_info", "source_media_info", "media_type"),
+          ("source_data_info", "ai_generated_info", "mid_category"), ("source_data_info", "source_mbc"))
 _ID = re.compile(r"\w[\w-]*")
 _RESOLUTION = re.compile(r"\s*(\d{1,5})\s*[,xX×]\s*(\d{1,5})\s*")
 _LENGTH = re.compile(r"(\d{1,2}):([0-5]\d):([0-5]\d)\.(\d\d)")
@@ -139,7 +141,7 @@ _NO_MEDIA, _NO_DETAILS, _NO_GENERATED, _NO_LEVELS = _MediaInfo(), _Details(), _G
 
 def parse_label(data: bytes) -> Label:
     """Read one label file's bytes. Raises LabelError with one of the reasons label_empty, label_not_utf8,
-    label_not_json, label_not_object, label_too_deep, label_wrong_type and label_unsafe_id."""
+    label_not_json, label_not_object, label_too_deep, label_wrong_type, label_unsafe_id and label_long_field."""
     try:
         file = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -156,8 +158,11 @@ def parse_label(data: bytes) -> Label:
     media = (raw and raw.source_media_info) or _NO_MEDIA
     details = media.details or _NO_DETAILS
     width_px, height_px = _declared_size(raw, media, details)
+    names = media.media_type or "", generated.mid_category or "", source.source_mbc or ""
+    if len(joined := "".join(names)) > MAX_FIELD_CHARS or not joined.isprintable():
+        names = _name(data, names[0], 0), _name(data, names[1], 1), _name(data, names[2], 2)
     return Label(
-        clip_id, media.media_type or "", generated.mid_category or "", source.source_mbc or "",
+        clip_id, *names,
         iso_date(_short(source.broadcast_date)), source.clip_proxy_url or "", source.clip_proxy_thumbnail_url or [],
         generated.keyword or "", generated.stt_script or "",
         [Timed(s.description, s.tc_in or "", s.tc_out or "")
@@ -176,6 +181,14 @@ def _declared_size(raw: _Raw | None, media: _MediaInfo, details: _Details) -> tu
         if text and (size := _size(_short(text))):
             return size
     return None, None
+
+
+def _name(data: bytes, text: str, which: int) -> str:
+    """A name as the tables of a report can hold it: on one line, without what a terminal would obey."""
+    if len(text) > MAX_FIELD_CHARS:
+        raise LabelError("label_long_field", f"{_NAMES[which][-1]} {text[:40]!r}... has {len(text)} characters; it may "
+                         f"have {MAX_FIELD_CHARS}", _offset_of(data, list(_NAMES[which])))
+    return "".join(filter(str.isprintable, " ".join(text.split())))
 
 
 def _short(text: str | None) -> str:

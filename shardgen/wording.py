@@ -19,6 +19,7 @@ REASONS = {
     "label_too_deep": ("the label is nested too deeply", "중첩이 너무 깊음"),
     "label_too_large": ("the label file is too large", "라벨 파일이 너무 큼"),
     "label_unsafe_id": ("the clip id can't be used", "쓸 수 없는 클립 번호"),
+    "label_long_field": ("a name in the label is too long", "지나치게 긴 이름"),
     "label_unreadable": ("the label file can't be opened", "라벨 파일을 열 수 없음"),
     "label_bad_name": ("the file name is not UTF-8", "파일 이름이 UTF-8이 아님"),
     "label_gone": ("the label file is gone", "라벨 파일이 사라짐"),

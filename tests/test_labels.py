@@ -123,6 +123,17 @@ def test_an_id_that_could_leave_its_folder_is_refused(clip_id: str) -> None:
     assert caught.value.reason == "label_unsafe_id"
 
 
+def test_names_stand_in_tables_so_they_are_short_and_on_one_line() -> None:
+    label = parse(make_label("2400101", mid_category=" 생활\u3000문화\n\x1b[31m\0"))
+    assert label.category == "생활 문화 [31m"
+    for field in ("source_mbc", "media_type"):
+        hostile = json.dumps(make_label("2400101")).replace(f'"{field}": "', f'"{field}": "{"가" * 201}')
+        with pytest.raises(LabelError, match=field) as caught:
+            parse_label(hostile.encode())
+        assert caught.value.reason == "label_long_field" and caught.value.byte_offset is not None
+        assert hostile.encode()[caught.value.byte_offset:].decode().startswith('"가가')
+
+
 def test_wrong_types_anywhere_are_refused_and_never_crash() -> None:
     def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
