@@ -119,9 +119,11 @@ def _checks(checks: list[Check]) -> Iterator[str]:
     yield f"<h2>Checks <span class=ko>점검</span></h2><div class=wide><table><tr>{''.join(head)}"
     for check in checks:
         unit = "" if isinstance(check.value, str) else f" {check.unit}"
-        yield (f"<tr><td>{escape(check.name)} <span class=ko>{CHECKS[check.name]}</span>"
+        korean, definition = CHECKS[check.name]
+        yield (f"<tr><td>{escape(check.name)} <span class=ko>{korean}</span>"
                f"<td class=n>{check.value}{escape(unit)}<td>{escape(check.target)}{_REACHED[check.reached]}"
-               f"<td class=n>{check.sample_size}<td class=text>{escape(check.definition)}")
+               f"<td class=n>{check.sample_size}<td class=text>{escape(check.definition)}<br>"
+               f"<span class=ko>{definition}</span>")
     yield "</table></div>"
 
 

@@ -65,11 +65,18 @@ REASONS = {
     "timecodes_wrong": ("wrong timecodes: the whole clip", "틀린 타임코드: 클립 전체"),
     "label_changed": ("the label changed after planning", "계획 뒤에 바뀐 라벨"),
 }
-CHECKS = {
-    "file_validity": "파일 유효성", "format_agreement": "형식 일치율", "size_agreement": "해상도 일치율",
-    "length_agreement": "길이 일치율", "rate_agreement": "프레임률 일치율", "mean_length": "평균 길이",
-    "over_25_s": "25초 초과 비율", "total_length": "총 길이", "words_per_description": "설명문당 어절 수",
-    "sentences_per_description": "설명문당 문장 수",
+CHECKS = {  # name and definition
+    "file_validity": ("파일 유효성", "받은 미디어 가운데 처음부터 끝까지 디코딩되는 것의 비율"),
+    "format_agreement": ("형식 일치율", "디코딩되는 미디어 가운데 종류(영상, 이미지)가 라벨과 같은 것의 비율"),
+    "size_agreement": ("해상도 일치율", "저장된 가로·세로 크기가 라벨과 같은 미디어의 비율"),
+    "length_agreement": ("길이 일치율", "디코딩한 길이와 라벨의 길이가 0.1초 안에서 같은 영상의 비율"),
+    "rate_agreement": ("프레임률 일치율", "디코딩한 프레임률과 라벨의 프레임률이 0.01 안에서 같은 영상의 비율"),
+    "mean_length": ("평균 길이", "채택된 영상을 디코딩한 길이의 평균"),
+    "over_25_s": ("25초 초과 비율", "채택된 영상 가운데 25초보다 긴 것의 비율"),
+    "total_length": ("총 길이", "채택된 모든 영상을 디코딩한 길이의 합"),
+    "words_per_description": ("설명문당 어절 수", "프롬프트 하나의 어절 수. 공백으로 나뉜 것을 한 어절로 셈"),
+    "sentences_per_description": ("설명문당 문장 수", "프롬프트 하나의 문장 수. 공백이나 끝 앞에 놓인 . ! ? … 。를 "
+                                  "문장의 끝으로 보고, 끝맺지 않은 나머지는 한 문장으로 셈"),
 }
 
 

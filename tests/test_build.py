@@ -96,7 +96,8 @@ def test_the_report_is_printed_and_is_one_page_of_its_own(tiny_dataset: Path, tm
     page = (copy / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") > 30
     assert "src='http" not in page and "<script" not in page and "<link" not in page
-    for text in ("the same bytes as another clip", "다른 클립과 똑같은 파일", "양쪽에 모두 있는 것</span>: none"):
+    for text in ("within 0.1 s of the declared one", "디코딩한 길이와",
+                 "the same bytes as another clip", "다른 클립과 똑같은 파일", "양쪽에 모두 있는 것</span>: none"):
         assert text in page
     report = json.loads((copy / "quality_report.json").read_text())
     for reasons in report["reasons"].values():

@@ -14,7 +14,7 @@ DEMO = Path(__file__).parents[1] / "configs/shardgen/demo.toml"
 
 
 def test_every_check_and_reason_has_words_in_both_languages() -> None:
-    assert tuple(CHECKS) == TargetsConfig.__struct_fields__
+    assert tuple(CHECKS) == TargetsConfig.__struct_fields__ and all(all(words) for words in CHECKS.values())
     raised = re.compile(r'(?:LabelError|FetchError|MediaError|PlanError|Verdict)\(\s*"([a-z_]+)"')
     sources = "".join(path.read_text() for path in (DEMO.parents[2] / "shardgen").glob("*.py"))
     reasons = set(raised.findall(sources))
