@@ -123,8 +123,9 @@ def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
             yield None
         for name in names:
             plan = catalog.shard_plan(name)
-            try:
-                media = {window.media_xxh3: str(catalog.media_path(window.media_xxh3)) for window in plan.windows}
+            try:  # whole paths: a worker of a cluster stands in another folder
+                media = {window.media_xxh3: str(catalog.media_path(window.media_xxh3).resolve())
+                         for window in plan.windows}
             except CatalogError as error:
                 failures.append(f"{name}: {error}")
                 continue

@@ -11,15 +11,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
 
+from loader.config import load_toml
 from loader.manifest import read_manifest
 from shardgen.build import alone_in
 from shardgen.catalog import Catalog
 from shardgen.cli import main as shardgen
+from shardgen.config import ShardgenConfig
 from shardgen.tables import FINAL
 
 
@@ -232,6 +236,25 @@ def test_one_build_is_killed_thirty_times(tiny_recipe: Path, tmp_path: Path) -> 
 
 def test_ray_gives_the_same_bytes(tiny_dataset: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     subprocess.run(build_command(tiny_recipe, tmp_path / "out", "--executor", "ray"), check=True, capture_output=True)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
+
+
+def test_workers_that_stand_in_another_folder_find_everything(tiny_recipe: Path, tiny_dataset: Path, tiny_corpus: Path,
+                                                              tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a Ray cluster that is already there do: its nodes' folder is not the program's."""
+    def elsewhere(work: Any, jobs: Iterator[Any], _: Any) -> Iterator[Any]:
+        for job in jobs:
+            with monkeypatch.context() as patch:
+                patch.chdir("/")
+                result = work(job)
+            yield job, result
+
+    monkeypatch.setattr("shardgen.build.run_units", elsewhere)
+    monkeypatch.chdir(tmp_path)
+    Path("labels").symlink_to(tiny_corpus)
+    model = load_toml(tiny_recipe, ShardgenConfig).encode.model
+    relative = {"output": "out", "labels.root": "labels", "encode.model": os.path.relpath(model)}
+    assert shardgen(["build", str(tiny_recipe), *(f"--set={key}={value}" for key, value in relative.items())]) == 0
     assert shard_bytes(tmp_path / "out") == shard_bytes(tiny_dataset)
 
 
