@@ -1,7 +1,7 @@
 """`shardgen build | verify | inspect | report`.
 
 Exit codes: 0 done, 1 the data has faults or work is left, 2 the command can't be carried out as given, 130 interrupted.
-"""
+"""  # the last paragraph is printed by --help
 
 import argparse
 import json
@@ -111,7 +111,8 @@ def run_report(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shardgen", description="Label files and footage in, training shards out.")
+    parser = argparse.ArgumentParser(prog="shardgen", description="Label files and footage in, training shards out.",
+                                     epilog=(__doc__ or "").strip().rpartition("\n")[2])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="build a dataset, or go on with one that was interrupted")

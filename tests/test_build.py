@@ -155,6 +155,12 @@ def test_user_faults_are_one_line_and_exit_2(tiny_recipe: Path, tmp_path: Path, 
         assert message.startswith("shardgen: ") and words in message
 
 
+def test_help_says_what_the_exit_codes_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        shardgen(["--help"])
+    assert "Exit codes: 0 done" in capsys.readouterr().out
+
+
 def test_two_builds_never_share_a_folder(tiny_recipe: Path, tiny_dataset: Path,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     with alone_in(tiny_dataset):
