@@ -178,7 +178,8 @@ def _open(path: Path) -> Any:
     try:
         if path.stat().st_size == 0:
             raise MediaError("media_empty", "the file has 0 bytes")
-        container = av.open(str(path), "r", container_options={"format_whitelist": _FORMATS})
+        container = av.open(str(path), "r", container_options={"format_whitelist": _FORMATS},
+                            metadata_errors="replace")  # titles are in CP949 as often as in UTF-8
     except av.ArgumentError as error:
         raise MediaError("media_undecodable", f"can't be opened, or its format is none of {_FORMATS}") from error
     except (av.FFmpegError, OSError) as error:
@@ -236,6 +237,8 @@ def _decoded(container: Any) -> Iterator[Any]:
                 yield frame
     except av.FFmpegError as error:
         raise MediaError("media_undecodable", f"packet {num_packets} does not decode: {error.strerror}") from error
+    except IndexError:  # PyAV's, at the end of a file that got a stream in its middle: those it began with are through
+        pass
     if stream.frames > num_packets:
         raise MediaError("media_truncated", f"the header promises {stream.frames} frames, the file holds {num_packets}")
     promised_s = (container.duration or 0) / av.time_base + max(container.start_time or 0, 0) / av.time_base

@@ -1,5 +1,6 @@
 """media.py: frames by timestamp, geometry and colour as the file states them, and damage that is named, not hidden."""
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from PIL import Image
 
 from loader.sample import Bucket
+from shardgen import media
 from shardgen.media import MediaError, decode_window, decode_windows, fit, probe
+from tools.index import examine_clip
 
 BUCKET = Bucket(160, 96, 9)
 YELLOW_601, YELLOW_709 = (210, 16, 146), (219, 16, 138)  # RGB 255,255,0 in narrow range
@@ -187,6 +190,49 @@ def test_damage_is_named(tmp_path: Path) -> None:
 def _as_mkv(folder: Path) -> bytes:
     noise = [np.random.default_rng(i).integers(16, 235, (3, 96, 160), np.uint8) for i in range(60)]
     return write_clip(folder / "whole.mkv", noise, ntsc(60)).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_title_in_the_korean_of_windows_is_no_damage(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"clip{suffix}"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "TITLETITLE"
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame(64, 32, "yuv420p")))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"TITLETITLE", "뉴스데스크".encode("cp949")))
+    assert path.read_bytes() != data and probe(path).num_frames == 1
+    if suffix == ".mp4":
+        assert examine_clip(path.read_bytes(), 1)[:2] == (64, 32)
+
+
+def test_a_stream_that_comes_in_mid_file_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = counting_clip(tmp_path / "clip.mp4", ntsc(20))
+    opened = media._open
+
+    class Late:
+        """A container whose end PyAV trips over, as over that of an MPEG-TS with a new PMT."""
+
+        def __init__(self, path: Path) -> None:
+            self.container = opened(path)
+
+        def __enter__(self) -> "Late":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.container.close()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.container, name)
+
+        def demux(self) -> Iterator[av.Packet]:
+            yield from self.container.demux()
+            raise IndexError
+
+    monkeypatch.setattr(media, "_open", Late)
+    assert probe(path).num_frames == 20
 
 
 def test_interlaced_frames_are_woven_no_more(tmp_path: Path) -> None:

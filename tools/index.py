@@ -132,7 +132,7 @@ def examine(name: str, members: Mapping[str, Member], tar: Path, split: Split, c
 def examine_clip(data: bytes, num_frames: int) -> tuple[int, int, float]:
     """Width and height in pixels, and frames per second. Decodes one frame. Raises RefusedError."""
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             frame = next(container.decode(stream))
             rate, sar, held = stream.average_rate, stream.sample_aspect_ratio, stream.frames
