@@ -285,6 +285,6 @@ def _offset_of(data: bytes, keys: list[str | int]) -> int | None:
         for key in keys:
             kind: Any = dict[str, msgspec.Raw] if isinstance(key, str) else list[msgspec.Raw]
             view = msgspec.json.decode(view, type=kind)[key]
-    except (msgspec.DecodeError, KeyError, IndexError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, RecursionError):
         return None
     return np.frombuffer(view, np.uint8).ctypes.data - np.frombuffer(data, np.uint8).ctypes.data

@@ -123,6 +123,13 @@ def test_an_id_that_could_leave_its_folder_is_refused(clip_id: str) -> None:
     assert caught.value.reason == "label_unsafe_id"
 
 
+def test_two_faults_in_one_label_are_one_reason() -> None:
+    data = label_bytes(make_label("../x")).replace(b"{", b'{"\xb4\xba": 1, ', 1)  # CP949; and an id that leaves
+    with pytest.raises(LabelError) as caught:
+        parse_label(data)
+    assert (caught.value.reason, caught.value.byte_offset) == ("label_unsafe_id", None)
+
+
 def test_names_stand_in_tables_so_they_are_short_and_on_one_line() -> None:
     label = parse(make_label("2400101", mid_category=" 생활\u3000문화\n\x1b[31m\0"))
     assert label.category == "생활 문화 [31m"
