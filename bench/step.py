@@ -68,7 +68,7 @@ class Bench:
         room = PLANNED_GIB * GIB - self.resident["ours"] - 12 * sum(p.numel() for p in self.adapters.parameters())
         self.kept = remat.plan_shape(config, shape, adapters.targets, self.dtype.itemsize,
                                      None if self.capped else float("inf"), room,
-                                     self.attention_name in remat.SLOW_ATTENTION)
+                                     remat.slow_attention(self.attention_name, self.dtype.itemsize))
         with self._counting("ours"):
             self.steps["ours"] = subjects.our_step(self.model, self.adapters, self.attention, bucket, self.dtype,
                                                    self.kept, graph_tokens)
@@ -210,7 +210,7 @@ def main() -> None:
     begin_s, device, bucket = time.perf_counter(), torch.device("cuda"), Bucket.parse(arguments.shape)
     config = msgspec.structs.replace(TI2V_5B, num_layers=arguments.layers)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    lowrank.least_capability = (99, 0) if arguments.profile == "volta" else lowrank.least_capability
+    lowrank.TENSOR_CORE_KERNELS = arguments.profile != "volta"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
         "command": " ".join(sys.argv[1:]), "commit": commit, "card": torch.cuda.get_device_name(), "torch":

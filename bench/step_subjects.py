@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from loader.feed import Batch
 from loader.sample import MAX_TEXT_TOKENS, Bucket
-from train import flow, lora, optim, remat
+from train import flow, lora, lowrank, optim, remat
 from train.attention import Attention, choose_attention
 from train.config import FlowConfig
 from train.step import MicroStep, prepare
@@ -193,8 +193,7 @@ def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attent
                 F.linear(x, weight, module.bias)
                 if isinstance(module, lora.LoRAProjections):
                     low = x[:, :width] @ module.a.T
-                    torch.mm(dy.T, low, out_dtype=torch.float32)
-                    low = dy @ weight[:, width:]
+                    low, _ = lowrank.through_b(dy, low, weight[:, width:], module.blocks)  # reads dy once if it can
                     torch.mm(low.T, x[:, :width], out_dtype=torch.float32)
                     if needs_dx:
                         dx = low @ module.a

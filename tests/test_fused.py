@@ -62,17 +62,28 @@ def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], drop
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_gradients_are_added_to_those_that_are_there(gelu: bool) -> None:
+def test_gradients_are_added_to_those_that_are_there(gelu: bool, in_place: bool) -> None:
     module, x_BLK = adapted(tuple(LAYERS), 0.25), torch.randn(2, 5, 16, requires_grad=True)
     parameters = (module.a_RK, module.b_NR)
     expected = torch.autograd.grad(module(x_BLK, gelu=gelu).square().sum(), parameters)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
+        parameter.adds_in_place = in_place  # type: ignore[attr-defined]
     module(x_BLK, gelu=gelu).square().sum().backward()
     for parameter, gradient in zip(parameters, expected, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, 1 + gradient)
+
+
+def test_gelu_before_an_input_that_needs_no_gradient() -> None:
+    """As in block 0 with ffn.net.2 adapted alone."""
+    module, u_BLK = adapted(tuple(LAYERS), 0.25), torch.randn(2, 5, 16)
+    found = torch.autograd.grad(module(u_BLK, gelu=True).square().sum(), [module.a_RK, module.b_NR])
+    twins = torch.autograd.grad(eager(module, gelu_tanh(u_BLK)).square().sum(), [module.a_RK, module.b_NR])
+    for ours, twin in zip(found, twins, strict=True):
+        torch.testing.assert_close(ours, twin, atol=1e-3, rtol=1e-4)
 
 
 def test_nf4_weights_are_near_the_dense_ones_and_take_a_seventh_of_float32() -> None:

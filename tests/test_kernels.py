@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train import elementwise, kernels, lora, optim, wan
+from train import elementwise, kernels, lora, lowrank, optim, wan
 from train.elementwise import Rows
 from train.wan import rope_tables
 from train.weights import load_transformer
@@ -94,9 +94,11 @@ def test_gelu(dtype: torch.dtype) -> None:
     compare(results, TOLERANCE[dtype])
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # as in test_gelu
 def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: every kernel between the GEMMs, adapters written behind their inputs, T2V and I2V."""
+    """As on a GPU: every kernel between the GEMMs and of the adapters, which are written behind their inputs and, with
+    dropout, add two gradients up where they lie; T2V and I2V."""
     latent, text = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 3, 32)
     results = []
     for through_kernels in (False, True):
@@ -105,24 +107,33 @@ def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
                 *inputs, *[0] * (8 - len(inputs))))
             monkeypatch.setattr(wan, "split_norm_rope", kernels.NormRope.apply)
             monkeypatch.setattr(wan, "gelu_tanh", lambda x, num_spare=0: kernels.Gelu.apply(x, num_spare))
+            monkeypatch.setattr(lowrank, "_has_dot", lambda *_: True)
         model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
-        adapters = lora.attach(model, lora.TARGETS, 8, 20.0, dropout=0.0, seed=1)
+        adapters = lora.attach(model, lora.TARGETS, 8, 20.0, dropout=0.1, seed=1)
         for _, b in adapters.tensors().values():
             b.normal_(generator=torch.Generator().manual_seed(0))
+        optim.flatten(adapters.parameters())
         adapters.refresh()
-        velocity = model(latent, torch.tensor([[0.0, 700.0], [0.0, 300.0]]), torch.tensor([0, 1]), text,
-                         F.scaled_dot_product_attention)
-        velocity.square().mean().backward()
+        adapters.set_seeds(torch.tensor([2**62 + 5, 77]))
+        for _ in range(2):
+            velocity = model(latent, torch.tensor([[0.0, 700.0], [0.0, 300.0]]), torch.tensor([0, 1]), text,
+                             F.scaled_dot_product_attention)
+            velocity.square().mean().backward()
         results.append((velocity.detach(), *(p.grad for p in adapters.parameters() if p.grad is not None)))
     assert len(results[0]) == 1 + len(adapters.parameters())
     compare(results, 1e-5)
 
 
-def test_refresh_copies_and_scales_every_adapter_in_one_kernel(tiny_checkpoint: Path) -> None:
-    """Also after the optimizer has moved the parameters."""
-    model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float16)
-    adapters = lora.attach(model, lora.TARGETS, 8, 20.0, dropout=0.0, seed=1)
-    for move in (lambda: None, lambda: optim.flatten(adapters.parameters())):
+@pytest.mark.parametrize(("dtype", "rank", "nf4"), [(torch.float16, 8, False), (torch.float16, 200, False),
+                                                    (torch.float32, 8, True)])
+def test_refresh_copies_and_scales_every_adapter_in_one_kernel(tiny_checkpoint: Path, dtype: torch.dtype, rank: int,
+                                                               nf4: bool) -> None:
+    """Also after the optimizer has moved the parameters, or someone else one of them; rank 200 takes several blocks."""
+    model = load_transformer(tiny_checkpoint, torch.device("cpu"), dtype)
+    adapters = lora.attach(model, lora.TARGETS, rank, 20.0, dropout=0.0, seed=1, nf4=nf4)
+    last = adapters.parameters()[-1]
+    for move in (lambda: None, lambda: optim.flatten(adapters.parameters()),
+                 lambda: setattr(last, "data", last.data.clone())):
         move()
         for parameter in adapters.parameters():
             parameter.data.normal_()

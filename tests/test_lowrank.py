@@ -15,32 +15,45 @@ B, L, K = 2, 37, 200  # no multiple of any block
 KEY_B = lowrank.dropout_keys(torch.tensor([2**62 + 5, 77]), 4)[3]
 
 
-def strided(width: int, spare: int, dtype: torch.dtype) -> Tensor:
-    """[B, L, width] whose rows lie `spare` elements apart."""
-    return torch.randn(B, L, width + spare).to(dtype)[..., :width]
+def strided(width: int, spare: int, dtype: torch.dtype, length: int = L) -> Tensor:
+    """[B, length, width] whose rows lie `spare` elements apart."""
+    return torch.randn(B, length, width + spare).to(dtype)[..., :width]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("num_low", "p"), [(8, 0.1), (24, 0.6), (24, 0.0)])
-def test_kernels_equal_their_twins(dtype: torch.dtype, num_low: int, p: float) -> None:
+def many_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that every loop goes round several times, in several parts, as at the real sizes."""
+    for name in ("DOWN", "UP", "GRADIENT"):
+        monkeypatch.setattr(lowrank_kernels, name, ((16, 32, 4, 1, 4),) * 2)
+    for name in ("DOWN_GELU", "GRADIENT_GELU"):
+        monkeypatch.setattr(lowrank_kernels, name, (16, 32, 4, 1, 4))
+    monkeypatch.setattr(lowrank_kernels, "THROUGH_B", ((16, 64, 4, 1, 60),) * 2)
+
+
+@pytest.mark.parametrize(("num_low", "p", "dtype", "length"), [
+    (8, 0.1, torch.float32, 37), (24, 0.6, torch.float32, 37), (24, 0.0, torch.float32, 37),
+    (8, 0.1, torch.float16, 37), (24, 0.6, torch.float16, 37), (24, 0.1, torch.float32, 150)])
+def test_kernels_equal_their_twins(num_low: int, p: float, dtype: torch.dtype, length: int,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    if length == 150:
+        many_small_tiles(monkeypatch)
     torch.manual_seed(0)
-    x_BLK, a_RK = strided(K, num_low, dtype), torch.randn(num_low, K).to(dtype)
-    dlow_MR = torch.randn(B * L, num_low + 5).to(dtype)[:, :num_low]
+    x_BLK, a_RK = strided(K, num_low, dtype, length), torch.randn(num_low, K).to(dtype)
+    dlow_MR = torch.randn(B * length, num_low + 5).to(dtype)[:, :num_low]
     atol, rtol = (1e-4, 1e-5) if dtype == torch.float32 else (0.05, 5e-3)
     torch.testing.assert_close(lowrank_kernels.drop(x_BLK, p, KEY_B), lowrank.dropped(x_BLK, p, KEY_B))
     for into, gelu in ((False, False), (True, False), (True, True)):
-        low, twin = (torch.zeros(B * L, num_low + 3).to(dtype)[:, :num_low] for _ in range(2))
-        copy, twin_copy = (strided(K, num_low, dtype) if into else None for _ in range(2))
+        low, twin = (torch.zeros(B * length, num_low + 3).to(dtype)[:, :num_low] for _ in range(2))
+        copy, twin_copy = (strided(K, num_low, dtype, length) if into else None for _ in range(2))
         lowrank_kernels.down(x_BLK, a_RK, p, KEY_B, low, copy, gelu)
         lowrank.project_down(x_BLK, a_RK, p, KEY_B, twin, twin_copy, gelu)
         torch.testing.assert_close(low, twin, atol=atol, rtol=rtol)
         if copy is not None and twin_copy is not None:
             torch.testing.assert_close(copy, twin_copy)
-    up_BLK = torch.zeros(B, L, K, dtype=dtype)
+    up_BLK = torch.zeros(B, length, K, dtype=dtype)
     lowrank_kernels.up(dlow_MR, a_RK, p, KEY_B, up_BLK)
     torch.testing.assert_close(up_BLK, lowrank.project_up(dlow_MR, a_RK, p, KEY_B, x_BLK.shape), atol=atol, rtol=rtol)
     for gelu in (False, True):
-        grad, twin_grad = (torch.ones(B, L, K, dtype=dtype) if gelu else None for _ in range(2))
+        grad, twin_grad = (torch.ones(B, length, K, dtype=dtype) if gelu else None for _ in range(2))
         da, added = lowrank_kernels.gradient(dlow_MR, x_BLK, p, KEY_B, 2.5, grad, None), torch.ones(num_low, K)
         torch.testing.assert_close(da, lowrank.gradient_a(dlow_MR, x_BLK, p, KEY_B, 2.5, twin_grad), atol=atol,
                                    rtol=rtol)
@@ -51,10 +64,14 @@ def test_kernels_equal_their_twins(dtype: torch.dtype, num_low: int, p: float) -
         torch.testing.assert_close(added, 1 + da)
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("adapted", [(0, 1, 2), (0, 2), (1,)])
-def test_dlow_and_db_of_one_reading_of_dy_equal_their_twins(dtype: torch.dtype, adapted: tuple[int, ...]) -> None:
-    """Layers of 300 outputs, more than one tile, in 3 row parts; what others have in B's columns must not matter."""
+def test_dlow_and_db_of_one_reading_of_dy_equal_their_twins(dtype: torch.dtype, adapted: tuple[int, ...], small: bool,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of 300 outputs, more than one tile."""
+    if small:
+        many_small_tiles(monkeypatch)
     torch.manual_seed(0)
     rank, width, num_rows = 8, 300, 150
     num_low, blocks = rank * len(adapted), tuple((i * width, (i + 1) * width) for i in adapted)
@@ -70,6 +87,26 @@ def test_dlow_and_db_of_one_reading_of_dy_equal_their_twins(dtype: torch.dtype, 
     atol, rtol = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 5e-3)
     for found, twin in zip(ours, lowrank.through_b(dy_MN, low_MR, b_NR, blocks), strict=True):
         torch.testing.assert_close(found, twin, atol=atol, rtol=rtol)
+
+
+def test_small_float16_gradients_are_not_lost_between_the_parts_of_dlow() -> None:
+    torch.manual_seed(0)
+    dy_MN, b_NR = 1e-6 * torch.randn(64, 4096), torch.randn(4096, 8)
+    dlow_MR, _ = lowrank_kernels.through_b(dy_MN.half(), torch.zeros(64, 8).half(), b_NR.half(), 0, 0, 4096, 1, None)
+    once_MR = (dy_MN.half().float() @ b_NR.half().float()).half()
+    torch.testing.assert_close(dlow_MR, once_MR, atol=1.2e-7, rtol=2e-3)  # two of float16's smallest steps
+
+
+def test_adapted_layers_of_several_widths_go_through_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank, "_has_dot", lambda *_: True)
+    torch.manual_seed(0)
+    blocks, b_NR = ((0, 24), (24, 64)), torch.zeros(64, 16)
+    for i, (first, end) in enumerate(blocks):
+        b_NR[first:end, i * 8:(i + 1) * 8].normal_()
+    dy_MN, low_MR = torch.randn(50, 64), torch.randn(50, 16)
+    for found, twin in zip(lowrank.through_b(dy_MN, low_MR, b_NR, blocks),
+                           lowrank.through_b(dy_MN, low_MR, b_NR, blocks, kernels=False), strict=True):
+        torch.testing.assert_close(found, twin)
 
 
 COMPILE = '''
@@ -104,7 +141,8 @@ print("_drop", shared_bytes("_drop", 16, 16, 16, 4, 1))
 print("_add_parts", shared_bytes("_add_parts", 16, 16, 16, 4, 1))
 if NUM_LOW:
     for name, tiles in (("_down", kernels.DOWN), ("_up", kernels.UP), ("_gradient", kernels.GRADIENT)):
-        print(name, shared_bytes(name, NUM_LOW, *tiles[NUM_LOW > 64][:4]))
+        for num_low in (64, NUM_LOW):
+            print(name, shared_bytes(name, num_low, *tiles[num_low > 64][:4]))
     for name, tile in (("_down", kernels.DOWN_GELU), ("_gradient", kernels.GRADIENT_GELU)):
         print(name + " gelu", shared_bytes(name, NUM_LOW, *tile[:4], gelu=True))
     for rank, tile in zip((32, 64), kernels.THROUGH_B):
@@ -122,4 +160,4 @@ def test_every_kernel_compiles_and_fits_into_shared_memory_at_the_largest_rank(c
                          cwd=Path(__file__).parent.parent, env=environment, timeout=200)
     assert run.returncode == 0, run.stderr
     sizes = [int(line.split()[-1]) for line in run.stdout.splitlines()]
-    assert len(sizes) == (9 if num_low else 2) and max(sizes) <= limit_kib * 1024, run.stdout
+    assert len(sizes) == (12 if num_low else 2) and max(sizes) <= limit_kib * 1024, run.stdout

@@ -20,7 +20,7 @@ from loader.config import load_toml
 from loader.read import read_dataset
 from loader.sample import MAX_TEXT_TOKENS, Bucket
 from train.config import TrainConfig
-from train.remat import GROUPS, Kept, Shape, describe, parse_activation_memory, plan_run
+from train.remat import GROUPS, Kept, Shape, describe, parse_activation_memory, plan_run, slow_attention
 from train.wan import WanConfig
 from train.weights import read_config
 
@@ -121,7 +121,8 @@ def step_of(config: WanConfig, bucket: Bucket, targets: list[str], rank: int, dt
     stream, row, up = 4 * tokens * d, dtype_bytes * tokens * d, dtype_bytes * tokens * config.ffn_dim
     forward_bytes = 6 * stream + 12 * row + 2 * up  # three norms, q/k/v, q, GELU
     moved = blocks * (forward_bytes + 9 * stream + 17 * row + 3 * up)
-    for names in GROUPS.values():  # the narrow products of adapters: x twice, the low-rank part of dx twice, dy once
+    # the narrow products of adapters: x twice, the low-rank part of dx twice, dy once (twice on a V100)
+    for names in GROUPS.values():
         if video_targets := [name for name in names if name in targets and layer_sizes(config)[name][2]]:
             width, num_out, _ = layer_sizes(config)[video_targets[0]]
             moved += blocks * dtype_bytes * tokens * (4 * width + len(names) * num_out)
@@ -186,7 +187,8 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         room_bytes = 0.95 * (card.memory_gib * GIB - sum(resident.values()))
         shapes = {bucket: Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in shares}
         plans = plan_run(wan, list(shapes.values()), config.lora.targets, dtype_bytes, budget_bytes, room_bytes,
-                         config.cuda_graph_tokens, card.gemm_flops > 3 * card.attention_flops)
+                         config.cuda_graph_tokens, slow_attention(
+                             "efficient" if card.name.startswith("V100") else config.model.attention, dtype_bytes))
         sample_s = sum(share * seconds(step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
                                                plans[shapes[bucket]]), card) for bucket, share in shares.items())
         step_s = sample_s * config.global_batch / num_gpus

@@ -30,7 +30,8 @@ from train.wan import TI2V_5B, Wan, WanConfig
 from train.weights import build_transformer, load_transformer, read_config, tensor_sources
 
 NUM_STEPS = 3
-OPERATIONS = ("aten::", "newsreel::", "bitsandbytes::", "_drop", "_down", "_up", "_gradient", "_through_b")
+OPERATIONS = ("aten::", "newsreel::", "bitsandbytes::", "_drop", "_down", "_up", "_gradient", "_through_b",
+              "_add_parts")
 
 
 class Row(NamedTuple):
@@ -45,7 +46,7 @@ class Row(NamedTuple):
 def kernel_bytes(config: WanConfig, rows: int, dtype_bytes: int) -> dict[str, float]:
     """Bytes that each of our kernels reads and writes, for `rows` video tokens, as the mean of its calls in a block:
     norm and rotation of q/k/v, of q alone, and of the text's k, too short to count; GELU forward and backward (with an
-    adapted ffn.net.2 only backward: its floor is then 3 and not 2.5 passes, and the table's a sixth too low)."""
+    adapted ffn.net.2 both ride on `_down` and `_gradient`, on cards that have these)."""
     wide, half, up = 4.0 * rows * config.dim, dtype_bytes * rows * config.dim, dtype_bytes * rows * config.ffn_dim
     return {"_residual_norm_forward": 2 * wide + 2 * half, "_residual_norm_backward": 3 * wide + 2 * half,
             "_norm_rope_forward": (4 + 2) * half / 3, "_norm_rope_backward": (8 + 3) * half / 3,
@@ -134,7 +135,7 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     budget_bytes = remat.parse_activation_memory(config.activation_memory)
     plans = remat.plan_run(model.config, [shape], config.lora.targets, dtype.itemsize, budget_bytes,
                            remat.room_bytes(device) if budget_bytes is None else 0.0, 0,
-                           name in remat.SLOW_ATTENTION)
+                           remat.slow_attention(name, dtype.itemsize))
     scaler = torch.amp.GradScaler("cuda", config.optim.loss_scale, enabled=dtype == torch.float16)
     step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler, 1.0, 0)
     batch = random_batch(bucket, config.micro_batch, model.config.text_dim, device)

@@ -15,8 +15,9 @@ as [dx | dlow] = dy [W | B] would need. train/lowrank.py has the narrow products
 both dlow and dB. With `gelu` the layer reads GELU(u), which is made in that buffer in the pass that projects it, and
 made again from u in the pass that makes dA and takes dx through GELU.
 
-Gradients of A and B are float32: they are sums over thousands of tokens, and float16 would overflow. Where a parameter
-has a `.grad` already, the pass that sums it up adds to that, and autograd, which would do it in one more, gets nothing.
+Gradients of A and B are float32: they are sums over thousands of tokens, and float16 would overflow. Of the parameters
+that optim.flatten has marked, the pass that sums a gradient up adds it to `.grad` where it lies, and autograd, which
+would do that in one more, gets None: such parameters are for `backward()`, not for torch.autograd.grad.
 
 The wide GEMMs are cuBLAS through torch, which is all that sm_70 has tensor cores for.
 
@@ -49,7 +50,8 @@ def has_spare_columns(x_BLK: Tensor, num_spare: int) -> bool:
 
 class LoRALinear(torch.autograd.Function):
     """See the module docstring. `weight` = [W | B], dense or NF4, and `a_RK` = scale * A are in the compute dtype; the
-    float32 parameters `a_param` [R, K] and `b_param` [sum of adapted N, rank] only receive their gradients.
+    float32 parameters `a_param` [R, K] and `b_param` [sum of adapted N, rank] only receive their gradients, or have
+    them added to their `.grad` (see `grad_to_add_to`).
 
     `blocks` lists, per adapted layer in the order of A's rows, the (first row, end row) of its outputs.
     """
@@ -79,15 +81,20 @@ class LoRALinear(torch.autograd.Function):
         num_low, width = a_RK.shape
         low_MR = _with_its_spare(x_BLK, num_low)[:, width:] if low_MR is None else low_MR
         dy_MN, dx_BLK = grads[0].flatten(0, 1), None
-        a_grad, b_grad = (parameter.grad for parameter in ctx.parameters)
+        a_grad, b_grad = (grad_to_add_to(parameter) if needed else None
+                          for parameter, needed in zip(ctx.parameters, ctx.needs_input_grad[4:6], strict=True))
         dlow_MR, db = through_b(dy_MN, low_MR, weight_NKR[:, width:], ctx.blocks, b_grad)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] or ctx.gelu:
             dx_BLK = project_up(dlow_MR, a_RK, ctx.p, key_B, x_BLK.shape)
             dx_MK = dx_BLK.view(-1, width)
             torch.addmm(dx_MK, dy_MN, weight_NKR[:, :width], out=dx_MK)
-        assert not ctx.gelu or dx_BLK is not None, "GELU's input always needs a gradient"
         da = gradient_a(dlow_MR, x_BLK, ctx.p, key_B, ctx.scale, dx_BLK if ctx.gelu else None, a_grad)
-        return dx_BLK, None, None, None, da, db, None, None, None, None, None
+        return dx_BLK if ctx.needs_input_grad[0] else None, None, None, None, da, db, None, None, None, None, None
+
+
+def grad_to_add_to(parameter: Tensor) -> Tensor | None:
+    """The `.grad` of a parameter whose owner allows adding to it in the middle of a backward pass: optim.flatten."""
+    return parameter.grad if getattr(parameter, "adds_in_place", False) else None
 
 
 def _with_its_spare(x_BLK: Tensor, num_spare: int) -> Tensor:

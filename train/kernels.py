@@ -281,7 +281,8 @@ def gelu(u_BLK: Tensor, grad_BLK: Tensor | None, out_BLK: Tensor) -> None:
 def copy_table(copies: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     """What `refresh` copies: (destination, of which rows may lie apart; float32 source; factor). Valid as long as these
     tensors keep their memory."""
-    assert all(source.is_contiguous() and destination.stride(1) == 1 for destination, source, _ in copies)
+    assert all(source.is_contiguous() and source.dtype == torch.float32 and destination.stride(1) == 1
+               and destination.dtype == copies[0][0].dtype for destination, source, _ in copies)
     factors = torch.tensor([factor for _, _, factor in copies]).view(torch.int32).tolist()
     rows = [(source.data_ptr(), destination.data_ptr(), source.numel(), source.shape[1], destination.stride(0), bits)
             for (destination, source, _), bits in zip(copies, factors, strict=True)]

@@ -100,7 +100,7 @@ class LoRA:
     def __init__(self, modules: dict[int, list[LoRAProjections]], rank: int, alpha: float, targets: tuple[str, ...]):
         self.modules, self.rank, self.alpha, self.targets = modules, rank, alpha, targets
         self._all = [module for block in modules.values() for module in block]
-        self._table: tuple[int, Tensor, int] | None = None
+        self._table: tuple[tuple[int, ...], Tensor, int] | None = None
         self.refresh()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -119,10 +119,11 @@ class LoRA:
         """The same, where one launch for each of hundreds of copies would cost milliseconds."""
         from train.kernels import copy_table, refresh
 
-        place = self._all[0].a_RK.data_ptr()
-        if self._table is None or self._table[0] != place:  # optim.flatten moves all parameters
+        places = tuple(tensor.data_ptr() for module in self._all for tensor in (
+            module.a, module.a_RK, module.b_NR, module.weight if module.nf4 is None else module.nf4.b_NR))
+        if self._table is None or self._table[0] != places:  # optim.flatten moves all parameters
             copies = [copy for module in self._all for copy in module.copies()]
-            self._table = place, copy_table(copies), max(source.numel() for _, source, _ in copies)
+            self._table = places, copy_table(copies), max(source.numel() for _, source, _ in copies)
         refresh(self._table[1], self._table[2], self._all[0].a.dtype)
 
     def set_seeds(self, seeds_B: Tensor) -> None:

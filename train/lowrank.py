@@ -7,9 +7,9 @@ kernel compute alike: the 32-bit product of a hash of (seed, layer, token) and a
 threshold. A whole hash per element would cost more than reading x. So no mask is kept for the backward pass, and none
 depends on the rank or micro-batch. Without dropout all are plain GEMMs. There are three ways, and the device decides:
 
-- sm_80 and newer: Triton kernels with tensor cores (train/lowrank_kernels.py) that hash while they read x, up to R =
-  256, or 128 where shared memory is small; without dropout those that do more in the pass, as copying x, applying GELU,
-  or making dlow and dB of one reading of dy;
+- sm_80 and newer, in half precision: Triton kernels with tensor cores (train/lowrank_kernels.py) that hash while they
+  read x, up to R = 256, or 128 where shared memory is small; without dropout those that do more in the pass, as copying
+  x, applying GELU, or (up to rank 64, layers of one width) making dlow and dB of one reading of dy;
 - otherwise on a GPU: an elementwise kernel makes drop(x) and cuBLAS multiplies: on sm_70 tl.dot has no tensor cores;
 - the CPU: the lines below in eager torch, the twin of both.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from train.elementwise import gelu_tanh_backward_, gelu_tanh_into
 
 _MASK32 = 0xFFFFFFFF
-least_capability = (8, 0)  # for tl.dot, which has no tensor cores before; bench.step's volta profile raises it
+TENSOR_CORE_KERNELS = True  # False: as on a card before sm_80, for bench.step's volta profile
 GOLDEN, CHANNEL = 0x9E3779B1, 0x85EBCA77  # odd: they spread tokens and channels before these are hashed
 
 
@@ -100,8 +100,8 @@ def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, s
                kernels: bool = True) -> Tensor | None:
     """dA = scale dlow^T drop(x): float32 [R, K], or None where it was added to `grad_RK`.
 
-    With `gelu_grad_BLK`, which is contiguous, dA is of drop(GELU(x)), and that gradient of GELU(x) becomes the gradient
-    of x, in place."""
+    With `gelu_grad_BLK`, contiguous, dA is of drop(GELU(x)), and that gradient of GELU(x) becomes the gradient of x, in
+    place."""
     if kernels and (p > 0.0 or gelu_grad_BLK is not None) and _has_dot(x_BLK, dlow_MR.shape[1]):
         from train.lowrank_kernels import gradient
 
@@ -121,8 +121,7 @@ def through_b(dy_MN: Tensor, low_MR: Tensor, b_NR: Tensor, blocks: tuple[tuple[i
               grad_NR: Tensor | None = None, kernels: bool = True) -> tuple[Tensor, Tensor | None]:
     """dlow = dy B, and dB = dy^T low: float32 [sum of the adapted N, rank], or None where it was added to `grad_NR`.
 
-    Layer i has the outputs `blocks[i]` (first, end), and only there the i-th of B's and low's groups of `rank` columns
-    is other than zero, or wanted."""
+    Layer i has the outputs `blocks[i]` (first, end); in all other rows the i-th group of B's `rank` columns is zero."""
     rank = low_MR.shape[1] // len(blocks)
     width, spacing = blocks[0][1] - blocks[0][0], blocks[1][0] - blocks[0][0] if len(blocks) > 1 else 0
     even = all(block == (blocks[0][0] + i * spacing, blocks[0][1] + i * spacing) for i, block in enumerate(blocks))
@@ -137,7 +136,7 @@ def through_b(dy_MN: Tensor, low_MR: Tensor, b_NR: Tensor, blocks: tuple[tuple[i
 
 def _added(value: Tensor, scale: float, grad: Tensor | None) -> Tensor | None:
     if grad is None:
-        return value.mul_(scale)
+        return value if scale == 1.0 else value.mul_(scale)
     grad.add_(value, alpha=scale)
     return None
 
@@ -158,7 +157,7 @@ def _rows(x_BLK: Tensor) -> Tensor:
 
 def _has_dot(x: Tensor, num_low: int) -> bool:
     """Whether the kernels with tensor cores run here: their blocks of all R must fit into shared memory."""
-    if not x.is_cuda:
+    if not (TENSOR_CORE_KERNELS and x.is_cuda and x.element_size() == 2):
         return False
     capability = torch.cuda.get_device_capability(x.device)
-    return capability >= least_capability and num_low <= (256 if capability in ((8, 0), (9, 0)) else 128)
+    return capability >= (8, 0) and num_low <= (256 if capability in ((8, 0), (9, 0)) else 128)

@@ -14,9 +14,9 @@ from torch import Tensor
 from train.kernels import gelu_and_slope
 from train.lowrank import threshold
 
-# (rows, columns of a tile, warps, stages, parts), for R up to 64 and above (GELU: R = 32 only; THROUGH_B: for ranks up
-# to 32 and above, and programs in all), of 6 to 14 that were timed on an H200 at 11,440 rows of 3072 (GELU: 14336) in
-# bf16 the fastest or within 1% of it. Short inputs were not tuned for.
+# (rows, columns of a tile, warps, stages, parts), for R up to 64 and above (GELU: R = 32 only), and THROUGH_B for ranks
+# up to 32 and above, with as many programs as an H200 has SMs in place of parts. Of 6 to 14 that were timed on an H200
+# at 11,440 rows of 3072 (GELU: 14336) in bf16 the fastest or within 1% of it. Short inputs were not tuned for.
 DOWN, DOWN_GELU = ((32, 128, 4, 4, 1), (64, 64, 4, 4, 1)), (32, 128, 4, 3, 4)
 UP = (64, 128, 4, 3, 16), (64, 64, 4, 3, 8)
 GRADIENT, GRADIENT_GELU = ((32, 128, 4, 4, 16), (64, 128, 4, 3, 11)), (64, 64, 4, 3, 4)
@@ -204,7 +204,9 @@ def gradient(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, sca
     batch, length, width = x_BLK.shape
     num_low, gelu = dlow_MR.shape[1], gelu_grad_BLK is not None
     block_m, block_k, num_warps, num_stages, num_parts = GRADIENT_GELU if gelu else GRADIENT[num_low > 64]
-    num_parts = max(min(num_parts, length // (2 * block_m)) // batch, 1)  # text is short
+    assert gelu_grad_BLK is None or gelu_grad_BLK.is_contiguous()
+    # short text in as many parts would write more than it reads: at least two tiles each
+    num_parts = max(min(num_parts, length // (2 * block_m)) // batch, 1)
     out = torch.empty(batch * num_parts, num_low, width, dtype=torch.float32, device=x_BLK.device)
     rows_per_part = triton.cdiv(triton.cdiv(length, num_parts), block_m) * block_m
     _gradient[(triton.cdiv(width, block_k), num_parts, batch)](
@@ -224,17 +226,22 @@ def through_b(dy_MN: Tensor, low_MR: Tensor, b_NR: Tensor, first: int, spacing: 
     num_parts = max(num_programs // (num_tiles * num_layers), 1)
     rows_per_part = triton.cdiv(triton.cdiv(num_rows, num_parts), block_m) * block_m
     num_parts = triton.cdiv(num_rows, rows_per_part)
-    dlow = torch.empty(num_tiles, num_rows, num_low, dtype=dy_MN.dtype, device=dy_MN.device)
+    assert rows_per_part * dy_MN.stride(0) < 2**31, "offsets within a part are 32 bits wide"
+    # float16 would lose small parts, and overflow where their sum does not
+    part_dtype = torch.float32 if dy_MN.dtype == torch.float16 else dy_MN.dtype
+    dlow = torch.empty(num_tiles, num_rows, num_low, dtype=part_dtype, device=dy_MN.device)
     db = torch.empty(num_parts, num_layers * width, rank, dtype=torch.float32, device=dy_MN.device)
     _through_b[(num_tiles, num_parts, num_layers)](
         dy_MN, low_MR, b_NR, dlow, db, num_rows, num_low, rank, first, spacing, dy_MN.stride(0), low_MR.stride(0),
         b_NR.stride(0), width=width, rows_per_part=rows_per_part, BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_R=_block_r(rank), num_warps=num_warps, num_stages=num_stages)
-    return dlow.sum(0), _summed(db, grad_NR)
+    return dlow.sum(0).to(dy_MN.dtype), _summed(db, grad_NR)
 
 
 def _summed(parts: Tensor, grad: Tensor | None) -> Tensor | None:
     """The sum over the parts; or None, and it is added to `grad` in the same pass."""
+    if grad is None and parts.shape[0] == 1:
+        return parts[0]
     out = torch.empty_like(parts[0]) if grad is None else grad
     assert out.is_contiguous()
     _add_parts[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), num_parts=parts.shape[0],

@@ -72,7 +72,7 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         model.config, list(shapes.values()), config.lora.targets, dtype.itemsize, budget_bytes,
         0.0 if budget_bytes is not None else remat.room_bytes(device) - 8 * flat_parameters.vector.numel()
         - (remat.raw_bytes(feed.buckets, feed.encodes_clips) if vae else 0),  # of the optimizer; of the raw path
-        config.cuda_graph_tokens if device.type == "cuda" else 0, attention_name in remat.SLOW_ATTENTION)
+        config.cuda_graph_tokens if device.type == "cuda" else 0, remat.slow_attention(attention_name, dtype.itemsize))
     micro_step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler,
                            1 / (num_micro * world.size), config.cuda_graph_tokens)
 

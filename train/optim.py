@@ -22,7 +22,8 @@ class FlatParameters(NamedTuple):
 
 
 def flatten(parameters: Sequence[nn.Parameter]) -> FlatParameters:
-    """Move float32 `parameters` into one vector, in place: each becomes a view of it, and so does its gradient."""
+    """Move float32 `parameters` into one vector, in place: each becomes a view of it, and so does its gradient, which
+    whoever computes it may add to where it lies (train/fused.py)."""
     assert all(p.dtype == torch.float32 for p in parameters)
     total = sum(p.numel() for p in parameters)
     vector = nn.Parameter(torch.empty(total, device=parameters[0].device))
@@ -33,6 +34,7 @@ def flatten(parameters: Sequence[nn.Parameter]) -> FlatParameters:
         vector.data[offset:end].copy_(parameter.data.flatten())
         parameter.data = vector.data[offset:end].view(parameter.shape)
         parameter.grad = buffer[offset:end].view(parameter.shape)
+        parameter.adds_in_place = True  # type: ignore[attr-defined]
         offset = end
     vector.grad = buffer[:total]
     return FlatParameters(vector, buffer, buffer[:total], buffer[total])

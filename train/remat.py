@@ -31,7 +31,6 @@ from torch.utils.checkpoint import (
 from loader.sample import Bucket
 from train.wan import Block, RunBlock, Wan, WanConfig
 
-SLOW_ATTENTION = ("efficient",)
 _ORDER = ("attn1", "attn1.out", "attn2.q", "attn2.out", "attn1.qkv", "ffn.up", "attn2.kv", "attn2")
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -104,11 +103,16 @@ def transient_bytes(config: WanConfig, shape: Shape, dtype_bytes: int) -> float:
     return shape.num_tokens * (12.0 * config.dim + 2 * dtype_bytes * config.ffn_dim)
 
 
+def slow_attention(name: str, dtype_bytes: int) -> bool:
+    """Whether this kernel is slow beside GEMMs in this type: float32 has slow GEMMs too."""
+    return name == "efficient" and dtype_bytes == 2
+
+
 def choose_kept(sizes: dict[str, int], num_blocks: int, budget_bytes: float,
-                slow_attention: bool = False) -> list[frozenset[str]]:
+                cross_first: bool = False) -> list[frozenset[str]]:
     """Per block the operations whose outputs are kept: the best ones first, in as many blocks as the budget allows."""
     kept: list[set[str]] = [set() for _ in range(num_blocks)]
-    for name in ("attn1", "attn2", *_ORDER[1:-1]) if slow_attention else _ORDER:
+    for name in ("attn1", "attn2", *_ORDER[1:-1]) if cross_first else _ORDER:
         for block in kept:
             if sizes[name] <= budget_bytes:
                 block.add(name)
@@ -117,7 +121,7 @@ def choose_kept(sizes: dict[str, int], num_blocks: int, budget_bytes: float,
 
 
 def plan_shape(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_bytes: int, budget_bytes: float | None,
-               room_bytes: float = 0.0, slow_attention: bool = False) -> Kept:
+               room_bytes: float = 0.0, cross_first: bool = False) -> Kept:
     """What to keep of `shape` under a budget, or (`budget_bytes` None) so that all of it fits into `room_bytes`."""
     batch, blocks = shape.batch, config.num_layers
     one_block = autograd_bytes(config, shape, targets, dtype_bytes)
@@ -129,20 +133,20 @@ def plan_shape(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_by
     if budget_bytes == float("inf"):
         return everything
     sizes = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
-    kept = choose_kept(sizes, blocks, budget_bytes / batch, slow_attention)
+    kept = choose_kept(sizes, blocks, budget_bytes / batch, cross_first)
     return Kept(kept, inputs + batch * sum(sizes[name] for block in kept for name in block))
 
 
 def plan_run(config: WanConfig, shapes: Sequence[Shape], targets: Sequence[str], dtype_bytes: int,
              budget_bytes: float | None, room_bytes: float, max_graph_tokens: int,
-             slow_attention: bool = False) -> dict[Shape, Kept]:
+             cross_first: bool = False) -> dict[Shape, Kept]:
     """`plan_shape` for every shape of a run; those up to `max_graph_tokens` keep their memory as CUDA graphs."""
     graphs = [shape for shape in shapes if shape.batch * shape.num_tokens <= max_graph_tokens]
     others = [shape for shape in shapes if shape not in graphs]
     plans = {shape: plan_shape(config, shape, targets, dtype_bytes, budget_bytes,
-                               room_bytes * (GRAPH_SHARE if others else 1.0), slow_attention) for shape in graphs}
+                               room_bytes * (GRAPH_SHARE if others else 1.0), cross_first) for shape in graphs}
     room_bytes -= max((plan.num_bytes for plan in plans.values()), default=0.0)
-    return plans | {shape: plan_shape(config, shape, targets, dtype_bytes, budget_bytes, room_bytes, slow_attention)
+    return plans | {shape: plan_shape(config, shape, targets, dtype_bytes, budget_bytes, room_bytes, cross_first)
                     for shape in others}
 
 
