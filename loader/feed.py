@@ -119,7 +119,7 @@ class Feed:
         max_open = min(2 * window_shards * max(len(buckets) for buckets in self._order.buckets), MAX_OPEN)
         self._readers = [Reader(store, split, infos, max_open=max_open, max_damaged=max_damaged, media=names)
                          for store, infos, names in zip(stores, shards, media, strict=True)]
-        self._empty_text = [_empty_text(store.read_file(EMPTY_PROMPT_FILE)) for store in stores]
+        self._stores, self._empty_text = stores, [_empty_text(store.read_file(EMPTY_PROMPT_FILE)) for store in stores]
         self._raw = _first_frames(vae, self._device) if condition == "raw" and vae is not None else None
         if rank == 0:
             for dataset, num, dropped in zip(datasets, self._order.batches_per_epoch, self._order.dropped_per_epoch,
@@ -181,6 +181,8 @@ class Feed:
 
     def close(self) -> None:
         """Stop the threads. The feed can't be used afterwards."""
+        for store in self._stores:
+            store.close()
         self._drop_pending()
         self._pool.shutdown()
 

@@ -82,13 +82,15 @@ class File(Protocol):
 
 
 class Store(Protocol):
-    """Where a dataset lies. Both methods raise FileNotFoundError for what isn't there.
+    """Where a dataset lies. The first two methods raise FileNotFoundError for what isn't there; after `close` nobody
+    waits for a server that does not answer.
 
     `xxh3` is the file's hash by the manifest, "" where there is none: a name for caches. Readers check it themselves.
     """
 
     def read_file(self, name: str, xxh3: str = "") -> bytes: ...
     def open(self, name: str, size: int, xxh3: str) -> File: ...
+    def close(self) -> None: ...
 
 
 class LocalFile:
@@ -122,6 +124,9 @@ class LocalStore:
 
     def open(self, name: str, size: int, xxh3: str) -> File:
         return LocalFile(self.folder / name)
+
+    def close(self) -> None:
+        pass
 
 
 def open_store(location: Path | str, cache_dir: Path | None = None, cache_bytes: int = 0) -> Store:

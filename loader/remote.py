@@ -122,6 +122,7 @@ class RemoteStore:
 
     def __init__(self, url: str, cache: Cache | None, patience_s: float = PATIENCE_S):
         self.url, self.cache, self._patience_s = url.rstrip("/"), cache, patience_s
+        self._closed = threading.Event()
         try:
             self._store = obstore.store.from_url(
                 self.url, client_options={"allow_http": url.startswith("http:") or _plain_endpoint(),
@@ -142,6 +143,9 @@ class RemoteStore:
 
     def open(self, name: str, size: int, xxh3: str) -> "RemoteFile":
         return RemoteFile(self, name, size, xxh3)
+
+    def close(self) -> None:
+        self._closed.set()
 
     def read_range(self, name: str, start: int, end: int) -> memoryview:
         """Bytes start:end of an object, fewer at its end. Raises FileNotFoundError and RemoteError."""
@@ -171,7 +175,8 @@ class RemoteStore:
                     raise RemoteError(f"{self.url}/{name}: no answer for {self._patience_s:g} s: {cause}. Start "
                                       f"again once the server is back: the run resumes") from error
                 log.warning("%s/%s: %s; trying again", self.url, name, cause)
-            time.sleep(pause_s)
+            if self._closed.wait(pause_s):
+                raise RemoteError(f"{self.url}/{name}: {cause}; not tried again, because its reader was closed")
             pause_s = min(2 * pause_s, 5.0)
 
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -132,6 +133,29 @@ def test_server_errors_are_retried_and_then_named(server: Server) -> None:
     with pytest.raises(RemoteError, match=rf"{server.url}/data/x: no answer for 0\.5 s.*resumes"):
         RemoteStore(f"{server.url}/data", None, patience_s=0.5).read_file("x")
     assert len(server.requests) >= 3
+
+
+def test_closing_does_not_wait_for_a_server_that_does_not_answer(dataset: Path) -> None:
+    server = Server(dataset)
+    feed = make(server.url)
+    next(feed)
+    server.stop()
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            take(feed, 1000)
+        except (RemoteError, CancelledError) as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=read)
+    waiting.start()
+    time.sleep(0.5)  # its reader has found nobody there, and would try for 600 s
+    assert waiting.is_alive()
+    begin_s = time.monotonic()
+    feed.close()
+    waiting.join(10)
+    assert not waiting.is_alive() and time.monotonic() - begin_s < 10 and len(errors) == 1
 
 
 def test_what_will_not_get_better_is_not_retried(server: Server) -> None:
