@@ -2,8 +2,8 @@
 
 All have the same random weights of the real size, the same sample and noise, and do a whole optimizer step: noise,
 forward, loss, backward, clipping, AdamW. The floor does only what no implementation of this model can leave out: the
-GEMMs of our step, adapters included, and the attention calls, forward and backward, nothing recomputed, on random
-values, one block's buffers used again for the next.
+GEMMs of our step, adapters included (dlow and dB by one kernel where our step has it), and the attention calls, forward
+and backward, nothing recomputed, on random values, one block's buffers used again for the next.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Triton kernels of train/lowrank.py, whose eager lines are their twins. Dropout is a hash of the element's place.
 
-`_drop` is elementwise and compiles for sm_70; the four with tl.dot are for sm_80 and newer. x is read once each time,
-and where it is GELU(u), u is; dy is read once for both of its products. Sums over rows, and over the columns of dy, are
-made in a fixed number of parts, added up afterwards in order, so that equal inputs give equal bits. A program never
+`_drop` and `_add_parts` are elementwise and compile for sm_70; the four with tl.dot are for sm_80 and newer. x is read
+once each time, and where it is GELU(u), u is; dy is read once for both of its products. Long sums are made in a number
+of parts that the shapes decide, added up afterwards in order, so that equal inputs give equal bits. A program never
 works on rows of two samples where dropout needs to know them: to tell them apart would take a division per row.
 """
 
