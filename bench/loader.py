@@ -29,8 +29,10 @@ import zstandard
 
 from bench import loader_peers as peers
 from loader.feed import Feed
+from loader.memory import HostMemory
 from loader.order import Order
 from loader.read import open_shard, read_dataset
+from loader.sample import without_checksum
 from tools.synthetic import write_synthetic_dataset
 
 NUM_THREADS = 2
@@ -49,18 +51,19 @@ def feed_samples(location: str, num_threads: int = NUM_THREADS, device: torch.de
             yield batch.latent_BCTHW[0], batch.text_BSD[0]
 
 
-def limit_samples(location: str, num_threads: int = NUM_THREADS, device: torch.device = CPU, num_epochs: int = 1
-                  ) -> Iterator[peers.Pair]:
+def limit_samples(location: str, num_threads: int = NUM_THREADS, device: torch.device = CPU, num_epochs: int = 1,
+                  checksum: bool = True) -> Iterator[peers.Pair]:
     """pread, zstd and one copy of every tensor member, in the feed's order. The planes stay as they are.
 
-    On a GPU the one copy goes from pinned memory to it, on a side stream, as the feed's does.
+    On a GPU the one copy goes from pinned memory to it, on a side stream, as the feed's does. Without `checksum` zstd
+    leaves that out, as it does in the feed.
     """
     store, manifest = read_dataset(location)
     shards = manifest.splits["train"]
     order = Order([shards], seed=0, global_batch=1)
     opened = [open_shard(store, "train", shard) for shard in shards]
     files = [os.open(Path(location) / "train" / f"{shard.name}.tar", os.O_RDONLY) for shard in shards]
-    thread = local()
+    thread, memory = local(), HostMemory(pinned=device.type == "cuda")
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def job(n: int) -> tuple[torch.Tensor, ...]:
@@ -74,15 +77,16 @@ def limit_samples(location: str, num_threads: int = NUM_THREADS, device: torch.d
                 os.preadv(files[shard], [stored], offset)
                 num_bytes = zstandard.frame_content_size(stored)
                 if stream is not None:
-                    pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+                    pinned = memory.empty((num_bytes,), torch.uint8)
                 planes = (pinned.numpy().data if stream is not None else memoryview(thread.planes))[:num_bytes]
-                with zstandard.ZstdDecompressor().stream_reader(stored) as source:
+                frame = stored if checksum else without_checksum(stored)
+                with zstandard.ZstdDecompressor().stream_reader(frame) as source:
                     source.readinto(planes)
                 if stream is not None:
                     with torch.cuda.stream(stream):
                         tensors.append(pinned.to(device, non_blocking=True))
                 else:
-                    tensors.append(torch.empty(num_bytes, dtype=torch.uint8))
+                    tensors.append(memory.empty((num_bytes,), torch.uint8))
                     tensors[-1].numpy()[:] = np.frombuffer(planes, np.uint8)
         return tuple(tensors)
 
@@ -102,7 +106,7 @@ def samples(subject: str, location: str) -> Iterator[peers.Pair]:
         case "ours":
             return feed_samples(location)
         case "limit":
-            return limit_samples(location)
+            return limit_samples(location, checksum=workers != "unchecked")
         case "webdataset":
             return peers.webdataset_samples(location, int(workers))
         case "plain":
@@ -186,7 +190,8 @@ def main() -> None:
     if not (folder / "data" / "manifest.json").exists():
         write_synthetic_dataset(folder / "data", {arguments.shape: arguments.samples}, samples_per_shard=32,
                                 text_dim=4096)
-    subjects = [("ours", "ours", location, False), ("limit", "limit", location, False)]
+    subjects = [("ours", "ours", location, False), ("limit", "limit", location, False),
+                ("limit without zstd's checksum", "limit:unchecked", location, False)]
     subjects += [(f"webdataset, {n} workers", f"webdataset:{n}", location, False) for n in (0, 1, 2)]
     subjects.append(("webdataset, plain codec, 0 workers", "plain:0", location, False))
     if arguments.peers:

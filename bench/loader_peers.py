@@ -16,17 +16,20 @@ import zstandard
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from loader.feed import merge_planes
 from loader.read import Reader, read_dataset
-from loader.sample import JSON, LATENT, TEXT, TensorInfo, decode_meta, decode_tensor, decode_tensor_into
+from loader.sample import JSON, LATENT, TEXT, TensorInfo, decode_meta, decode_planes_into, decode_tensor
 
 Pair = tuple[Tensor, Tensor]  # latent [48, T, h, w] and text [512, D], float16
 
 
-_scratch = bytearray(1 << 24)
+_scratch = torch.empty(1 << 24, dtype=torch.uint8)
 
 
 def unpack(member: bytes, info: TensorInfo, out: Tensor) -> None:
-    decode_tensor_into(member, info, out.numpy(), _scratch)
+    planes = _scratch[:out.nbytes].view(2, *info.shape)
+    decode_planes_into(member, info, planes.numpy().data.cast("B"))
+    merge_planes(planes, out)
 
 
 def pad(text: Tensor) -> Tensor:

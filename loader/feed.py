@@ -12,7 +12,6 @@ one at a time, so that its latent does not depend on who shares its batch.
 """
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -29,19 +28,19 @@ import zstandard
 from torch import Tensor
 
 from loader.manifest import DatasetError, Split, media_shards
+from loader.memory import HostMemory
 from loader.order import GlobalBatch, Order, is_i2v, keyed_uniform, micro_slice, sample_seed
 from loader.read import Damage, Reader, Sample, read_dataset
 from loader.sample import (
     EMPTY_PROMPT_FILE,
     LATENT,
     MAX_TEXT_TOKENS,
-    PIECE_BYTES,
     TEXT,
     Bucket,
     SampleError,
     TensorInfo,
     decode_planes_into,
-    decode_tensor_into,
+    without_checksum,
 )
 from loader.vae import VAEEncoder
 
@@ -128,7 +127,7 @@ class Feed:
                 log.info("%s: %d batches of %d an epoch; samples left out each epoch, others each time: %s", dataset,
                          num, global_batch, tails)
 
-        self._scratch = threading.local()
+        self._memory = HostMemory(pinned=self._stream is not None)
         self._next = (0, 0)  # (global batch, micro-step) of the next job
         self._consumed = 0
         self._pending: deque[Future[_Ready]] = deque()
@@ -212,7 +211,7 @@ class Feed:
 
     def _batch(self, whole: GlobalBatch, places: list[tuple[int, int]]) -> Batch:
         """Read the samples at (shard, position) and place each one in the batch, on the device."""
-        latent_BCTHW = torch.empty((len(places), *whole.bucket.latent_shape), dtype=torch.float16, device=self._device)
+        latent_BCTHW = self._empty(len(places), *whole.bucket.latent_shape)
         text_BSD, loaded = None, []
         for i, (shard, position) in enumerate(places):
             sample, latent_CTHW = self._read(whole, shard, position)
@@ -222,8 +221,7 @@ class Feed:
             needs_frame = i2v and self._raw is not None and latent_CTHW is None
             frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members and needs_frame), None)
             if text_BSD is None:
-                text_BSD = torch.zeros((len(places), MAX_TEXT_TOKENS, meta.text.shape[1]), dtype=torch.float16,
-                                       device=self._device)
+                text_BSD = self._empty(len(places), MAX_TEXT_TOKENS, meta.text.shape[1])
             num_tokens = meta.text.shape[0]
             try:
                 if latent_CTHW is None:
@@ -236,6 +234,7 @@ class Feed:
                     merge_planes(planes.to(self._device), text_BSD[i, :num_tokens])
                 else:
                     self._place(members[TEXT], meta.text, text_BSD[i, :num_tokens])
+                text_BSD[i, num_tokens:] = 0
             except SampleError as error:  # its hash is right: it was written like this
                 raise SampleError(f"shard {sample.shard}, key {meta.key}: {error}; build the dataset anew") from error
             except RuntimeError as error:
@@ -253,6 +252,12 @@ class Feed:
                      keys=[one.key for one in loaded],
                      seeds=[sample_seed(self._seed, whole.epoch, one.key) for one in loaded], bucket=whole.bucket,
                      dataset=whole.dataset, epoch=whole.epoch, index=whole.number, wait_s=0.0)
+
+    def _empty(self, *shape: int) -> Tensor:
+        """float16 memory on the device for a part of a batch."""
+        if self._device.type == "cpu":
+            return self._memory.empty(shape, torch.float16)
+        return torch.empty(shape, dtype=torch.float16, device=self._device)
 
     def _read(self, whole: GlobalBatch, shard: int, position: int) -> tuple[Sample, Tensor | None]:
         """A sample, and the latent of its clip if none is stored. Where that can't be made, another sample's."""
@@ -277,16 +282,9 @@ class Feed:
 
     def _place(self, member: memoryview, info: TensorInfo, out: Tensor) -> None:
         """Unpack a tensor member into `out`: on a GPU by way of pinned memory, its planes merged there."""
-        if self._stream is not None:  # torch keeps pinned memory for the next one, once the copy is done
-            planes = torch.empty((2, *info.shape), dtype=torch.uint8, pin_memory=True)
-            decode_planes_into(member, info, planes.numpy().data.cast("B"))
-            merge_planes(planes.to(self._device, non_blocking=True), out)
-            return
-        num_bytes = out.numel() + PIECE_BYTES
-        scratch: bytearray = getattr(self._scratch, "bytes", bytearray())
-        if len(scratch) < num_bytes:  # one per thread: fresh memory would cost a page fault per 4 KiB
-            scratch = self._scratch.bytes = bytearray(num_bytes)
-        decode_tensor_into(member, info, out.numpy(), scratch)
+        planes = self._memory.empty((2, *info.shape), torch.uint8)
+        decode_planes_into(without_checksum(member), info, planes.numpy().data.cast("B"))
+        merge_planes(planes.to(self._device, non_blocking=True), out)
 
     def _encode_frame(self, loaded: "_Loaded", stored_C1HW: Tensor, whole: GlobalBatch) -> None:
         """Overwrite the stored latent of frame 0 by the raw frame's, or report why it can't be."""
@@ -334,7 +332,11 @@ def _first_frames(vae: VAEEncoder, device: torch.device) -> "FirstFrames":
 def merge_planes(planes: Tensor, out: Tensor) -> None:
     """uint8 [2, ...], high bytes and low bytes, into float16 `out` [...], on whatever device both are."""
     (high, low), bits = planes.unbind(), out.view(torch.int16)
-    torch.add(low, bits.copy_(high), alpha=256, out=bits)
+    if out.device.type == "cpu":  # torch would first make a copy of `low` in 16 bits there
+        np.multiply(high.numpy(), np.int16(256), out=bits.numpy())
+        np.bitwise_or(bits.numpy(), low.numpy(), out=bits.numpy())
+    else:
+        torch.add(low, bits.copy_(high), alpha=256, out=bits)
 
 
 def _empty_text(member: bytes) -> np.ndarray[Any, Any]:

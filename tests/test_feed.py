@@ -18,11 +18,11 @@ import PIL.Image
 import pytest
 import torch
 
-from loader.feed import Batch, Feed, merge_planes
+from loader.feed import Batch, Feed
 from loader.manifest import MANIFEST_FILE, Manifest, encode_manifest, recipe_id
 from loader.order import OrderError, is_i2v, sample_seed
 from loader.read import TooManyDamagedError
-from loader.sample import JPG, JSON, LATENT, TEXT, SampleMeta, TensorInfo, decode_planes, encode_meta, encode_tensor
+from loader.sample import JPG, JSON, LATENT, TEXT, SampleMeta, TensorInfo, encode_meta, encode_tensor
 from loader.vae import load_vae_encoder
 from shardgen.write import write_shard
 from tools.synthetic import write_synthetic_dataset
@@ -245,15 +245,6 @@ def test_several_datasets_are_mixed_and_never_within_a_batch(dataset: Path, tmp_
     assert 20 <= sum(batch.dataset for batch in batches) <= 38
     assert max(batch.epoch for batch in batches if batch.dataset == 1) > max(
         batch.epoch for batch in batches if batch.dataset == 0)
-
-
-def test_merged_planes_are_the_numbers() -> None:
-    array = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float16)
-    info = TensorInfo("float16", array.shape)
-    planes = torch.frombuffer(decode_planes(encode_tensor(array), info), dtype=torch.uint8).view(2, *array.shape)
-    merged = torch.empty(array.shape, dtype=torch.float16)
-    merge_planes(planes, merged)
-    assert (merged.numpy() == array).all()
 
 
 @pytest.fixture(scope="module")
