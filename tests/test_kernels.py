@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from train import elementwise, kernels, lora, lowrank, optim, wan
+from train.attention import choose_attention
 from train.elementwise import Rows
 from train.wan import rope_tables
 from train.weights import load_transformer
@@ -100,6 +100,14 @@ def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
     """As on a GPU: every kernel between the GEMMs and of the adapters, which are written behind their inputs and, with
     dropout, add two gradients up where they lie; T2V and I2V."""
     latent, text = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 3, 32)
+    _, attention = choose_attention("math", torch.device("cpu"), torch.float32)
+
+    def with_spare(q: Tensor, k: Tensor, v: Tensor, num_spare: int) -> Tensor:
+        """As flash4 does it."""
+        out_BLHE = attention(q, k, v).transpose(1, 2)
+        out_BLD = elementwise.with_spare_columns(out_BLHE.flatten(2), num_spare)
+        return out_BLD.unflatten(2, out_BLHE.shape[2:]).transpose(1, 2)
+
     results = []
     for through_kernels in (False, True):
         if through_kernels:
@@ -117,7 +125,7 @@ def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
         adapters.set_seeds(torch.tensor([2**62 + 5, 77]))
         for _ in range(2):
             velocity = model(latent, torch.tensor([[0.0, 700.0], [0.0, 300.0]]), torch.tensor([0, 1]), text,
-                             F.scaled_dot_product_attention)
+                             with_spare if through_kernels else attention)
             velocity.square().mean().backward()
         results.append((velocity.detach(), *(p.grad for p in adapters.parameters() if p.grad is not None)))
     assert len(results[0]) == 1 + len(adapters.parameters())

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import WanPipeline
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
 from safetensors.torch import load_file
 from torch import Tensor
 
 from train import lora
+from train.attention import choose_attention
 from train.wan import Wan
 from train.weights import load_transformer
 
@@ -38,7 +38,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def ours(model: Wan) -> Tensor:
     latent, t_BR, text = inputs()
-    out: Tensor = model(latent, t_BR, torch.tensor([0]), text, F.scaled_dot_product_attention)
+    out: Tensor = model(latent, t_BR, torch.tensor([0]), text,
+                        choose_attention("math", torch.device("cpu"), torch.float32)[1])
     return out
 
 

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+from train.elementwise import empty_with_spare
+
+Attention = Callable[..., Tensor]  # (q, k, v, num_spare = 0): see choose_attention
 AttentionName = Literal["auto", "flash4", "cudnn", "flash", "efficient", "math"]
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
@@ -26,6 +28,9 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
                      deterministic: bool = False) -> tuple[str, Attention]:
     """(the name of the kernel, attention(q, k, v) -> out), all [B, H, L, E], no mask. `deterministic` leaves out the
     kernels whose backward pass gives other bits each time, whatever torch is told: flash4 and cuDNN.
+
+    `attention(q, k, v, num_spare)` asks for so many free columns behind the output's rows of [B, L, H * E], which only
+    flash4 grants: see train/fused.py.
 
     A kernel that can't run here raises torch's own RuntimeError at the first call: it never becomes another one.
     """
@@ -42,9 +47,9 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
                          f'and float16 or bfloat16, not {dtype} on {device.type}; set "auto" or "cudnn"')
     backend = _BACKENDS["cudnn" if name == "flash4" else name]
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, num_spare: int = 0) -> Tensor:
         if name == "flash4" and k.shape[2] >= MANY_KEYS:
-            out: Tensor = flash4_forward(*(x.transpose(1, 2) for x in (q, k, v)))[0].transpose(1, 2)
+            out: Tensor = flash4_forward(*(x.transpose(1, 2) for x in (q, k, v)), num_spare)[0].transpose(1, 2)
             return out
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
@@ -76,11 +81,13 @@ def _has_flash4(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.library.custom_op("newsreel::flash4_forward", mutates_args=())
-def flash4_forward(q_BLHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+def flash4_forward(q_BLHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, num_spare: int) -> tuple[Tensor, Tensor]:
     """Attention by flash-attn-4: out [B, L, H, E], and the log of the sums, float32 [B, H, L]."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out_BLHE, lse_BHL = _flash_attn_fwd(q_BLHE, k_BSHE, v_BSHE, return_lse=True)[:2]
+    out_BLD = empty_with_spare(q_BLHE, q_BLHE.shape[2] * v_BSHE.shape[3], num_spare, q_BLHE.dtype)
+    out_BLHE, lse_BHL = _flash_attn_fwd(q_BLHE, k_BSHE, v_BSHE, return_lse=True,
+                                        out=out_BLD.unflatten(2, (q_BLHE.shape[2], -1)))[:2]
     return out_BLHE, lse_BHL
 
 
@@ -93,14 +100,13 @@ def flash4_backward(q_BLHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, out_BLHE: Te
     return dq_BLHE, dk_BSHE, dv_BSHE
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, dout_BLHE: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = flash4_backward(*ctx.saved_tensors, dout_BLHE)
-    return grads
+def _backward(ctx: Any, dout_BLHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *flash4_backward(*ctx.saved_tensors, dout_BLHE), None
 
 
 flash4_forward.register_autograd(_backward, setup_context=_keep_for_backward)

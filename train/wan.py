@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         q_BLD, k_BLD, v_BLD = split_norm_rope(self.qkv(x_BLD), (self.norm_q, self.norm_k), rope, self.num_heads,
                                               self.eps)
-        out: Tensor = self.out(attend(q_BLD, k_BLD, v_BLD, self.num_heads, attention))
+        out: Tensor = self.out(attend(q_BLD, k_BLD, v_BLD, self.num_heads, attention, self.out.num_spare))
         return out
 
 
@@ -105,7 +105,7 @@ class CrossAttention(nn.Module):
     def forward(self, x_BLD: Tensor, text_BSD: Tensor, attention: Attention) -> Tensor:
         (q_BLD,) = split_norm_rope(self.q(x_BLD), (self.norm_q,), None, self.num_heads, self.eps)
         k_BSD, v_BSD = split_norm_rope(self.kv(text_BSD), (self.norm_k,), None, self.num_heads, self.eps)
-        out: Tensor = self.out(attend(q_BLD, k_BSD, v_BSD, self.num_heads, attention))
+        out: Tensor = self.out(attend(q_BLD, k_BSD, v_BSD, self.num_heads, attention, self.out.num_spare))
         return out
 
 
@@ -202,10 +202,12 @@ class Wan(nn.Module):
         return tables_NBR6D.unbind(0)
 
 
-def attend(q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, num_heads: int, attention: Attention) -> Tensor:
-    """Multi-head attention without a mask. q, k, v: [B, L|S, D] -> [B, L, D]."""
+def attend(q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, num_heads: int, attention: Attention,
+           num_spare: int = 0) -> Tensor:
+    """Multi-head attention without a mask. q, k, v: [B, L|S, D] -> [B, L, D], `num_spare` columns behind its rows free
+    where the kernel can do so."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BLD, k_BSD, v_BSD))
-    return attention(q, k, v).transpose(1, 2).flatten(2)
+    return attention(q, k, v, num_spare).transpose(1, 2).flatten(2)
 
 
 def latent_grid(shape: torch.Size, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
