@@ -123,12 +123,13 @@ def shared_bytes(name, num_low, block_m, block_k, num_warps, num_stages, gelu=Fa
     function, types = getattr(kernels, name), {}
     for parameter in function.params:
         n = parameter.name
-        float32 = n in ("db", "parts") or n == "out" and name in ("_gradient", "_add_parts")
+        float32 = (n in ("db", "other_parts", "other_out") or name == "_add_parts" and n in ("parts", "out")
+                   or name == "_gradient" and n == "out")
         types[n] = ("constexpr" if parameter.is_constexpr else "*i64" if n == "keys" else "fp32" if n == "scale" else
-                    "*fp32" if float32 else "*fp16" if n in "x a out into dlow grad dy low b".split() else "i32")
+                    "*fp32" if float32 else "*fp16" if n in "x a out into dlow grad dy low b parts".split() else "i32")
     flags = dict(THRESHOLD=2**28, width=3072, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=block_k, GELU=gelu, COPY=True,
                  BLOCK_R=kernels._block_r(num_low), columns_per_part=3072, rows_per_part=768, num_parts=16, ADD=True,
-                 BLOCK=2048)
+                 BLOCK=2048, num_other_parts=11, ADD_OTHER=True)
     names = list(types)
     constants = {(names.index(n),): flags[n] for n in names if types[n] == "constexpr"}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n][0] == "*" or types[n] == "i32"}
@@ -138,7 +139,8 @@ def shared_bytes(name, num_low, block_m, block_k, num_warps, num_stages, gelu=Fa
 
 
 print("_drop", shared_bytes("_drop", 16, 16, 16, 4, 1))
-print("_add_parts", shared_bytes("_add_parts", 16, 16, 16, 4, 1))
+for name in ("_add_parts", "_add_both"):
+    print(name, shared_bytes(name, 16, 16, 16, 4, 1))
 if NUM_LOW:
     for name, tiles in (("_down", kernels.DOWN), ("_up", kernels.UP), ("_gradient", kernels.GRADIENT)):
         for num_low in (64, NUM_LOW):
@@ -160,4 +162,4 @@ def test_every_kernel_compiles_and_fits_into_shared_memory_at_the_largest_rank(c
                          cwd=Path(__file__).parent.parent, env=environment, timeout=200)
     assert run.returncode == 0, run.stderr
     sizes = [int(line.split()[-1]) for line in run.stdout.splitlines()]
-    assert len(sizes) == (12 if num_low else 2) and max(sizes) <= limit_kib * 1024, run.stdout
+    assert len(sizes) == (13 if num_low else 3) and max(sizes) <= limit_kib * 1024, run.stdout

@@ -152,11 +152,28 @@ def _through_b(dy, low, b, dlow, db, num_rows, num_low, rank, first, spacing, dy
 @triton.jit
 def _add_parts(parts, out, size, num_parts: tl.constexpr, ADD: tl.constexpr,  # type: ignore[no-untyped-def]
                BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _sum(tl.program_id(0), parts, out, size, num_parts, ADD, BLOCK)
+
+
+@triton.jit
+def _add_both(parts, out, size, other_parts, other_out, other_size, num_parts: tl.constexpr,  # type: ignore[no-untyped-def]
+              num_other_parts: tl.constexpr, ADD_OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    """Two sums, for two launches would take longer than the work."""
+    block, num_blocks = tl.program_id(0), tl.cdiv(size, BLOCK)
+    if block < num_blocks:
+        _sum(block, parts, out, size, num_parts, False, BLOCK)
+    else:
+        _sum(block - num_blocks, other_parts, other_out, other_size, num_other_parts, ADD_OTHER, BLOCK)
+
+
+@triton.jit
+def _sum(block, parts, out, size, num_parts: tl.constexpr, ADD: tl.constexpr,  # type: ignore[no-untyped-def]
+         BLOCK: tl.constexpr):
+    i = block * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
-    total = tl.load(parts + i, mask=ok, other=0.0)
-    for part in range(1, num_parts):
-        total += tl.load(parts + part * size + i, mask=ok, other=0.0)
+    total = tl.load(parts + i, mask=ok, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, num_parts):  # unrolled: a load need not wait for the one before
+        total += tl.load(parts + part * size + i, mask=ok, other=0.0).to(tl.float32)
     if ADD:
         total += tl.load(out + i, mask=ok, other=0.0)
     tl.store(out + i, total, mask=ok)
@@ -235,7 +252,12 @@ def through_b(dy_MN: Tensor, low_MR: Tensor, b_NR: Tensor, first: int, spacing: 
         dy_MN, low_MR, b_NR, dlow, db, num_rows, num_low, rank, first, spacing, dy_MN.stride(0), low_MR.stride(0),
         b_NR.stride(0), width=width, rows_per_part=rows_per_part, BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_R=_block_r(rank), num_warps=num_warps, num_stages=num_stages)
-    return dlow.sum(0).to(dy_MN.dtype), _summed(db, grad_NR)
+    out_MR, out_NR = dy_MN.new_empty(num_rows, num_low), torch.empty_like(db[0]) if grad_NR is None else grad_NR
+    assert out_NR.is_contiguous()
+    _add_both[(triton.cdiv(out_MR.numel(), 1024) + triton.cdiv(out_NR.numel(), 1024),)](
+        dlow, out_MR, out_MR.numel(), db, out_NR, out_NR.numel(), num_parts=num_tiles, num_other_parts=num_parts,
+        ADD_OTHER=grad_NR is not None, BLOCK=1024, num_warps=4)
+    return out_MR, out_NR if grad_NR is None else None
 
 
 def _summed(parts: Tensor, grad: Tensor | None) -> Tensor | None:
