@@ -36,12 +36,14 @@ from bench import step_subjects as subjects
 from loader.sample import MAX_TEXT_TOKENS, Bucket
 from tools import plan
 from train import lowrank, remat
+from train.attention import AttentionName, choose_attention
 from train.wan import TI2V_5B, WanConfig
 
 GIB = 2**30
 CAP_GIB, PLANNED_GIB = 32, 30
-PROFILES = {"native": (torch.bfloat16, "auto", False), "native32": (torch.bfloat16, "auto", True),
-            "volta": (torch.float16, "efficient", True)}
+PROFILES: dict[str, tuple[torch.dtype, AttentionName, bool]] = {
+    "native": (torch.bfloat16, "auto", False), "native32": (torch.bfloat16, "auto", True),
+    "volta": (torch.float16, "efficient", True)}
 CASES = {"t2v": ("r16", False), "i2v": ("r16", True), "r32": ("r32", False)}
 PEERS = ("eager, checkpointing", "compiled, checkpointing", "compiled")
 
@@ -52,9 +54,9 @@ class Bench:
     def __init__(self, config: WanConfig, bucket: Bucket, profile: str, adapters: subjects.Adapters,
                  peers: list[str], device: torch.device, graph_tokens: int):
         self.config, self.bucket, self.device = config, bucket, device
-        self.dtype, self.attention_name, self.capped = PROFILES[profile]
-        self.attention = subjects.chosen_attention(self.attention_name, device, self.dtype)
-        subjects.only_attention("efficient" if self.attention_name == "efficient" else "cudnn")
+        self.dtype, name, self.capped = PROFILES[profile]
+        attention, self.attention = choose_attention(name, device, self.dtype)
+        subjects.only_attention("efficient" if name == "efficient" else "cudnn")
         self.resident: dict[str, int] = {}
         self.steps: dict[str, subjects.Step] = {}
         shape = remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS)
@@ -67,8 +69,7 @@ class Bench:
             frozen = subjects.our_model(self.reference, config, self.dtype)
         room = PLANNED_GIB * GIB - self.resident["ours"] - 12 * sum(p.numel() for p in self.adapters.parameters())
         self.kept = remat.plan_shape(config, shape, adapters.targets, self.dtype.itemsize,
-                                     None if self.capped else float("inf"), room,
-                                     remat.slow_attention(self.attention_name, self.dtype.itemsize))
+                                     None if self.capped else float("inf"), room, attention, self.capped)
         with self._counting("ours"):
             self.steps["ours"] = subjects.our_step(self.model, self.adapters, self.attention, bucket, self.dtype,
                                                    self.kept, graph_tokens)
@@ -182,8 +183,9 @@ def check(config: WanConfig, bucket: Bucket, profile: str, device: torch.device)
     torch.use_deterministic_algorithms(True)
     shape = remat.Shape(1, small.num_tokens, MAX_TEXT_TOKENS)
     targets = subjects.ADAPTERS["r32"].targets
-    plans = {name: remat.plan_shape(shallow, shape, targets, 2, budget) for name, budget in
-             (("block", 0.0), ("100 MB", 1e8), ("graphs", float("inf")), ("graphs, 100 MB", 1e8))}
+    plans = {name: remat.plan_shape(shallow, shape, targets, 2, budget, offload="offload" in name) for name, budget in
+             (("block", 0.0), ("100 MB", 1e8), ("offload", 0.0), ("100 MB, offload", 1e8), ("graphs", float("inf")),
+              ("graphs, 100 MB", 1e8))}
     bitwise = "flash" if attention == "auto" else attention  # cuDNN's backward pass is not deterministic
     found["same bits"] = step_check.same_bits(model, adapters32, small, dtype, bitwise, plans, 4096)
     torch.use_deterministic_algorithms(False)

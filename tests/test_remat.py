@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loader.sample import Bucket
 from train import lora, remat
 from train.attention import choose_attention
+from train.offload import HostInputs
 from train.wan import TI2V_5B, Wan
 from train.weights import load_transformer
 
@@ -32,9 +33,10 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients(checkpoint: Path, budget_bytes: float) -> tuple[list[Tensor], Counter[Any], Wan]:
+def gradients(checkpoint: Path, budget_bytes: float, offload: bool = False, targets: tuple[str, ...] = lora.TARGETS
+              ) -> tuple[list[Tensor], Counter[Any], Wan]:
     model = load_transformer(checkpoint, CPU, torch.float32)
-    adapters = lora.attach(model, lora.TARGETS, 8, 20.0, dropout=0.1, seed=1)
+    adapters = lora.attach(model, targets, 8, 20.0, dropout=0.1, seed=1)
     adapters.set_seeds(torch.tensor([7, 8]))
     for _, b in adapters.tensors().values():
         b.normal_(generator=torch.Generator().manual_seed(0))
@@ -42,7 +44,7 @@ def gradients(checkpoint: Path, budget_bytes: float) -> tuple[list[Tensor], Coun
     generator = torch.Generator().manual_seed(3)
     latent, text = (torch.randn(2, *shape, generator=generator) for shape in ((48, 2, 6, 8), (TEXT_TOKENS, 32)))
     _, attention = choose_attention("auto", CPU, torch.float32)
-    plans = remat.plan_run(model.config, [SHAPE], lora.TARGETS, 4, budget_bytes, 0.0, 0)
+    plans = remat.plan_run(model.config, [SHAPE], targets, 4, budget_bytes, 0.0, 0, offload=offload)
     with Count() as count:
         velocity = model(latent, torch.tensor([[0.0, 700.0]] * 2), torch.tensor([0, 1]), text, attention,
                          remat.block_runner(model, plans))
@@ -64,6 +66,35 @@ def test_every_budget_gives_the_same_bits_and_a_larger_one_computes_less_again(t
         num_attentions.append(sum(operations[op] for op in remat._ATTENTION))
     assert num_attentions[:3] == [8, 7, 6] and num_attentions[4] == 4  # two blocks, self and cross, once or twice
     assert num_gemms[0] == num_gemms[2] > num_gemms[3] > num_gemms[4]
+
+
+@pytest.mark.parametrize(("targets", "num_parked"), [(lora.TARGETS, 1), (lora.TARGETS[:3], 2)])
+def test_inputs_that_wait_in_the_hosts_memory_give_the_same_bits(
+        targets: tuple[str, ...], num_parked: int, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block 1's stay; block 0's, from which what was left before it is missing, are on their way before they are asked
+    for. What the block before left is parked too, unless an adapted ffn.down keeps it as its output."""
+    moved, back, park = [], HostInputs._back, HostInputs._park
+    last: list[int] = []
+
+    def counted(self: HostInputs, parked: Any) -> Tensor:
+        tensor = back(self, parked)
+        moved.append((parked.block, parked.stays is None, [before.coming is not None for before in
+                                                           self._parked.get(parked.block - 1, ())]))
+        return tensor
+
+    def numbered(self: HostInputs, block: int, number: int, tensor: Tensor) -> Any:
+        last.append(number)
+        return park(self, block, number, tensor)
+
+    monkeypatch.setattr(HostInputs, "_back", counted)
+    monkeypatch.setattr(HostInputs, "_park", numbered)
+    for budget_bytes in (0.0, 1e5):
+        expected, operations, _ = gradients(tiny_checkpoint, budget_bytes, targets=targets)
+        found, with_offload, _ = gradients(tiny_checkpoint, budget_bytes, offload=True, targets=targets)
+        assert all(map(torch.equal, found, expected))
+        assert with_offload[torch.ops.aten.addmm.default] == operations[torch.ops.aten.addmm.default]
+    assert moved == 2 * [*[(1, False, [True])] * num_parked, (0, True, [])]
+    assert last == 2 * [0, *range(num_parked)]
 
 
 @pytest.mark.parametrize("budget_gib", [0.5, 2.0, 8.0, 17.0])
@@ -88,6 +119,17 @@ def test_a_wrong_budget_is_named() -> None:
     assert remat.parse_activation_memory("6.5GiB") == 6.5 * 2**30
     with pytest.raises(ValueError, match=r'activation_memory = "6GB": use "auto", "all", "block" or'):
         remat.parse_activation_memory("6GB")
+
+
+def test_offloaded_inputs_leave_room_to_keep_more() -> None:
+    shape, num_bytes = remat.Shape(1, 11_440, 512), 20.0 * 2**30
+    plans = [remat.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, num_bytes, "efficient", offload)
+             for offload in (False, True)]
+    assert all(0.95 * num_bytes < plan.num_bytes <= num_bytes for plan in plans)
+    without, with_offload = (sum(len(block) for block in plan.blocks or []) for plan in plans)
+    assert with_offload > without + 10
+    large = remat.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, 100.0 * 2**30, "efficient", True)
+    assert large.blocks is None and not large.offload  # where all fits, nothing has to move
 
 
 @pytest.mark.parametrize("room_gib", [13.0, 20.0, 30.0, 100.0])

@@ -20,7 +20,7 @@ from loader.config import load_toml
 from loader.read import read_dataset
 from loader.sample import MAX_TEXT_TOKENS, Bucket
 from train.config import TrainConfig
-from train.remat import GROUPS, Kept, Shape, describe, parse_activation_memory, plan_run, slow_attention
+from train.remat import GROUPS, Kept, Shape, describe, parse_activation_memory, plan_run
 from train.wan import WanConfig
 from train.weights import read_config
 
@@ -37,19 +37,20 @@ class Card(NamedTuple):
     gemm_flops: float
     attention_flops: float
     copy_bytes: float
+    attention: str
     source: str
 
 
 # shares of the data sheet's 989 TFLOP/s and 4.8 TB/s
 _GEMM, _FLASH4, _CUDNN, _EFFICIENT, _MEMORY = 725 / 989, 568 / 989, 488 / 989, 131 / 989, 3.9 / 4.8
 CARDS = (
-    Card("V100-PCIE-32GB", 32, 112e12 * _GEMM, 112e12 * _EFFICIENT, 0.9e12 * _MEMORY,
+    Card("V100-PCIE-32GB", 32, 112e12 * _GEMM, 112e12 * _EFFICIENT, 0.9e12 * _MEMORY, "efficient",
          "modelled: data sheet 112 TFLOP/s fp16, 0.9 TB/s; memory-efficient attention"),
-    Card("A100-SXM-80GB", 80, 312e12 * _GEMM, 312e12 * _CUDNN, 2.0e12 * _MEMORY,
+    Card("A100-SXM-80GB", 80, 312e12 * _GEMM, 312e12 * _CUDNN, 2.0e12 * _MEMORY, "cudnn",
          "modelled: data sheet 312 TFLOP/s, 2.0 TB/s"),
-    Card("H100-SXM-80GB", 80, 989e12 * _GEMM, 989e12 * _FLASH4, 3.35e12 * _MEMORY,
+    Card("H100-SXM-80GB", 80, 989e12 * _GEMM, 989e12 * _FLASH4, 3.35e12 * _MEMORY, "flash4",
          "modelled: the H200's arithmetic, 3.35 TB/s"),
-    Card("H200", 139, 989e12 * _GEMM, 989e12 * _FLASH4, 4.8e12 * _MEMORY,
+    Card("H200", 139, 989e12 * _GEMM, 989e12 * _FLASH4, 4.8e12 * _MEMORY, "flash4",
          "measured with flash4 attention, see bench/README.md"),
 )
 KERNELS_PER_BLOCK, KERNEL_S = 70, 4e-6  # what a kernel costs beside its work, from 832x480x9 on the H200
@@ -187,8 +188,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         room_bytes = 0.95 * (card.memory_gib * GIB - sum(resident.values()))
         shapes = {bucket: Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in shares}
         plans = plan_run(wan, list(shapes.values()), config.lora.targets, dtype_bytes, budget_bytes, room_bytes,
-                         config.cuda_graph_tokens, slow_attention(
-                             "efficient" if card.name.startswith("V100") else config.model.attention, dtype_bytes))
+                         config.cuda_graph_tokens, card.attention, config.activation_offload)
         sample_s = sum(share * seconds(step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
                                                plans[shapes[bucket]]), card) for bucket, share in shares.items())
         step_s = sample_s * config.global_batch / num_gpus

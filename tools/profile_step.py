@@ -135,7 +135,7 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     budget_bytes = remat.parse_activation_memory(config.activation_memory)
     plans = remat.plan_run(model.config, [shape], config.lora.targets, dtype.itemsize, budget_bytes,
                            remat.room_bytes(device) if budget_bytes is None else 0.0, 0,
-                           remat.slow_attention(name, dtype.itemsize))
+                           name, config.activation_offload)
     scaler = torch.amp.GradScaler("cuda", config.optim.loss_scale, enabled=dtype == torch.float16)
     step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler, 1.0, 0)
     batch = random_batch(bucket, config.micro_batch, model.config.text_dim, device)

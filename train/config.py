@@ -81,9 +81,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """global_batch: samples per optimizer step over all GPUs. micro_batch: samples of one forward pass on one GPU;
     global_batch / (micro_batch * GPUs) passes are accumulated. activation_memory: what is kept for the
     backward pass: "block" the inputs of each block, "all" everything, "6GiB" as much beyond "block" as that holds,
-    "auto" as much as the card has room for. cuda_graph_tokens: a micro-batch of at most so many tokens runs on a GPU as
-    CUDA graphs; 0: none does. deterministic: equal runs give equal bits on a GPU too, with slower attention (on a CPU
-    they always do).
+    "auto" as much as the card has room for. activation_offload: unless that is everything, the inputs of blocks wait in
+    pinned memory of the host (6 GiB a GPU at 1280x704x49), and more fits beside them. cuda_graph_tokens: a micro-batch
+    of at most so many tokens runs on a GPU as CUDA graphs; 0: none does. deterministic: equal runs give equal bits on a
+    GPU too, with slower attention (on a CPU they always do).
     """
 
     output: str
@@ -97,6 +98,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     micro_batch: Positive = 1
     seed: Annotated[int, Meta(ge=0)] = 0
     activation_memory: str = "block"
+    activation_offload: bool = False
     deterministic: bool = False
     cuda_graph_tokens: Annotated[int, Meta(ge=0)] = 4096
     checkpoint_every: Positive = 100
@@ -113,9 +115,9 @@ def resumable_changes(config: TrainConfig) -> frozenset[str]:
     but nothing that changes the samples or the maths. A constant learning rate lets a run be made longer."""
     longer = {"num_steps"} if config.optim.schedule == "constant" else set()
     return frozenset({
-        "output", "checkpoint_every", "keep_checkpoints", "log_every", "activation_memory", "cuda_graph_tokens",
-        "deterministic", "micro_batch", "model.path", "model.attention", "data.datasets", "data.num_threads",
-        "data.max_ahead", "data.max_damaged", "data.cache_dir", "data.cache_gib", *longer})
+        "output", "checkpoint_every", "keep_checkpoints", "log_every", "activation_memory", "activation_offload",
+        "cuda_graph_tokens", "deterministic", "micro_batch", "model.path", "model.attention", "data.datasets",
+        "data.num_threads", "data.max_ahead", "data.max_damaged", "data.cache_dir", "data.cache_gib", *longer})
 
 
 def flat(config: msgspec.Struct, prefix: str = "") -> dict[str, object]:

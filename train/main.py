@@ -72,7 +72,7 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
         model.config, list(shapes.values()), config.lora.targets, dtype.itemsize, budget_bytes,
         0.0 if budget_bytes is not None else remat.room_bytes(device) - 8 * flat_parameters.vector.numel()
         - (remat.raw_bytes(feed.buckets, feed.encodes_clips) if vae else 0),  # of the optimizer; of the raw path
-        config.cuda_graph_tokens if device.type == "cuda" else 0, remat.slow_attention(attention_name, dtype.itemsize))
+        config.cuda_graph_tokens if device.type == "cuda" else 0, attention_name, config.activation_offload)
     micro_step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler,
                            1 / (num_micro * world.size), config.cuda_graph_tokens)
 
@@ -165,7 +165,7 @@ def main() -> None:
                   stack)
     except torch.OutOfMemoryError as error:
         sys.exit(f"train: {error}\ntrain: the GPU's memory is full. Set activation_memory to \"block\" or a "
-                 f"smaller budget than it chose, cuda_graph_tokens = 0, micro_batch = 1, or build smaller "
+                 f"smaller budget than it chose, activation_offload = true, cuda_graph_tokens = 0, micro_batch = 1, or build smaller "
                  f"windows.buckets")
     except (ValueError, OSError) as error:  # every fault of the user's is one of these, and says what to do
         sys.exit(f"train: {error}")

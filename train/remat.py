@@ -17,11 +17,13 @@ while the others run.
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -29,6 +31,7 @@ from torch.utils.checkpoint import (
 )
 
 from loader.sample import Bucket
+from train.offload import HostInputs
 from train.wan import Block, RunBlock, Wan, WanConfig
 
 _ORDER = ("attn1", "attn1.out", "attn2.q", "attn2.out", "attn1.qkv", "ffn.up", "attn2.kv", "attn2")
@@ -56,10 +59,12 @@ class Shape(NamedTuple):
 
 class Kept(NamedTuple):
     """Per block the operations whose outputs are kept, or None: everything. `num_bytes`: what that takes at its peak,
-    with what the block at work and the gradients on their way need."""
+    with what the block at work and the gradients on their way need. `offload`: the blocks' inputs wait in the host's
+    memory."""
 
     blocks: list[frozenset[str]] | None
     num_bytes: float
+    offload: bool = False
 
 
 def parse_activation_memory(text: str) -> float | None:
@@ -83,16 +88,18 @@ def output_bytes(config: WanConfig, num_tokens: int, num_text_tokens: int, dtype
             "ffn.up": num_tokens * config.ffn_dim * dtype_bytes}
 
 
-def autograd_bytes(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_bytes: int) -> float:
+def autograd_bytes(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_bytes: int,
+                   attention: str = "") -> float:
     """What autograd keeps of one block and sample when nothing is computed again: the residual stream before each norm,
     q, k and q of cross-attention after theirs, what `output_bytes` counts (the output projections' results only pass
-    through), and the input of each adapted GEMM."""
+    through), and the input of each adapted GEMM, which flash4's attention has put out in the layout that one needs."""
     row = shape.num_tokens * config.dim * dtype_bytes
     sizes = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
     total = 3.0 * 4 * shape.num_tokens * config.dim + 3 * row
     total += sum(size for name, size in sizes.items() if not name.endswith(".out"))
     for name, layers in GROUPS.items():
-        if not set(layers).isdisjoint(targets) and name != "ffn.down":  # which keeps what GELU reads, as GELU does
+        shared = name == "ffn.down" or (name, attention) == ("attn1.out", "flash4")  # ffn.down keeps what GELU reads
+        if not set(layers).isdisjoint(targets) and not shared:
             total += (shape.num_text_tokens if name == "attn2.kv" else shape.num_tokens) * config.dim * dtype_bytes
     return total
 
@@ -121,32 +128,36 @@ def choose_kept(sizes: dict[str, int], num_blocks: int, budget_bytes: float,
 
 
 def plan_shape(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_bytes: int, budget_bytes: float | None,
-               room_bytes: float = 0.0, cross_first: bool = False) -> Kept:
-    """What to keep of `shape` under a budget, or (`budget_bytes` None) so that all of it fits into `room_bytes`."""
+               room_bytes: float = 0.0, attention: str = "", offload: bool = False) -> Kept:
+    """What to keep of `shape` under a budget, or (`budget_bytes` None) so that all of it fits into `room_bytes`.
+
+    `attention` is the kernel's name; with `offload` the inputs of blocks go to the host where not all is kept."""
     batch, blocks = shape.batch, config.num_layers
-    one_block = autograd_bytes(config, shape, targets, dtype_bytes)
+    one_block = autograd_bytes(config, shape, targets, dtype_bytes, attention)
+    stream, row = (size * shape.num_tokens * config.dim for size in (4.0, dtype_bytes))
     at_work = batch * transient_bytes(config, shape, dtype_bytes)
     everything = Kept(None, batch * blocks * one_block + at_work)
-    inputs = batch * (blocks * (4.0 + dtype_bytes) * shape.num_tokens * config.dim + one_block) + at_work
+    streams, rows = (min(blocks, 2) if away else blocks for away in (offload, offload and "ffn.net.2" not in targets))
+    inputs = batch * (streams * stream + rows * row + one_block) + at_work
     if budget_bytes is None:
         budget_bytes = float("inf") if everything.num_bytes <= room_bytes else max(room_bytes - inputs, 0.0)
     if budget_bytes == float("inf"):
         return everything
     sizes = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
-    kept = choose_kept(sizes, blocks, budget_bytes / batch, cross_first)
-    return Kept(kept, inputs + batch * sum(sizes[name] for block in kept for name in block))
+    kept = choose_kept(sizes, blocks, budget_bytes / batch, slow_attention(attention, dtype_bytes))
+    return Kept(kept, inputs + batch * sum(sizes[name] for block in kept for name in block), offload)
 
 
 def plan_run(config: WanConfig, shapes: Sequence[Shape], targets: Sequence[str], dtype_bytes: int,
-             budget_bytes: float | None, room_bytes: float, max_graph_tokens: int,
-             cross_first: bool = False) -> dict[Shape, Kept]:
+             budget_bytes: float | None, room_bytes: float, max_graph_tokens: int, attention: str = "",
+             offload: bool = False) -> dict[Shape, Kept]:
     """`plan_shape` for every shape of a run; those up to `max_graph_tokens` keep their memory as CUDA graphs."""
     graphs = [shape for shape in shapes if shape.batch * shape.num_tokens <= max_graph_tokens]
     others = [shape for shape in shapes if shape not in graphs]
     plans = {shape: plan_shape(config, shape, targets, dtype_bytes, budget_bytes,
-                               room_bytes * (GRAPH_SHARE if others else 1.0), cross_first) for shape in graphs}
+                               room_bytes * (GRAPH_SHARE if others else 1.0), attention) for shape in graphs}
     room_bytes -= max((plan.num_bytes for plan in plans.values()), default=0.0)
-    return plans | {shape: plan_shape(config, shape, targets, dtype_bytes, budget_bytes, room_bytes, cross_first)
+    return plans | {shape: plan_shape(config, shape, targets, dtype_bytes, budget_bytes, room_bytes, attention, offload)
                     for shape in others}
 
 
@@ -176,7 +187,7 @@ def describe(config: WanConfig, kept: Kept) -> str:
     else:
         counts = {name: sum(name in block for block in kept.blocks) for name in _ORDER}
         what = ", ".join(f"{name} of {num}" for name, num in counts.items() if num) or "only their inputs"
-        what = f"of {config.num_layers} blocks are kept: {what}"
+        what = f"of {config.num_layers} blocks are kept: {what}{', their inputs by the host' if kept.offload else ''}"
     return f"{what}; {kept.num_bytes / 2**30:.1f} GiB at the peak beside the model, by the plan"
 
 
@@ -184,25 +195,29 @@ def block_runner(model: Wan, plans: dict[Shape, Kept]) -> RunBlock:
     """The `run_block` of Wan.forward."""
     if all(plan.blocks is None for plan in plans.values()):
         return None
+    host = HostInputs(model.config.num_layers)
 
     def run_block(index: int, block: Block, x_BLD: Tensor, left_BLD: Tensor | None, left_gate_BRD: Tensor | None,
                   text_BSD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         inputs = (x_BLD, left_BLD, left_gate_BRD, text_BSD, *rest)
-        blocks = plans[Shape(x_BLD.shape[0], x_BLD.shape[1], text_BSD.shape[1])].blocks
-        if blocks is None:
+        plan = plans[Shape(x_BLD.shape[0], x_BLD.shape[1], text_BSD.shape[1])]
+        if plan.blocks is None:
             out: tuple[Tensor, Tensor] = block(*inputs)
             return out
-        out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False,
-                         context_fn=partial(_contexts, block, blocks[index]))
+        # what the block before left: an adapted ffn.down needs it kept, as its own output
+        left_too = plan.offload and block.ffn.down.num_spare == 0
+        kept = plan.blocks[index] | (set() if left_too else {"ffn.down"})
+        parked = [x_BLD, *([left_BLD] if left_too and left_BLD is not None else [])]
+        with saved_tensors_hooks(*host.hooks(index, parked)) if plan.offload else nullcontext():
+            out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False,
+                             context_fn=partial(_contexts, block, kept))
         return out
 
     return run_block
 
 
 def _contexts(block: Block, kept: frozenset[str]) -> Any:
-    """The context managers of one checkpoint call, which know an operation by its bias, or by its place. ffn.down's
-    output is always kept: it is the next block's input, and so costs nothing."""
-    kept |= {"ffn.down"}
+    """The context managers of one checkpoint call, which know an operation by its bias, or by its place."""
     names = {module.bias.data_ptr(): name for name, module in block.named_modules()
              if isinstance(getattr(module, "bias", None), nn.Parameter)}
     attentions = {False: iter(("attn1", "attn2")), True: iter(("attn1", "attn2"))}  # forward, then recomputation
