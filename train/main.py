@@ -165,8 +165,8 @@ def main() -> None:
                   stack)
     except torch.OutOfMemoryError as error:
         sys.exit(f"train: {error}\ntrain: the GPU's memory is full. Set activation_memory to \"block\" or a "
-                 f"smaller budget than it chose, activation_offload = true, cuda_graph_tokens = 0, micro_batch = 1, or build smaller "
-                 f"windows.buckets")
+                 f"smaller budget than it chose, activation_offload = true, cuda_graph_tokens = 0, micro_batch = 1, or "
+                 f"build smaller windows.buckets")
     except (ValueError, OSError) as error:  # every fault of the user's is one of these, and says what to do
         sys.exit(f"train: {error}")
 
