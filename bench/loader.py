@@ -64,7 +64,7 @@ def limit_samples(location: str, num_threads: int = NUM_THREADS, device: torch.d
     order = Order([shards], seed=0, global_batch=1)
     opened = [open_shard(store, "train", shard) for shard in shards]
     files = [os.open(Path(location) / "train" / f"{shard.name}.tar", os.O_RDONLY) for shard in shards]
-    thread, memory = local(), HostMemory(pinned=device.type == "cuda")
+    thread, memory = local(), HostMemory(device)
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def job(n: int) -> tuple[torch.Tensor, ...]:

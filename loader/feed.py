@@ -127,7 +127,7 @@ class Feed:
                 log.info("%s: %d batches of %d an epoch; samples left out each epoch, others each time: %s", dataset,
                          num, global_batch, tails)
 
-        self._memory = HostMemory(pinned=self._stream is not None)
+        self._memory = HostMemory(self._device)
         self._next = (0, 0)  # (global batch, micro-step) of the next job
         self._consumed = 0
         self._pending: deque[Future[_Ready]] = deque()
@@ -211,7 +211,7 @@ class Feed:
 
     def _batch(self, whole: GlobalBatch, places: list[tuple[int, int]]) -> Batch:
         """Read the samples at (shard, position) and place each one in the batch, on the device."""
-        latent_BCTHW = self._empty(len(places), *whole.bucket.latent_shape)
+        latent_BCTHW = self._memory.for_batch(len(places), *whole.bucket.latent_shape)
         text_BSD, loaded = None, []
         for i, (shard, position) in enumerate(places):
             sample, latent_CTHW = self._read(whole, shard, position)
@@ -221,7 +221,7 @@ class Feed:
             needs_frame = i2v and self._raw is not None and latent_CTHW is None
             frame = next(((kind, bytes(members[kind])) for kind in FRAMES if kind in members and needs_frame), None)
             if text_BSD is None:
-                text_BSD = self._empty(len(places), MAX_TEXT_TOKENS, meta.text.shape[1])
+                text_BSD = self._memory.for_batch(len(places), MAX_TEXT_TOKENS, meta.text.shape[1])
             num_tokens = meta.text.shape[0]
             try:
                 if latent_CTHW is None:
@@ -253,12 +253,6 @@ class Feed:
                      seeds=[sample_seed(self._seed, whole.epoch, one.key) for one in loaded], bucket=whole.bucket,
                      dataset=whole.dataset, epoch=whole.epoch, index=whole.number, wait_s=0.0)
 
-    def _empty(self, *shape: int) -> Tensor:
-        """float16 memory on the device for a part of a batch."""
-        if self._device.type == "cpu":
-            return self._memory.empty(shape, torch.float16)
-        return torch.empty(shape, dtype=torch.float16, device=self._device)
-
     def _read(self, whole: GlobalBatch, shard: int, position: int) -> tuple[Sample, Tensor | None]:
         """A sample, and the latent of its clip if none is stored. Where that can't be made, another sample's."""
         reader = self._readers[whole.dataset]
@@ -282,6 +276,8 @@ class Feed:
 
     def _place(self, member: memoryview, info: TensorInfo, out: Tensor) -> None:
         """Unpack a tensor member into `out`: on a GPU by way of pinned memory, its planes merged there."""
+        if out.shape != info.shape:
+            raise SampleError(f"a tensor member of shape {list(info.shape)}, where {list(out.shape)} has its place")
         planes = self._memory.empty((2, *info.shape), torch.uint8)
         decode_planes_into(without_checksum(member), info, planes.numpy().data.cast("B"))
         merge_planes(planes.to(self._device, non_blocking=True), out)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train import elementwise, kernels, lora, lowrank, optim, wan
+from train import elementwise, fused, kernels, lora, lowrank, optim, wan
 from train.attention import choose_attention
 from train.elementwise import Rows
 from train.wan import rope_tables
@@ -106,7 +106,9 @@ def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
         """As flash4 does it."""
         out_BLHE = attention(q, k, v).transpose(1, 2)
         out_BLD = elementwise.with_spare_columns(out_BLHE.flatten(2), num_spare)
-        return out_BLD.unflatten(2, out_BLHE.shape[2:]).transpose(1, 2)
+        out = out_BLD.unflatten(2, out_BLHE.shape[2:]).transpose(1, 2)
+        assert fused.has_spare_columns(out.transpose(1, 2).flatten(2), num_spare)  # as wan.attend makes it
+        return out
 
     results = []
     for through_kernels in (False, True):

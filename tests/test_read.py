@@ -22,7 +22,18 @@ from loader.manifest import (
     recipe_id,
 )
 from loader.read import Damage, Reader, Sample, TooManyDamagedError, read_dataset
-from loader.sample import JPG, LATENT, TEXT, SampleError, decode_tensor
+from loader.sample import (
+    JPG,
+    JSON,
+    LATENT,
+    TEXT,
+    SampleError,
+    TensorInfo,
+    decode_meta,
+    decode_tensor,
+    encode_meta,
+    encode_tensor,
+)
 from shardgen.verify import check_across, check_shard
 from shardgen.write import write_shard
 from tools.synthetic import write_synthetic_dataset
@@ -254,18 +265,26 @@ def test_threads_read_the_same_bytes_while_shards_are_closed_under_them(source: 
     assert wrong == [] and shared.damages == []
 
 
-def test_a_tensor_that_was_written_wrong_is_named_by_the_feed(dataset: Path) -> None:
+@pytest.mark.parametrize(("too_long", "reason"), [(False, "zstd"), (True, r"shape \[600, \d+\], where \[512, \d+\]")])
+def test_a_tensor_that_was_written_wrong_is_named_by_the_feed(dataset: Path, too_long: bool, reason: str) -> None:
     info = read_manifest(dataset).splits["train"][0]
     tar = dataset / "train" / f"{info.name}.tar"
     data, samples = tar.read_bytes(), []
     for members in decode_index(tar.with_suffix(".idx").read_bytes(), info.name):
         samples.append((members[0].name[:32], {m.name[33:]: data[m.offset:m.offset + m.size] for m in members}))
-    samples[3][1][LATENT] = samples[3][1][LATENT][:-9]
+    key, members_of_key = samples[3]
+    if too_long:
+        meta = decode_meta(members_of_key[JSON])
+        text = np.zeros((600, meta.text.shape[1]), np.float16)
+        meta = msgspec.structs.replace(meta, text=TensorInfo("float16", text.shape))
+        members_of_key |= {JSON: encode_meta(meta), TEXT: encode_tensor(text)}
+    else:
+        members_of_key[LATENT] = members_of_key[LATENT][:-9]
     shard = write_shard(tar.parent, info.name, info.bucket, samples)
     (dataset / MANIFEST_FILE).write_bytes(encode_manifest(Manifest({}, recipe_id({}), {"train": [shard]})))
     with Feed([dataset], split="train", global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0, i2v_share=0.4,
               caption_dropout=0.0, condition="latent", device="cpu") as feed, \
-            pytest.raises(SampleError, match=f"shard {info.name}, key {samples[3][0]}: .*zstd"):
+            pytest.raises(SampleError, match=f"shard {info.name}, key {key}: .*{reason}"):
         next(feed)
 
 

@@ -1,5 +1,6 @@
 """What is kept is a matter of bytes and time only: the gradients are the same bit for bit."""
 
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,76 @@ def test_a_wrong_budget_is_named() -> None:
         remat.parse_activation_memory("6GB")
 
 
+def test_what_waits_in_the_hosts_memory_comes_back_whoever_has_its_place_since() -> None:
+    """Four blocks, two shapes in turn; nobody overwrites what has not left yet, and block 3's stay."""
+    host = HostInputs(4, [4 * 30, 2 * 30], CPU)
+    for num_tokens in (5, 10, 5):
+        packed = []
+        for block in range(4):
+            inputs = [torch.randn(num_tokens, 3), torch.randn(num_tokens, 3).half()][:1 if block == 0 else 2]
+            pack, unpack = host.hooks(block, inputs)
+            expected, other = [tensor.clone() for tensor in inputs], torch.randn(2)
+            packed.append((unpack, [pack(tensor) for tensor in inputs], expected))
+            assert pack(other) is other
+            if block < 3:
+                for tensor in inputs:
+                    tensor.fill_(float("nan"))
+        for unpack, parked, expected in reversed(packed):
+            assert all(map(torch.equal, map(unpack, parked), expected))
+    with pytest.raises(AssertionError, match="the next forward pass has overwritten"):
+        host.hooks(0, [])
+        unpack(parked[0])
+
+
+class LateCopies(HostInputs):
+    """As if the second stream did nothing until somebody waits for it: then all up to that event, in order."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.queue: list[tuple[Tensor, Tensor]] = []
+        self.num_done = 0
+
+    def _copy(self, to: Tensor, source: Tensor) -> Any:
+        self.queue.append((to.data.view(-1), source.data.view(-1)))  # the memory, whoever has it by then
+        return len(self.queue)
+
+    def _wait_for(self, event: Any) -> None:
+        while event is not None and self.num_done < event:
+            to, source = self.queue[self.num_done]
+            to.copy_(source)
+            self.num_done += 1
+
+
+def test_no_memory_is_let_go_of_before_its_copy_was_waited_for() -> None:
+    host = LateCopies(6, [4 * 30, 2 * 30], CPU)
+    for _ in range(3):
+        packed, lent = [], []
+        for block in range(6):
+            inputs = [torch.randn(10, 3), torch.randn(10, 3).half()]
+            if block < 5:  # block 5's stay
+                lent += [(weakref.ref(tensor), tensor.data.view(-1)) for tensor in inputs]  # .data does not hold it
+            expected = [tensor.clone() for tensor in inputs]
+            pack, unpack = host.hooks(block, inputs)
+            packed.append((unpack, [pack(tensor) for tensor in inputs], expected))
+            del inputs
+            free = [memory for holder, memory in lent if holder() is None]
+            for memory in free:
+                memory.fill_(float("nan"))  # somebody else has it now
+            assert len(free) == 2 * max(min(block, 4) - 1, 0)
+        while packed:
+            unpack, parked, expected = packed.pop()
+            assert all(map(torch.equal, map(unpack, parked), expected))
+
+
+def test_memory_that_cannot_be_pinned_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(ValueError, match=r"activation_offload: 5\.0 GiB .* can't be pinned .*set it to false"):
+        HostInputs(6, [2**30], CPU)
+
+
 def test_offloaded_inputs_leave_room_to_keep_more() -> None:
     shape, num_bytes = remat.Shape(1, 11_440, 512), 20.0 * 2**30
     plans = [remat.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, num_bytes, "efficient", offload)
@@ -129,7 +200,7 @@ def test_offloaded_inputs_leave_room_to_keep_more() -> None:
     without, with_offload = (sum(len(block) for block in plan.blocks or []) for plan in plans)
     assert with_offload > without + 10
     large = remat.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, 100.0 * 2**30, "efficient", True)
-    assert large.blocks is None and not large.offload  # where all fits, nothing has to move
+    assert large.blocks is None and large.host_bytes == 0  # where all fits, nothing has to move
 
 
 @pytest.mark.parametrize("room_gib", [13.0, 20.0, 30.0, 100.0])

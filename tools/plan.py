@@ -8,7 +8,8 @@ whose attention kernel is another one. No time is measured here; no GPU is touch
 
 Without --shape the buckets of the configured datasets are taken, each with its share of the samples.
 
-Left out: the network and the disks (the loader hides them or the metrics say so), the VAE of condition = "raw".
+Left out: the network and the disks (the loader hides them or the metrics say so), the VAE of condition = "raw", what
+`activation_offload` moves over PCIe (it runs beside).
 """
 
 import argparse
@@ -162,6 +163,13 @@ def seconds(step: Step, card: Card) -> float:
             + step.moved_bytes / card.copy_bytes + step.num_kernels * KERNEL_S)
 
 
+def attention_of(config: TrainConfig, card: Card) -> str:
+    """The kernel's name. What "auto" would be on a card is known only there: flash4 is taken where it can run."""
+    if config.model.attention != "auto" or (config.deterministic and card.attention != "efficient"):
+        return config.model.attention
+    return card.attention
+
+
 def buckets_of(config: TrainConfig) -> dict[Bucket, float]:
     """The shapes of the configured datasets, each with its share of the samples. Raises DatasetError."""
     counts: dict[Bucket, int] = {}
@@ -188,7 +196,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         room_bytes = 0.95 * (card.memory_gib * GIB - sum(resident.values()))
         shapes = {bucket: Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in shares}
         plans = plan_run(wan, list(shapes.values()), config.lora.targets, dtype_bytes, budget_bytes, room_bytes,
-                         config.cuda_graph_tokens, card.attention, config.activation_offload)
+                         config.cuda_graph_tokens, attention_of(config, card), config.activation_offload)
         sample_s = sum(share * seconds(step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
                                                plans[shapes[bucket]]), card) for bucket, share in shares.items())
         step_s = sample_s * config.global_batch / num_gpus
@@ -202,8 +210,8 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
                      f"{step_s * config.num_steps / 86400:7.2f}   {card.source}")
         lines.append(f"  {'':<16}{describe(wan, plans[shapes[largest]])}")
     if tight:
-        lines.append('To fit a smaller card: activation_memory = "auto" or "block", micro_batch = 1, optim.name = '
-                     '"adamw8bit", or smaller windows.buckets')
+        lines.append('To fit a smaller card: activation_memory = "auto" or "block", activation_offload = true, '
+                     'micro_batch = 1, optim.name = "adamw8bit", or smaller windows.buckets')
     return "\n".join(lines)
 
 

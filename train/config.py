@@ -82,9 +82,9 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     global_batch / (micro_batch * GPUs) passes are accumulated. activation_memory: what is kept for the
     backward pass: "block" the inputs of each block, "all" everything, "6GiB" as much beyond "block" as that holds,
     "auto" as much as the card has room for. activation_offload: unless that is everything, the inputs of blocks wait in
-    pinned memory of the host (6 GiB a GPU at 1280x704x49), and more fits beside them. cuda_graph_tokens: a micro-batch
-    of at most so many tokens runs on a GPU as CUDA graphs; 0: none does. deterministic: equal runs give equal bits on a
-    GPU too, with slower attention (on a CPU they always do).
+    pinned memory of the host (6 GiB a GPU at 1280x704x49, 4 with ffn.net.2 adapted), and more fits beside them.
+    cuda_graph_tokens: a micro-batch of at most so many tokens runs on a GPU as CUDA graphs; 0: none does.
+    deterministic: equal runs give equal bits on a GPU too, with slower attention (on a CPU they always do).
     """
 
     output: str

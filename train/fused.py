@@ -5,8 +5,8 @@ The base GEMM and the low-rank path are one GEMM: W is stored with B behind its 
     y = [x | scale drop(x) A^T] [W | B]^T + b
 
 so the large output is written once and never read again. This needs x in a buffer whose rows have R spare columns:
-who makes x leaves them free when asked (train/elementwise.py), and where x comes without them (attention's output) it
-is copied in the pass that projects it. The same buffer is all that the backward pass keeps. There
+who makes x leaves them free when asked (train/elementwise.py, flash4), and where x comes without them (the output of
+other attention) it is copied in the pass that projects it. The same buffer is all that the backward pass keeps. There
 
     dlow = dy B,  dx = scale drop'(dlow A) + dy W
 

@@ -243,7 +243,7 @@ def through_b(dy_MN: Tensor, low_MR: Tensor, b_NR: Tensor, first: int, spacing: 
     num_parts = max(num_programs // (num_tiles * num_layers), 1)
     rows_per_part = triton.cdiv(triton.cdiv(num_rows, num_parts), block_m) * block_m
     num_parts = triton.cdiv(num_rows, rows_per_part)
-    assert rows_per_part * dy_MN.stride(0) < 2**31, "offsets within a part are 32 bits wide"
+    assert max(rows_per_part * dy_MN.stride(0), num_tiles * num_rows * num_low) < 2**31, "offsets are 32 bits wide"
     # float16 would lose small parts, and overflow where their sum does not
     part_dtype = torch.float32 if dy_MN.dtype == torch.float16 else dy_MN.dtype
     dlow = torch.empty(num_tiles, num_rows, num_low, dtype=part_dtype, device=dy_MN.device)

@@ -1,11 +1,14 @@
 """Inputs of blocks that wait for the backward pass in the host's memory, and are back on the GPU a block ahead.
 
-A block that computes again what it has not kept needs its inputs for that: the residual stream in float32 and what the
-block before left to be added to it. At 1280x704x49 those of 30 blocks take 5.9 GiB, in which the results of 30 large
-GEMMs can be kept instead. They go out over PCIe while the next blocks run, to pinned memory that stays from step to
-step, and come back while the block behind them runs backward, on a stream of their own.
+A block that computes again what it has not kept needs its inputs for that: the residual stream in float32 and, unless
+an adapted ffn.down keeps it anyway, what the block before left to be added to it. At 1280x704x49 those of 30 blocks
+take 3.9 and 2.0 GiB, in which the results of 30 large GEMMs can be kept instead. They go out over PCIe while the next
+blocks run, to pinned memory that stays from step to step, and come back while the block behind them runs backward, on a
+stream of their own. Those of two blocks at a time are on the GPU: whoever lets go of one has waited for its copy, so
+that the allocator can hand its memory out again at once.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,22 +19,35 @@ from torch import Tensor
 class _Parked:
     """Stands for a tensor in autograd's graph. Those of the last block, needed first, stay where they are."""
 
-    def __init__(self, block: int, host: Tensor, stays: Tensor | None):
-        self.block, self.host, self.stays = block, host, stays
+    def __init__(self, pass_: int, block: int, host: Tensor, stays: Tensor | None):
+        self.pass_, self.block, self.host, self.stays = pass_, block, host, stays
         self.coming: tuple[Tensor, torch.cuda.Event | None] | None = None
 
 
 class HostInputs:
-    """For a model of `num_blocks`. One micro-batch at a time: its backward pass before the next forward pass."""
+    """For a model of `num_blocks`, with room for inputs of so many bytes each (`num_bytes`, in their order).
 
-    def __init__(self, num_blocks: int):
-        self._num_blocks = num_blocks
-        self._host: dict[int, Tensor] = {}
-        self._stream: torch.cuda.Stream | None = None
+    One micro-batch at a time: its backward pass before the next forward pass. Raises ValueError where the host has not
+    that much memory to pin; torch rounds each input's up to a power of two.
+    """
+
+    def __init__(self, num_blocks: int, num_bytes: Sequence[int], device: torch.device):
+        self._num_blocks, self._pass = num_blocks, 0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        try:
+            self._host = [torch.empty((num_blocks - 1) * size, dtype=torch.uint8, pin_memory=self._stream is not None)
+                          for size in num_bytes]
+        except RuntimeError as error:
+            raise ValueError(f"activation_offload: {(num_blocks - 1) * sum(num_bytes) / 2**30:.1f} GiB of the host's "
+                             f"memory can't be pinned ({error}); set it to false, or free memory") from error
         self._parked: dict[int, list[_Parked]] = {}
+        self._leaving: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def hooks(self, block: int, inputs: Sequence[Tensor]) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
         """For torch.autograd.graph.saved_tensors_hooks around block `block`, of which `inputs` are to be parked."""
+        if block == 0:
+            self._pass += 1
+            self._let_go_before(self._num_blocks)
         places = {tensor.data_ptr(): number for number, tensor in enumerate(inputs)}
         self._parked[block] = []
 
@@ -46,26 +62,23 @@ class HostInputs:
 
     def _park(self, block: int, number: int, tensor: Tensor) -> _Parked:
         if block == self._num_blocks - 1:
-            return _Parked(block, torch.empty(0), tensor.detach())
-        if self._stream is None and tensor.is_cuda:
-            self._stream = torch.cuda.Stream(tensor.device)
-        if number not in self._host or self._host[number].numel() < self._num_blocks * tensor.nbytes:
-            self._host[number] = torch.empty(self._num_blocks * tensor.nbytes, dtype=torch.uint8,
-                                             pin_memory=tensor.is_cuda)
+            return _Parked(self._pass, block, torch.empty(0), tensor.detach())
         host = self._host[number][block * tensor.nbytes:(block + 1) * tensor.nbytes].view(tensor.dtype)
-        parked = _Parked(block, host.view(tensor.shape), None)
-        self._copy(parked.host, tensor)
+        parked = _Parked(self._pass, block, host.view(tensor.shape), None)
+        self._leaving.append((block, tensor, self._copy(parked.host, tensor)))
+        self._let_go_before(block - 1)
         self._parked[block].append(parked)
         return parked
 
     def _back(self, parked: _Parked) -> Tensor:
+        assert parked.pass_ == self._pass, "the next forward pass has overwritten what this backward pass needs"
+        self._let_go_before(self._num_blocks)
         if parked.stays is not None:
             tensor = parked.stays
         else:
             tensor, arrived = self._fetch(parked)
             parked.coming = None
-            if arrived is not None:
-                torch.cuda.current_stream(tensor.device).wait_event(arrived)
+            self._wait_for(arrived)
         for before in self._parked.get(parked.block - 1, ()):
             self._fetch(before)
         return tensor
@@ -77,14 +90,19 @@ class HostInputs:
         return parked.coming
 
     def _copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Returns the event after it, None on the CPU."""
+        """Returns the event after it, None on the CPU. Neither tensor may be let go of before that is waited for."""
         if self._stream is None:
             to.copy_(source)
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
-        for tensor in (to, source):
-            if tensor.is_cuda:
-                tensor.record_stream(self._stream)  # it may be let go of before the copy is done
         return self._stream.record_event()
+
+    def _let_go_before(self, block: int) -> None:
+        while self._leaving and self._leaving[0][0] < block:
+            self._wait_for(self._leaving.popleft()[2])
+
+    def _wait_for(self, event: torch.cuda.Event | None) -> None:
+        if event is not None and self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(event)

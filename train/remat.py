@@ -11,6 +11,8 @@ Time saved per byte: a GEMM's output saves 2 K operations for 2 bytes, whatever 
 attention's only 4 * 512. So self-attention comes first, the GEMMs next, smallest first, and cross-attention last; but
 second where attention is slow, less than a third of a GEMM's rate: torch's memory-efficient kernel, all that V100 has.
 
+The inputs of blocks can wait in the host's memory (train/offload.py), which leaves room to keep more.
+
 The plan is made for all shapes of a run before its first step, because shapes that run as CUDA graphs keep their memory
 while the others run.
 """
@@ -59,12 +61,12 @@ class Shape(NamedTuple):
 
 class Kept(NamedTuple):
     """Per block the operations whose outputs are kept, or None: everything. `num_bytes`: what that takes at its peak,
-    with what the block at work and the gradients on their way need. `offload`: the blocks' inputs wait in the host's
-    memory."""
+    with what the block at work and the gradients on their way need. `host_bytes`: of the blocks' inputs, where they
+    wait in the host's memory, else 0."""
 
     blocks: list[frozenset[str]] | None
     num_bytes: float
-    offload: bool = False
+    host_bytes: float = 0.0
 
 
 def parse_activation_memory(text: str) -> float | None:
@@ -137,15 +139,16 @@ def plan_shape(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_by
     stream, row = (size * shape.num_tokens * config.dim for size in (4.0, dtype_bytes))
     at_work = batch * transient_bytes(config, shape, dtype_bytes)
     everything = Kept(None, batch * blocks * one_block + at_work)
-    streams, rows = (min(blocks, 2) if away else blocks for away in (offload, offload and "ffn.net.2" not in targets))
-    inputs = batch * (streams * stream + rows * row + one_block) + at_work
+    leave = (stream if offload else 0.0) + (row if offload and "ffn.net.2" not in targets else 0.0)
+    inputs = batch * (blocks * (stream + row) - max(blocks - 2, 0) * leave + one_block) + at_work
     if budget_bytes is None:
         budget_bytes = float("inf") if everything.num_bytes <= room_bytes else max(room_bytes - inputs, 0.0)
     if budget_bytes == float("inf"):
         return everything
     sizes = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
     kept = choose_kept(sizes, blocks, budget_bytes / batch, slow_attention(attention, dtype_bytes))
-    return Kept(kept, inputs + batch * sum(sizes[name] for block in kept for name in block), offload)
+    return Kept(kept, inputs + batch * sum(sizes[name] for block in kept for name in block),
+                batch * max(blocks - 1, 0) * leave)
 
 
 def plan_run(config: WanConfig, shapes: Sequence[Shape], targets: Sequence[str], dtype_bytes: int,
@@ -187,7 +190,9 @@ def describe(config: WanConfig, kept: Kept) -> str:
     else:
         counts = {name: sum(name in block for block in kept.blocks) for name in _ORDER}
         what = ", ".join(f"{name} of {num}" for name, num in counts.items() if num) or "only their inputs"
-        what = f"of {config.num_layers} blocks are kept: {what}{', their inputs by the host' if kept.offload else ''}"
+        what = f"of {config.num_layers} blocks are kept: {what}"
+        if kept.host_bytes:
+            what += f"; {kept.host_bytes / 2**30:.1f} GiB of their inputs wait in the host's memory"
     return f"{what}; {kept.num_bytes / 2**30:.1f} GiB at the peak beside the model, by the plan"
 
 
@@ -195,7 +200,14 @@ def block_runner(model: Wan, plans: dict[Shape, Kept]) -> RunBlock:
     """The `run_block` of Wan.forward."""
     if all(plan.blocks is None for plan in plans.values()):
         return None
-    host = HostInputs(model.config.num_layers)
+    first = model.blocks[0]
+    assert isinstance(first, Block)
+    left_too = first.ffn.down.num_spare == 0  # an adapted ffn.down needs it kept, as its own output
+    most = max((shape.batch * shape.num_tokens for shape, plan in plans.items() if plan.host_bytes), default=0)
+    dtype_bytes = model.patch_embedding.weight.element_size()
+    host = HostInputs(model.config.num_layers, [most * model.config.dim * size for size in
+                                                (4, *([dtype_bytes] if left_too else []))],
+                      model.scale_shift_table.device) if most else None
 
     def run_block(index: int, block: Block, x_BLD: Tensor, left_BLD: Tensor | None, left_gate_BRD: Tensor | None,
                   text_BSD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -204,11 +216,10 @@ def block_runner(model: Wan, plans: dict[Shape, Kept]) -> RunBlock:
         if plan.blocks is None:
             out: tuple[Tensor, Tensor] = block(*inputs)
             return out
-        # what the block before left: an adapted ffn.down needs it kept, as its own output
-        left_too = plan.offload and block.ffn.down.num_spare == 0
-        kept = plan.blocks[index] | (set() if left_too else {"ffn.down"})
         parked = [x_BLD, *([left_BLD] if left_too and left_BLD is not None else [])]
-        with saved_tensors_hooks(*host.hooks(index, parked)) if plan.offload else nullcontext():
+        # ffn.down's output costs nothing where it is kept anyway: it is the next block's input
+        kept = plan.blocks[index] | (set() if left_too and plan.host_bytes else {"ffn.down"})
+        with saved_tensors_hooks(*host.hooks(index, parked)) if host and plan.host_bytes else nullcontext():
             out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False,
                              context_fn=partial(_contexts, block, kept))
         return out
