@@ -2,12 +2,12 @@
 
 Every subject gives the same two tensors per sample in this machine's memory: the latent, and the text padded to 512
 rows; the consumer copies both once, as a trainer does to its device, so that nothing lazy goes uncounted. Subjects:
-our feed; the limit, which is pread, zstd and one copy in as many threads, without hashes, order, merged planes or
-padding; webdataset, litdata and mosaicml-streaming under a torch DataLoader at their best of 0, 1 and 2
-workers. Every run is a process of its own; the subjects take turns, `--rounds` times. PYTHON is an interpreter that has
-litdata and mosaicml-streaming installed (they pin many packages, so they are no dependency); without it they are left
-out, and the table says so. Before each run the files are read into the page cache, or, "cold", dropped from it; "http"
-reads from a server on loopback.
+our feed; the limit, which is pread, zstd (with its checksum and without) and one copy in as many threads, without
+hashes, order, merged planes or padding; webdataset, litdata and mosaicml-streaming under a torch DataLoader at their
+best of 0, 1 and 2 workers. Every run is a process of its own; the subjects take turns, `--rounds` times. PYTHON is an
+interpreter that has litdata and mosaicml-streaming installed (they pin many packages, so they are no dependency);
+without it they are left out, and standard error says so. Before each run the files are read into the page cache, or,
+"cold", dropped from it; "http" reads from a server on loopback.
 """
 
 import argparse

@@ -5,9 +5,9 @@ step each. First it checks that what it times is right (bench/step_check.py); th
 JSON. Profiles:
 
 - native: bfloat16, the card's best attention, nothing recomputed (diffusers: torch's best, cuDNN);
-- native32: the same, our step under a cap of 32 GiB, its activations planned for 30;
-- volta: float16 with loss scaling, SDPA's memory-efficient kernel alone, the same cap, and none of the low-rank kernels
-  that need tl.dot: what runs on a V100.
+- native32: the same, our activations planned for 30 GiB, some steps of it under a cap of 32 before the timed rounds;
+- volta: float16 with loss scaling, SDPA's memory-efficient kernel alone, planned and capped the same, and none of the
+  low-rank kernels that need tl.dot: what runs on a V100.
 
 Cases: t2v and i2v with rank 16 on the six q/k/v, r32 with rank 32 on every layer and dropout 0.1 (t2v). Peak memory is
 the step's own: what the other subjects keep is subtracted.
