@@ -65,8 +65,9 @@ def kernels_agree(device: torch.device, dtype: torch.dtype, length: int = 2303) 
                 found = []
                 for into, gelu in ((None, False), (torch.empty_like(wide), False), (torch.empty_like(wide), True)):
                     low = torch.empty(2 * length, num_low, device=device, dtype=dtype)
-                    lowrank.project_down(wide, a, p, keys_B, low, into, gelu, kernels)
-                    found += [low] if into is None else [low, into]
+                    kept = torch.empty_like(low) if gelu else None
+                    lowrank.project_down(wide, a, p, keys_B, low, into, gelu, kept, kernels)
+                    found += [tensor for tensor in (low, into, kept) if tensor is not None]
                 gelu_grad = torch.ones(wide.shape, device=device, dtype=dtype)
                 results.append([*found, lowrank.project_up(dlow, a, p, keys_B, wide.shape, kernels),
                                 *(lowrank.gradient_a(dlow, wide, p, keys_B, 2.0, grad, None, kernels)

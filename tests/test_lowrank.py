@@ -44,9 +44,12 @@ def test_kernels_equal_their_twins(num_low: int, p: float, dtype: torch.dtype, l
     for into, gelu in ((False, False), (True, False), (True, True)):
         low, twin = (torch.zeros(B * length, num_low + 3).to(dtype)[:, :num_low] for _ in range(2))
         copy, twin_copy = (strided(K, num_low, dtype, length) if into else None for _ in range(2))
-        lowrank_kernels.down(x_BLK, a_RK, p, KEY_B, low, copy, gelu)
-        lowrank.project_down(x_BLK, a_RK, p, KEY_B, twin, twin_copy, gelu)
+        kept, twin_kept = (torch.zeros(B * length, num_low).to(dtype) if gelu else None for _ in range(2))
+        lowrank_kernels.down(x_BLK, a_RK, p, KEY_B, low, copy, gelu, kept)
+        lowrank.project_down(x_BLK, a_RK, p, KEY_B, twin, twin_copy, gelu, twin_kept)
         torch.testing.assert_close(low, twin, atol=atol, rtol=rtol)
+        if kept is not None and twin_kept is not None:
+            assert torch.equal(kept, low) and torch.equal(twin_kept, twin)
         if copy is not None and twin_copy is not None:
             torch.testing.assert_close(copy, twin_copy)
     up_BLK = torch.zeros(B, length, K, dtype=dtype)
@@ -117,6 +120,7 @@ from triton.compiler import ASTSource, compile
 from train import lowrank_kernels as kernels
 
 CAPABILITY, NUM_LOW = int(sys.argv[1]), int(sys.argv[2])
+HALF = "x a out into kept dlow grad dy low b parts".split()
 
 
 def shared_bytes(name, num_low, block_m, block_k, num_warps, num_stages, gelu=False):
@@ -126,10 +130,10 @@ def shared_bytes(name, num_low, block_m, block_k, num_warps, num_stages, gelu=Fa
         float32 = (n in ("db", "other_parts", "other_out") or name == "_add_parts" and n in ("parts", "out")
                    or name == "_gradient" and n == "out")
         types[n] = ("constexpr" if parameter.is_constexpr else "*i64" if n == "keys" else "fp32" if n == "scale" else
-                    "*fp32" if float32 else "*fp16" if n in "x a out into dlow grad dy low b parts".split() else "i32")
+                    "*fp32" if float32 else "*fp16" if n in HALF else "i32")
     flags = dict(THRESHOLD=2**28, width=3072, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=block_k, GELU=gelu, COPY=True,
                  BLOCK_R=kernels._block_r(num_low), columns_per_part=3072, rows_per_part=768, num_parts=16, ADD=True,
-                 BLOCK=2048, num_other_parts=11, ADD_OTHER=True)
+                 BLOCK=2048, num_other_parts=11, ADD_OTHER=True, KEEP=True)
     names = list(types)
     constants = {(names.index(n),): flags[n] for n in names if types[n] == "constexpr"}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n][0] == "*" or types[n] == "i32"}
@@ -139,7 +143,7 @@ def shared_bytes(name, num_low, block_m, block_k, num_warps, num_stages, gelu=Fa
 
 
 print("_drop", shared_bytes("_drop", 16, 16, 16, 4, 1))
-for name in ("_add_parts", "_add_both"):
+for name in ("_add_parts", "_add_both", "_add_low"):
     print(name, shared_bytes(name, 16, 16, 16, 4, 1))
 if NUM_LOW:
     for name, tiles in (("_down", kernels.DOWN), ("_up", kernels.UP), ("_gradient", kernels.GRADIENT)):
@@ -162,4 +166,4 @@ def test_every_kernel_compiles_and_fits_into_shared_memory_at_the_largest_rank(c
                          cwd=Path(__file__).parent.parent, env=environment, timeout=200)
     assert run.returncode == 0, run.stderr
     sizes = [int(line.split()[-1]) for line in run.stdout.splitlines()]
-    assert len(sizes) == (13 if num_low else 3) and max(sizes) <= limit_kib * 1024, run.stdout
+    assert len(sizes) == (14 if num_low else 4) and max(sizes) <= limit_kib * 1024, run.stdout

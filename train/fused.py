@@ -65,10 +65,10 @@ class LoRALinear(torch.autograd.Function):
         if gelu or not has_spare_columns(x_BLK, num_low):
             x_BLK = into_BLK = empty_with_spare(x_BLK, width, num_low, x_BLK.dtype)
         x_MKR = _with_its_spare(x_BLK.data, num_low)  # .data: writing behind x is no change of x, for autograd
-        low_MR = x_MKR[:, width:]
-        project_down(source_BLK, a_RK, p, key_B, low_MR, into_BLK, gelu)
-        ctx.save_for_backward(source_BLK if gelu else x_BLK, low_MR.clone() if gelu else None,
-                              weight if isinstance(weight, Tensor) else None, a_RK, key_B)
+        kept_MR = x_BLK.new_empty(x_MKR.shape[0], num_low) if gelu else None  # the buffer itself is not kept then
+        project_down(source_BLK, a_RK, p, key_B, x_MKR[:, width:], into_BLK, gelu, kept_MR)
+        ctx.save_for_backward(source_BLK if gelu else x_BLK, kept_MR, weight if isinstance(weight, Tensor) else None,
+                              a_RK, key_B)
         ctx.blocks, ctx.scale, ctx.p, ctx.gelu, ctx.parameters = blocks, scale, p, gelu, (a_param, b_param)
         ctx.nf4 = weight if isinstance(weight, NF4Weight) else None
         weight_NKR = weight.dense() if isinstance(weight, NF4Weight) else weight

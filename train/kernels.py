@@ -151,14 +151,17 @@ def _gelu(u, grad, out, width, u_stride, grad_stride, out_stride, BLOCK: tl.cons
 @triton.jit
 def _refresh(table, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """A row of `table` is a copy: addresses from and to, elements, width of a row, elements between rows, and the bits
-    of a float32 factor."""
+    of a float32 factor. Sizes are multiples of 8 elements, addresses of 16 bytes: so a thread moves eight at a time."""
     row = table + tl.program_id(1) * 6
-    source = tl.load(row).to(tl.pointer_type(tl.float32))
-    destination = tl.load(row + 1).to(tl.pointer_type(HALF))
+    source = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
+    destination = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(HALF)), 16)
     size, width, stride = tl.load(row + 2), tl.load(row + 3).to(tl.int32), tl.load(row + 4)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(source + i, mask=i < size, other=0.0) * tl.load(row + 5).to(tl.int32).to(tl.float32, bitcast=True)
-    tl.store(destination + (i // width) * stride + i % width, value, mask=i < size)
+    i, lane = (tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)) * 8, tl.arange(0, 8)
+    ok = (i < size)[:, None]
+    value = tl.load(source + i[:, None] + lane[None, :], mask=ok, other=0.0)
+    value *= tl.load(row + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    place = tl.multiple_of((i // width) * stride + i % width, 8)
+    tl.store(destination + place[:, None] + lane[None, :], value, mask=ok)
 
 
 def _launch(width: int) -> dict[str, int]:
@@ -280,9 +283,11 @@ def gelu(u_BLK: Tensor, grad_BLK: Tensor | None, out_BLK: Tensor) -> None:
 
 def copy_table(copies: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     """What `refresh` copies: (destination, of which rows may lie apart; float32 source; factor). Valid as long as these
-    tensors keep their memory."""
+    tensors keep their memory. Ranks and widths are multiples of 8, see lora.attach."""
     assert all(source.is_contiguous() and source.dtype == torch.float32 and destination.stride(1) == 1
                and destination.dtype == copies[0][0].dtype for destination, source, _ in copies)
+    assert all(tensor.data_ptr() % 16 == 0 and tensor.shape[1] % 8 == 0 and tensor.stride(0) % 8 == 0
+               for destination, source, _ in copies for tensor in (destination, source)), "moved 8 at a time"
     factors = torch.tensor([factor for _, _, factor in copies]).view(torch.int32).tolist()
     rows = [(source.data_ptr(), destination.data_ptr(), source.numel(), source.shape[1], destination.stride(0), bits)
             for (destination, source, _), bits in zip(copies, factors, strict=True)]

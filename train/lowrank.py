@@ -67,12 +67,14 @@ def dropped(x_BLK: Tensor, p: float, key_B: Tensor | None, kernels: bool = True)
 
 
 def project_down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_MR: Tensor,
-                 into_BLK: Tensor | None = None, gelu: bool = False, kernels: bool = True) -> None:
-    """out = drop(x) A^T, in x's dtype. With `into_BLK`, x is copied there on the way, or GELU(x) is, and projected."""
+                 into_BLK: Tensor | None = None, gelu: bool = False, kept_MR: Tensor | None = None,
+                 kernels: bool = True) -> None:
+    """out = drop(x) A^T, in x's dtype; `kept_MR`, contiguous, gets the same. With `into_BLK`, x is copied there on the
+    way, or GELU(x) is, and projected."""
     if kernels and (p > 0.0 or into_BLK is not None) and _has_dot(x_BLK, a_RK.shape[0]):
         from train.lowrank_kernels import down
 
-        down(x_BLK, a_RK, p, key_B, out_MR, into_BLK, gelu)
+        down(x_BLK, a_RK, p, key_B, out_MR, into_BLK, gelu, kept_MR)
         return
     if into_BLK is not None:
         if gelu:
@@ -81,6 +83,8 @@ def project_down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, ou
             into_BLK.copy_(x_BLK)
         x_BLK = into_BLK
     torch.mm(_rows(dropped(x_BLK, p, key_B, kernels)), a_RK.T, out=out_MR)
+    if kept_MR is not None:
+        kept_MR.copy_(out_MR)
 
 
 def project_up(dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, shape: torch.Size,

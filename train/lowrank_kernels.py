@@ -167,16 +167,34 @@ def _add_both(parts, out, size, other_parts, other_out, other_size, num_parts: t
 
 
 @triton.jit
+def _add_low(parts, out, kept, size, num_low, out_stride, num_parts: tl.constexpr,  # type: ignore[no-untyped-def]
+             KEEP: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum goes behind the rows of x, where the GEMM wants it, and with KEEP to `kept` as well."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < size
+    total = _total(parts, i, ok, size, num_parts)
+    if KEEP:
+        tl.store(kept + i, total, mask=ok)
+    tl.store(out + (i // num_low).to(tl.int64) * out_stride + i % num_low, total, mask=ok)
+
+
+@triton.jit
 def _sum(block, parts, out, size, num_parts: tl.constexpr, ADD: tl.constexpr,  # type: ignore[no-untyped-def]
          BLOCK: tl.constexpr):
     i = block * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
-    total = tl.load(parts + i, mask=ok, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, num_parts):  # unrolled: a load need not wait for the one before
-        total += tl.load(parts + part * size + i, mask=ok, other=0.0).to(tl.float32)
+    total = _total(parts, i, ok, size, num_parts)
     if ADD:
         total += tl.load(out + i, mask=ok, other=0.0)
     tl.store(out + i, total, mask=ok)
+
+
+@triton.jit
+def _total(parts, i, ok, size, num_parts: tl.constexpr):  # type: ignore[no-untyped-def]
+    total = tl.load(parts + i, mask=ok, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, num_parts):  # unrolled: a load need not wait for the one before
+        total += tl.load(parts + part * size + i, mask=ok, other=0.0).to(tl.float32)
+    return total
 
 
 def drop(x_BLK: Tensor, p: float, key_B: Tensor) -> Tensor:
@@ -189,7 +207,7 @@ def drop(x_BLK: Tensor, p: float, key_B: Tensor) -> Tensor:
 
 
 def down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_MR: Tensor, into_BLK: Tensor | None,
-         gelu: bool) -> None:
+         gelu: bool, kept_MR: Tensor | None) -> None:
     batch, length, width = x_BLK.shape
     num_low, into_stride = a_RK.shape[0], 0 if into_BLK is None else _row_stride(into_BLK)
     block_m, block_k, num_warps, num_stages, num_parts = DOWN_GELU if gelu else DOWN[num_low > 64]
@@ -202,7 +220,11 @@ def down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_MR: Te
         columns_per_part=columns_per_part, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=_block_r(num_low),
         num_warps=num_warps, num_stages=num_stages)
     if num_parts > 1:
-        torch.sum(parts, 0, out=out_MR)
+        _add_low[(triton.cdiv(out_MR.numel(), 1024),)](
+            parts, out_MR, kept_MR, out_MR.numel(), num_low, out_MR.stride(0), num_parts=num_parts,
+            KEEP=kept_MR is not None, BLOCK=1024, num_warps=4)
+    elif kept_MR is not None:
+        kept_MR.copy_(out_MR)
 
 
 def up(dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_BLK: Tensor) -> None:
