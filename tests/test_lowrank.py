@@ -133,7 +133,8 @@ def shared_bytes(name, num_low, block_m, block_k, num_warps, num_stages, gelu=Fa
                     "*fp32" if float32 else "*fp16" if n in HALF else "i32")
     flags = dict(THRESHOLD=2**28, width=3072, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=block_k, GELU=gelu, COPY=True,
                  BLOCK_R=kernels._block_r(num_low), columns_per_part=3072, rows_per_part=768, num_parts=16, ADD=True,
-                 BLOCK=2048, num_other_parts=11, ADD_OTHER=True, KEEP=True)
+                 BLOCK=2048, num_other_parts=11, ADD_OTHER=True, KEEP=True,
+                 num_low=num_low, rank=num_low)
     names = list(types)
     constants = {(names.index(n),): flags[n] for n in names if types[n] == "constexpr"}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n][0] == "*" or types[n] == "i32"}

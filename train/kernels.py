@@ -130,7 +130,8 @@ def gelu_and_slope(value):  # type: ignore[no-untyped-def]
     GELU rides on another pass they are what that pass waits for."""
     square = value * value
     decay = tl.exp2(value * (-2.302208198 - 0.1029432397 * square))  # e^(-2 z), at most inf
-    sigmoid = 1.0 / (1.0 + decay)
+    root = tl.rsqrt(1.0 + decay)
+    sigmoid = root * root  # a division would guard against denominators near float32's limit: five instructions for two
     result = value * sigmoid
     return result, sigmoid + (result - result * sigmoid) * (1.5957691216057308 + 0.2140644488 * square)
 

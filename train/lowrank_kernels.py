@@ -15,10 +15,11 @@ from train.kernels import gelu_and_slope
 from train.lowrank import threshold
 
 # (rows, columns of a tile, warps, stages, parts), for R up to 64 and above (GELU: R = 32 only), and THROUGH_B for ranks
-# up to 32 and above, with as many programs as an H200 has SMs in place of parts. Of 6 to 14 that were timed on an H200
-# at 11,440 rows of 3072 (GELU: 14336) in bf16 the fastest or within 1% of it. Short inputs were not tuned for.
+# up to 32 and above, with as many programs as an H200 has SMs in place of parts. Of 12 to 70 that were timed on an H200
+# at 11,440 rows of 3072 (GELU: 14336) in bf16 the fastest, or no slower where it counts: in the step. Short inputs were
+# not tuned for.
 DOWN, DOWN_GELU = ((32, 128, 4, 4, 1), (64, 64, 4, 4, 1)), (32, 128, 4, 3, 4)
-UP = (64, 128, 4, 3, 16), (64, 64, 4, 3, 8)
+UP = (64, 64, 4, 3, 16), (64, 64, 4, 3, 8)
 GRADIENT, GRADIENT_GELU = ((32, 128, 4, 4, 16), (64, 128, 4, 3, 11)), (64, 64, 4, 3, 4)
 THROUGH_B = (64, 256, 4, 4, 132), (64, 256, 4, 3, 132)
 
@@ -32,13 +33,25 @@ def _mix32(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _kept(value, keys, sample, token, k, THRESHOLD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The elements of a tile [token, k] that survive dropout, not yet scaled; all of them without it."""
+def _kept(value, keys, sample, token, k, THRESHOLD: tl.constexpr, scale=1.0):  # type: ignore[no-untyped-def]
+    """The elements of a tile [token, k] that survive dropout, float32 times `scale`; without dropout all of them."""
     if THRESHOLD > 0:
         row = _mix32(token.to(tl.uint32) * 0x9E3779B1 + tl.load(keys + sample).to(tl.uint32))
         column = _mix32(k.to(tl.uint32) * 0x85EBCA77) | 1
-        value = tl.where(row[:, None] * column[None, :] >= THRESHOLD, value, 0.0)
+        kept = row[:, None] * column[None, :] >= THRESHOLD
+        if value.dtype == tl.float32:  # a choice would come after the packing to half precision, and cost twice as much
+            value *= tl.where(kept, scale, 0.0)
+        else:
+            value = tl.where(kept, value, 0.0)
+    elif value.dtype == tl.float32:
+        value *= scale
     return value
+
+
+@triton.jit
+def _inside(i, size: tl.constexpr, step: tl.constexpr):  # type: ignore[no-untyped-def]
+    """i < size, which takes no test where whole steps make up the size."""
+    return i < size if size % step else i == i
 
 
 @triton.jit
@@ -48,68 +61,70 @@ def _drop(x, out, keys, length, width, x_stride, scale, THRESHOLD: tl.constexpr,
     row = sample.to(tl.int64) * length + token
     k = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     ok = k < width
-    value = tl.load(x + row * x_stride + k, mask=ok, other=0.0).to(tl.float32) * scale
-    value = _kept(value[None, :], keys, sample, token + tl.arange(0, 1), k, THRESHOLD)
+    value = tl.load(x + row * x_stride + k, mask=ok, other=0.0).to(tl.float32)
+    value = _kept(value[None, :], keys, sample, token + tl.arange(0, 1), k, THRESHOLD, scale)
     tl.store(out + row * width + k, tl.reshape(value, (BLOCK,)), mask=ok)
 
 
 @triton.jit
-def _down(x, a, out, into, keys, length, num_low, x_stride, out_stride, part_stride,  # type: ignore[no-untyped-def]
+def _down(x, a, out, into, keys, length, num_low: tl.constexpr, x_stride, out_stride, part_stride,  # type: ignore[no-untyped-def]
           into_stride, scale, THRESHOLD: tl.constexpr, GELU: tl.constexpr, COPY: tl.constexpr, width: tl.constexpr,
           columns_per_part: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
     part, sample = tl.program_id(1), tl.program_id(2)
     token, r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     row, row_ok = sample.to(tl.int64) * length + token, token < length
-    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    low, r_ok = tl.zeros((BLOCK_M, BLOCK_R), tl.float32), _inside(r, num_low, BLOCK_R)
     for start in range(0, columns_per_part, BLOCK_K):
         k = part * columns_per_part + start + tl.arange(0, BLOCK_K)
-        ok = row_ok[:, None] & (k < width)[None, :]
-        a_KR = tl.load(a + r[None, :] * width + k[:, None], mask=(r < num_low)[None, :] & (k < width)[:, None],
-                       other=0.0)
+        k_ok = _inside(k, width, columns_per_part)
+        ok = row_ok[:, None] & k_ok[None, :]
+        a_KR = tl.load(a + r[None, :] * width + k[:, None], mask=r_ok[None, :] & k_ok[:, None], other=0.0)
         value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
         if GELU:
-            value = gelu_and_slope(value.to(tl.float32))[0].to(a_KR.dtype)
+            value = gelu_and_slope(value.to(tl.float32))[0]
         if COPY:
             tl.store(into + row[:, None] * into_stride + k[None, :], value, mask=ok)
         value = _kept(value, keys, sample, token, k, THRESHOLD).to(a_KR.dtype)
         low = tl.dot(value, a_KR, low, input_precision="ieee")
     place = out + part * part_stride + row[:, None] * out_stride + r[None, :]
-    tl.store(place, low * scale, mask=row_ok[:, None] & (r < num_low)[None, :])
+    tl.store(place, low * scale, mask=row_ok[:, None] & r_ok[None, :])
 
 
 @triton.jit
-def _up(dlow, a, out, keys, length, num_low, dlow_stride, scale, THRESHOLD: tl.constexpr,  # type: ignore[no-untyped-def]
+def _up(dlow, a, out, keys, length, num_low: tl.constexpr, dlow_stride, scale, THRESHOLD: tl.constexpr,  # type: ignore[no-untyped-def]
         width: tl.constexpr, rows_per_part: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         BLOCK_R: tl.constexpr):
     part, sample = tl.program_id(1), tl.program_id(2)
     k, r = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    a_RK = tl.load(a + r[:, None] * width + k[None, :], mask=(r < num_low)[:, None] & (k < width)[None, :], other=0.0)
+    k_ok, r_ok = _inside(k, width, BLOCK_K), _inside(r, num_low, BLOCK_R)
+    a_RK = tl.load(a + r[:, None] * width + k[None, :], mask=r_ok[:, None] & k_ok[None, :], other=0.0)
     for start in range(0, rows_per_part, BLOCK_M):
         token = part * rows_per_part + start + tl.arange(0, BLOCK_M)
         row, row_ok = sample.to(tl.int64) * length + token, token < length
-        low_MR = tl.load(dlow + row[:, None] * dlow_stride + r[None, :], mask=row_ok[:, None] & (r < num_low)[None, :],
+        low_MR = tl.load(dlow + row[:, None] * dlow_stride + r[None, :], mask=row_ok[:, None] & r_ok[None, :],
                          other=0.0)
-        update = _kept(tl.dot(low_MR, a_RK, input_precision="ieee") * scale, keys, sample, token, k, THRESHOLD)
-        tl.store(out + row[:, None] * width + k[None, :], update, mask=row_ok[:, None] & (k < width)[None, :])
+        update = _kept(tl.dot(low_MR, a_RK, input_precision="ieee"), keys, sample, token, k, THRESHOLD, scale)
+        tl.store(out + row[:, None] * width + k[None, :], update, mask=row_ok[:, None] & k_ok[None, :])
 
 
 @triton.jit
-def _gradient(dlow, x, grad, out, keys, length, num_low, x_stride, dlow_stride, scale,  # type: ignore[no-untyped-def]
+def _gradient(dlow, x, grad, out, keys, length, num_low: tl.constexpr, x_stride, dlow_stride, scale,  # type: ignore[no-untyped-def]
               THRESHOLD: tl.constexpr, GELU: tl.constexpr, width: tl.constexpr, rows_per_part: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
     """With GELU, `grad` [rows, width], the gradient of GELU(x), becomes that of x on the way."""
     part, sample = tl.program_id(1), tl.program_id(2)
     k, r = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    k_ok, r_ok = _inside(k, width, BLOCK_K), _inside(r, num_low, BLOCK_R)
     for start in range(0, rows_per_part, BLOCK_M):
         token = part * rows_per_part + start + tl.arange(0, BLOCK_M)
         row, row_ok = sample.to(tl.int64) * length + token, token < length
-        ok = row_ok[:, None] & (k < width)[None, :]
+        ok = row_ok[:, None] & k_ok[None, :]
         if GELU:  # first, because Triton starts only loads that tl.dot waits for ahead of their iteration
             place = grad + row[:, None] * width + k[None, :]
             grad_MK = tl.load(place, mask=ok, other=0.0).to(tl.float32)
         value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
-        low_RM = tl.load(dlow + row[None, :] * dlow_stride + r[:, None], mask=(r < num_low)[:, None] & row_ok[None, :],
+        low_RM = tl.load(dlow + row[None, :] * dlow_stride + r[:, None], mask=r_ok[:, None] & row_ok[None, :],
                          other=0.0)
         if GELU:
             value, slope = gelu_and_slope(value.to(tl.float32))
@@ -118,17 +133,17 @@ def _gradient(dlow, x, grad, out, keys, length, num_low, x_stride, dlow_stride, 
         total = tl.dot(low_RM, value, total, input_precision="ieee")
     part += sample * tl.num_programs(1)
     place = out + (part * num_low + r[:, None]) * width + k[None, :]
-    tl.store(place, total * scale, mask=(r < num_low)[:, None] & (k < width)[None, :])
+    tl.store(place, total * scale, mask=r_ok[:, None] & k_ok[None, :])
 
 
 @triton.jit
-def _through_b(dy, low, b, dlow, db, num_rows, num_low, rank, first, spacing, dy_stride,  # type: ignore[no-untyped-def]
+def _through_b(dy, low, b, dlow, db, num_rows, num_low, rank: tl.constexpr, first, spacing, dy_stride,  # type: ignore[no-untyped-def]
                low_stride, b_stride, width: tl.constexpr, rows_per_part: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
     """A program's columns of dy lie in one layer, and so need that layer's columns of low and B alone."""
     tile, part, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, r = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    n_ok, r_ok = n < width, r < rank
+    n_ok, r_ok = _inside(n, width, BLOCK_N), _inside(r, rank, BLOCK_R)
     column, begin = first + layer * spacing + n, part.to(tl.int64) * rows_per_part
     b_NR = tl.load(b + column[:, None] * b_stride + (layer * rank + r)[None, :], mask=n_ok[:, None] & r_ok[None, :],
                    other=0.0)
