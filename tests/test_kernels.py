@@ -95,6 +95,19 @@ def test_gelu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # as in test_gelu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_gelu_of_every_value_below_10000(dtype: torch.dtype, tolerance: float) -> None:
+    """Its slope is a difference times the value's cube."""
+    u = torch.arange(-2**15, 2**15).to(torch.int16).view(dtype)
+    u_BLK = u[u.abs() < 1e4].view(1, 1, -1).requires_grad_()
+    results = []
+    for gelu in (kernels.Gelu.apply, elementwise.gelu_tanh):
+        out = gelu(u_BLK, 0)
+        results.append((out.detach(), *torch.autograd.grad(out, u_BLK, torch.ones_like(out))))
+    compare(results, tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # as in test_gelu
 def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: every kernel between the GEMMs and of the adapters, which are written behind their inputs and, with

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from train import lowrank, lowrank_kernels
 
-B, L, K = 2, 37, 200  # no multiple of any block
+B = 2
 KEY_B = lowrank.dropout_keys(torch.tensor([2**62 + 5, 77]), 4)[3]
 
 
-def strided(width: int, spare: int, dtype: torch.dtype, length: int = L) -> Tensor:
+def strided(width: int, spare: int, dtype: torch.dtype, length: int = 37) -> Tensor:
     """[B, length, width] whose rows lie `spare` elements apart."""
     return torch.randn(B, length, width + spare).to(dtype)[..., :width]
 
@@ -29,11 +29,13 @@ def many_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank_kernels, "THROUGH_B", ((16, 64, 4, 1, 60),) * 2)
 
 
-@pytest.mark.parametrize(("num_low", "p", "dtype", "length"), [
-    (8, 0.1, torch.float32, 37), (24, 0.6, torch.float32, 37), (24, 0.0, torch.float32, 37),
-    (8, 0.1, torch.float16, 37), (24, 0.6, torch.float16, 37), (24, 0.1, torch.float32, 150)])
-def test_kernels_equal_their_twins(num_low: int, p: float, dtype: torch.dtype, length: int,
+@pytest.mark.parametrize(("num_low", "p", "dtype", "length", "K"), [
+    (8, 0.1, torch.float32, 37, 200), (24, 0.6, torch.float32, 37, 200), (24, 0.0, torch.float32, 37, 200),
+    (8, 0.1, torch.float16, 37, 200), (24, 0.6, torch.float16, 37, 200), (24, 0.1, torch.float32, 150, 200),
+    (32, 0.1, torch.float32, 150, 256), (32, 0.1, torch.float32, 150, 320)])
+def test_kernels_equal_their_twins(num_low: int, p: float, dtype: torch.dtype, length: int, K: int,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """K = 256 is made up of whole tiles and parts, 320 of whole tiles alone, 200 of neither."""
     if length == 150:
         many_small_tiles(monkeypatch)
     torch.manual_seed(0)
@@ -133,8 +135,7 @@ def shared_bytes(name, num_low, block_m, block_k, num_warps, num_stages, gelu=Fa
                     "*fp32" if float32 else "*fp16" if n in HALF else "i32")
     flags = dict(THRESHOLD=2**28, width=3072, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=block_k, GELU=gelu, COPY=True,
                  BLOCK_R=kernels._block_r(num_low), columns_per_part=3072, rows_per_part=768, num_parts=16, ADD=True,
-                 BLOCK=2048, num_other_parts=11, ADD_OTHER=True, KEEP=True,
-                 num_low=num_low, rank=num_low)
+                 BLOCK=2048, num_other_parts=11, ADD_OTHER=True, KEEP=True, num_low=num_low, rank=num_low)
     names = list(types)
     constants = {(names.index(n),): flags[n] for n in names if types[n] == "constexpr"}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n][0] == "*" or types[n] == "i32"}

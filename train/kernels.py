@@ -284,7 +284,7 @@ def gelu(u_BLK: Tensor, grad_BLK: Tensor | None, out_BLK: Tensor) -> None:
 
 def copy_table(copies: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     """What `refresh` copies: (destination, of which rows may lie apart; float32 source; factor). Valid as long as these
-    tensors keep their memory. Ranks and widths are multiples of 8, see lora.attach."""
+    tensors keep their memory. Ranks and widths must be multiples of 8."""
     assert all(source.is_contiguous() and source.dtype == torch.float32 and destination.stride(1) == 1
                and destination.dtype == copies[0][0].dtype for destination, source, _ in copies)
     assert all(tensor.data_ptr() % 16 == 0 and tensor.shape[1] % 8 == 0 and tensor.stride(0) % 8 == 0

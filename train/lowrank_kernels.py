@@ -1,6 +1,6 @@
 """Triton kernels of train/lowrank.py, whose eager lines are their twins. Dropout is a hash of the element's place.
 
-`_drop` and `_add_parts` are elementwise and compile for sm_70; the four with tl.dot are for sm_80 and newer. x is read
+`_drop` and the sums are elementwise and compile for sm_70; the four with tl.dot are for sm_80 and newer. x is read
 once each time, and where it is GELU(u), u is; dy is read once for both of its products. Long sums are made in a number
 of parts that the shapes decide, added up afterwards in order, so that equal inputs give equal bits. A program never
 works on rows of two samples where dropout needs to know them: to tell them apart would take a division per row.
@@ -34,7 +34,9 @@ def _mix32(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _kept(value, keys, sample, token, k, THRESHOLD: tl.constexpr, scale=1.0):  # type: ignore[no-untyped-def]
-    """The elements of a tile [token, k] that survive dropout, float32 times `scale`; without dropout all of them."""
+    """The elements of a tile [token, k] that survive dropout, float32 times `scale`; without dropout all of them.
+
+    Unlike the twin's, a float32 inf or NaN that is dropped becomes NaN: the step is lost to it anyway."""
     if THRESHOLD > 0:
         row = _mix32(token.to(tl.uint32) * 0x9E3779B1 + tl.load(keys + sample).to(tl.uint32))
         column = _mix32(k.to(tl.uint32) * 0x85EBCA77) | 1
@@ -50,7 +52,7 @@ def _kept(value, keys, sample, token, k, THRESHOLD: tl.constexpr, scale=1.0):  #
 
 @triton.jit
 def _inside(i, size: tl.constexpr, step: tl.constexpr):  # type: ignore[no-untyped-def]
-    """i < size, which takes no test where whole steps make up the size."""
+    """i < size, for programs that go from 0 in whole steps: no test where these make up the size."""
     return i < size if size % step else i == i
 
 
@@ -229,6 +231,7 @@ def down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_MR: Te
     columns_per_part = triton.cdiv(triton.cdiv(width, num_parts), block_k) * block_k
     num_parts = triton.cdiv(width, columns_per_part)
     parts = out_MR[None] if num_parts == 1 else out_MR.new_empty(num_parts, *out_MR.shape)
+    assert kept_MR is None or kept_MR.is_contiguous()
     _down[(triton.cdiv(length, block_m), num_parts, batch)](
         x_BLK, a_RK, parts, into_BLK, key_B, length, num_low, _row_stride(x_BLK), parts.stride(1), parts.stride(0),
         into_stride, 1 / (1 - p), THRESHOLD=threshold(p), GELU=gelu, COPY=into_BLK is not None, width=width,
