@@ -157,8 +157,8 @@ def rows_of(bench: Bench, case: str, i2v: bool, num_rounds: int, deadline_s: flo
               file=sys.stderr, flush=True)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in bench.steps}
     order = random.Random(0)
-    for _ in range(num_rounds):
-        if time.perf_counter() > deadline_s:
+    for number in range(num_rounds):
+        if number and time.perf_counter() > deadline_s:  # one round in any case, so that there is a table
             break
         for name in order.sample(list(bench.steps), len(bench.steps)):  # what ran before shows in the card's clock
             runs[name].append(bench.time(name, batch))
@@ -213,11 +213,14 @@ def main() -> None:
     parser.add_argument("--cases", default="t2v,i2v,r32")
     parser.add_argument("--peers", default=";".join(PEERS), help="of " + "; ".join(PEERS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--budget-s", type=float, default=500.0, help="start no round after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=500.0, help="after so many, a case has one round")
     parser.add_argument("--layers", type=int, default=TI2V_5B.num_layers)
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    cases, peers = arguments.cases.split(","), [peer.strip() for peer in arguments.peers.split(";") if peer.strip()]
+    if unknown := {*cases} - CASES.keys() | {*peers} - {*PEERS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; cases are {', '.join(CASES)}, peers {'; '.join(PEERS)}")
     begin_s, device, bucket = time.perf_counter(), torch.device("cuda"), Bucket.parse(arguments.shape)
     config = msgspec.structs.replace(TI2V_5B, num_layers=arguments.layers)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -240,10 +243,8 @@ def main() -> None:
         if any(not value <= limit for found in result["checks"].values() for value, limit in found.values()):
             sys.exit("a check failed: nothing was timed")
         _free()
-    cases = arguments.cases.split(",")
     for adapters in dict.fromkeys(CASES[case][0] for case in cases):
-        bench = Bench(config, bucket, arguments.profile, subjects.ADAPTERS[adapters],
-                      [peer.strip() for peer in arguments.peers.split(";") if peer.strip()], device, 4096)
+        bench = Bench(config, bucket, arguments.profile, subjects.ADAPTERS[adapters], peers, device, 4096)
         print(f"{adapters}: ours: {remat.describe(config, bench.kept)}; beside a model of "
               f"{bench.resident['ours'] / GIB:.2f} GiB", flush=True)
         for case in (case for case in cases if CASES[case][0] == adapters):

@@ -30,7 +30,7 @@ from torch import Tensor
 from loader.manifest import DatasetError, Split, media_shards
 from loader.memory import HostMemory
 from loader.order import GlobalBatch, Order, is_i2v, keyed_uniform, micro_slice, sample_seed
-from loader.read import Damage, Reader, Sample, read_dataset
+from loader.read import Damage, Reader, Sample, Store, read_dataset
 from loader.sample import (
     EMPTY_PROMPT_FILE,
     LATENT,
@@ -118,7 +118,7 @@ class Feed:
         max_open = min(2 * window_shards * max(len(buckets) for buckets in self._order.buckets), MAX_OPEN)
         self._readers = [Reader(store, split, infos, max_open=max_open, max_damaged=max_damaged, media=names)
                          for store, infos, names in zip(stores, shards, media, strict=True)]
-        self._stores, self._empty_text = stores, [_empty_text(store.read_file(EMPTY_PROMPT_FILE)) for store in stores]
+        self._stores, self._empty_text = stores, [_empty_text(*pair) for pair in zip(stores, datasets, strict=True)]
         self._raw = _first_frames(vae, self._device) if condition == "raw" and vae is not None else None
         if rank == 0:
             for dataset, num, dropped in zip(datasets, self._order.batches_per_epoch, self._order.dropped_per_epoch,
@@ -335,12 +335,13 @@ def merge_planes(planes: Tensor, out: Tensor) -> None:
         torch.add(low, bits.copy_(high), alpha=256, out=bits)
 
 
-def _empty_text(member: bytes) -> np.ndarray[Any, Any]:
+def _empty_text(store: Store, dataset: Path | str) -> np.ndarray[Any, Any]:
     """The byte planes of the empty prompt, flat: its width is known once a sample is. Raises DatasetError."""
     try:
+        member = store.read_file(EMPTY_PROMPT_FILE)
         num_bytes = zstandard.frame_content_size(member)
         planes = np.empty(num_bytes, np.uint8)
         decode_planes_into(member, TensorInfo("float16", (num_bytes // 2,)), planes.data)
         return planes
-    except (zstandard.ZstdError, ValueError) as error:
-        raise DatasetError(f"{EMPTY_PROMPT_FILE} is damaged: {error}") from error
+    except (zstandard.ZstdError, ValueError, FileNotFoundError) as error:
+        raise DatasetError(f"{dataset}: {EMPTY_PROMPT_FILE} is missing or damaged ({error}); copy it anew") from error

@@ -137,8 +137,9 @@ def mix_quotas(weights: Sequence[float]) -> list[int]:
     for i in sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))[:MIX_BLOCK - sum(quotas)]:
         quotas[i] += 1
     if min(quotas) == 0:
-        raise OrderError(f"dataset weights {list(weights)}: one is under 1/{MIX_BLOCK} of the sum and would never be "
-                         f"read; raise it")
+        raise OrderError(f"dataset weights {list(weights)} (default: the batches of each): number "
+                         f"{quotas.index(0) + 1} is under 1/{MIX_BLOCK} of the sum and would never be read; raise it, "
+                         f"or leave that dataset out")
     return quotas
 
 

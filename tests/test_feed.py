@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from loader.feed import Batch, Feed
-from loader.manifest import MANIFEST_FILE, Manifest, encode_manifest, recipe_id
+from loader.manifest import MANIFEST_FILE, DatasetError, Manifest, encode_manifest, recipe_id
 from loader.order import OrderError, is_i2v, sample_seed
 from loader.read import TooManyDamagedError
 from loader.sample import JPG, JSON, LATENT, TEXT, SampleMeta, TensorInfo, encode_meta, encode_tensor
@@ -273,6 +273,15 @@ def raw_dataset(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     (folder / "empty_prompt.text.zst").write_bytes(encode_tensor(np.ones((1, 8), np.float16)))
     (folder / MANIFEST_FILE).write_bytes(encode_manifest(Manifest({}, recipe_id({}), {"train": [shard]})))
     return folder, after_jpeg
+
+
+def test_a_missing_or_damaged_empty_prompt_is_named_with_its_dataset(tmp_path: Path) -> None:
+    write_synthetic_dataset(tmp_path, {"64x32x1": 8}, text_dim=8)
+    file = tmp_path / "empty_prompt.text.zst"
+    for change in (lambda: file.write_bytes(file.read_bytes()[:-9]), file.unlink):
+        change()
+        with pytest.raises(DatasetError, match=f"{tmp_path}: {file.name} is missing or damaged .*; copy it anew"):
+            make(tmp_path, global_batch=8, micro_batch=4)
 
 
 def test_the_raw_latent_agrees_with_the_stored_one_within_the_jpegs_loss(

@@ -98,6 +98,11 @@ def test_another_alpha_or_other_targets_are_refused(tiny_checkpoint: Path, tmp_p
         other = lora.attach(model, targets, RANK, alpha, dropout=0.0, seed=1)
         with pytest.raises(lora.LoRAError, match=message):
             lora.load_diffusers(other, tmp_path / lora.DIFFUSERS_FILE)
+    half = tmp_path / "half.safetensors"
+    half.write_bytes((tmp_path / lora.DIFFUSERS_FILE).read_bytes()[:100])
+    for path in (half, tmp_path / "nowhere.safetensors"):
+        with pytest.raises(lora.LoRAError, match=f"{path.name}: can't be read as a LoRA file"):
+            lora.load_diffusers(other, path)
     with pytest.raises(lora.LoRAError, match=r"attn1\.to_z"):
         lora.attach(model, ["attn1.to_z"], RANK, ALPHA, dropout=0.0, seed=1)
 

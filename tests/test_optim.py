@@ -1,5 +1,7 @@
 """The flat vector, the schedule and clipping."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -31,6 +33,15 @@ def test_warm_up_is_linear_and_the_cosine_ends_at_zero(step: int, expected: floa
     assert optim.learning_rate(step, 1.0, "cosine", 10, 110) == pytest.approx(expected)
     if step >= 10:
         assert optim.learning_rate(step, 1.0, "constant", 10, 110) == 1.0
+
+
+@pytest.mark.parametrize(("loss", "grad_norm", "loss_scale", "scaling", "lost"), [
+    (1.0, 1.0, 1.0, False, False), (math.nan, 1.0, 1.0, False, True), (1.0, math.inf, 1.0, False, True),
+    (1.0, math.inf, 2.0**20, True, False), (1.0, math.nan, 2.0**-11, True, True), (1.0, math.nan, 0.0, True, True),
+    (math.inf, 1.0, 2.0**20, True, True), (1.0, 1.0, 2.0**-11, True, False)])
+def test_an_overflow_is_a_step_skipped_until_no_scale_helps(loss: float, grad_norm: float, loss_scale: float,
+                                                            scaling: bool, lost: bool) -> None:
+    assert optim.is_lost(loss, grad_norm, loss_scale, scaling) is lost
 
 
 def test_clipping_scales_the_whole_gradient_and_reports_the_norm_before() -> None:

@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loader.sample import Bucket
 from tools import plan
+from tools.synthetic import write_synthetic_dataset
 from train import lora
 from train.attention import choose_attention
 from train.config import DataConfig, ModelConfig, TrainConfig
-from train.remat import Shape, block_runner, plan_run
+from train.remat import Kept, Shape, block_runner, plan_run
 from train.wan import TI2V_5B, Wan
 from train.weights import load_transformer
 
@@ -79,3 +80,53 @@ def test_a_card_of_32_gib_needs_recomputation_at_720p() -> None:
     assert float(found["auto"][v100][2]) < float(found["block"][v100][2])
     assert 'activation_memory = "auto"' in plan.report(
         msgspec.structs.replace(config, activation_memory="all"), TI2V_5B, shares, 2)
+
+
+@pytest.mark.parametrize(("model", "deterministic", "expected"), [
+    (ModelConfig(path="", dtype="float16"), False, {"V100": "efficient", "A100": "flash", "H200": "flash4"}),
+    (ModelConfig(path="", dtype="float16"), True, {"V100": "efficient", "A100": "flash", "H200": "flash"}),
+    (ModelConfig(path="", dtype="bfloat16"), False, {"V100": "refused: no bfloat16", "H200": "flash4"}),
+    (ModelConfig(path="", dtype="float16", attention="efficient"), False, {"V100": "efficient", "H200": "efficient"}),
+    (ModelConfig(path="", dtype="float16", attention="cudnn"), False, {"V100": "no rate", "H200": "cudnn"}),
+    (ModelConfig(path="", dtype="float16", attention="cudnn"), True, {"H200": "refused: attention"}),
+    (ModelConfig(path="", dtype="float32"), False, {"H200": "no rates for float32"})])
+def test_a_time_is_for_the_kernel_that_runs_or_there_is_none(model: ModelConfig, deterministic: bool,
+                                                             expected: dict[str, str]) -> None:
+    config = TrainConfig(output="", model=model, data=DataConfig(datasets=[""]), num_steps=1000, global_batch=8,
+                         deterministic=deterministic)
+    lines = plan.report(config, TI2V_5B, {Bucket.parse("1280x704x49"): 1.0}, 2).splitlines()
+    for card, words in expected.items():
+        (line,) = (line for line in lines if line.strip().startswith(card))
+        has_time = not words.startswith(("refused", "no rate"))
+        assert f"   {words}" in line and (line.split()[3] != "-") == has_time
+        assert not has_time or f"{words} attention;" in line
+
+
+def test_slower_attention_takes_longer_by_what_it_is_slower() -> None:
+    step = plan.step_of(TI2V_5B, Bucket.parse("1280x704x49"), QKV, 16, 2, Kept(None, 0.0))
+    times = {name: plan.seconds(step, plan.CARDS[-1], name) for name in plan.CARDS[-1].attention_flops}
+    assert sorted(times, key=lambda name: times[name]) == ["flash4", "cudnn", "flash", "efficient"]
+    assert times["efficient"] - times["flash4"] == pytest.approx(step.attention_flops / 1e12 * (1 / 131 - 1 / 568))
+
+
+@pytest.mark.parametrize("num_gpus", [0, -2, 3])
+def test_gpus_that_do_not_divide_the_batch_are_refused_as_in_training(num_gpus: int) -> None:
+    config = TrainConfig(output="", model=ModelConfig(path=""), data=DataConfig(datasets=[""]), num_steps=1,
+                         global_batch=8)
+    with pytest.raises(ValueError, match=f"global_batch = 8 is not a multiple of micro_batch x GPUs = 1 x {num_gpus}"):
+        plan.report(config, TI2V_5B, {BUCKET: 1.0}, num_gpus)
+
+
+def test_shapes_have_the_share_that_their_dataset_is_weighted_with(tmp_path: Path) -> None:
+    for name, buckets in (("a", {"64x32x1": 6, "32x64x1": 2}), ("b", {"64x32x1": 2})):
+        write_synthetic_dataset(tmp_path / name, buckets, text_dim=8)
+    datasets = [str(tmp_path / name) for name in "ab"]
+    config = TrainConfig(output="", model=ModelConfig(path=""), data=DataConfig(datasets=datasets), num_steps=1,
+                         global_batch=2)
+    wide, tall = Bucket(64, 32, 1), Bucket(32, 64, 1)
+    assert plan.buckets_of(config) == pytest.approx({tall: 0.2, wide: 0.8})
+    weighted = msgspec.structs.replace(config, data=DataConfig(datasets=datasets, weights=[1.0, 1.0]))
+    assert plan.buckets_of(weighted) == pytest.approx({tall: 0.125, wide: 0.875})
+    for weights in ([1.0], [1.0, 2.0, 3.0]):
+        with pytest.raises(ValueError, match="each needs samples, and a weight if another has one"):
+            plan.buckets_of(msgspec.structs.replace(config, data=DataConfig(datasets=datasets, weights=weights)))

@@ -192,6 +192,13 @@ def test_memory_that_cannot_be_pinned_is_named(monkeypatch: pytest.MonkeyPatch) 
         HostInputs(6, [2**30], CPU)
 
 
+def test_pinned_memory_is_counted_as_torch_takes_it() -> None:
+    """9.05 and 4.53 GiB at 121 frames, each as the next power of two."""
+    kept = remat.plan_shape(TI2V_5B, remat.Shape(1, 27_280, 512), lora.TARGETS[:3], 2, 0.0, offload=True)
+    assert kept.host_bytes == (16 + 8) * 2**30
+    assert remat.plan_shape(TI2V_5B, remat.Shape(1, 27_280, 512), lora.TARGETS[:3], 2, 0.0).host_bytes == 0
+
+
 def test_offloaded_inputs_leave_room_to_keep_more() -> None:
     shape, num_bytes = remat.Shape(1, 11_440, 512), 20.0 * 2**30
     plans = [remat.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, num_bytes, "efficient", offload)

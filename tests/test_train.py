@@ -1,6 +1,8 @@
 """The whole trainer, as processes: ranks, resume after SIGKILL, precision. Small, but nothing in it is replaced."""
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -181,11 +183,26 @@ def test_float16_with_loss_scaling_and_8_bit_adamw_resumes_exactly(base: TrainCo
 
 
 def test_a_changed_configuration_is_refused_by_name(base: TrainConfig, one_rank: Path, tmp_path: Path) -> None:
-    (process,) = start(base, tmp_path, 1, num_steps=1)
+    constant = OptimConfig(lr=1e-3)
+    (process,) = start(base, tmp_path, 1, num_steps=2, optim=constant)
     finish([process])
-    (process,) = start(base, tmp_path, 1, seed=4)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "seed: 3 then, 4 now" in said and "Traceback" not in said
+    changes: dict[str, Any]
+    for changes, expected in (({"seed": 4}, "seed: 3 then, 4 now"),
+                              ({"num_steps": 1}, "num_steps = 1: .* is 2 steps on already; ask for as many or more")):
+        (process,) = start(base, tmp_path, 1, **({"num_steps": 2, "optim": constant} | changes))
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 1 and re.search(expected, said) and "Traceback" not in said
+
+
+def test_a_run_that_goes_on_needs_its_first_lora_no_more(base: TrainConfig, one_rank: Path, tmp_path: Path) -> None:
+    init = tmp_path / "init.safetensors"
+    shutil.copy(one_rank / lora.DIFFUSERS_FILE, init)
+    changes: dict[str, Any] = {"lora": msgspec.structs.replace(base.lora, init=str(init)),
+                               "optim": OptimConfig(lr=1e-3)}
+    finish(start(base, tmp_path / "run", 1, num_steps=1, **changes))
+    init.unlink()
+    finish(start(base, tmp_path / "run", 1, num_steps=2, **changes))
+    assert len(records(tmp_path / "run")) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(base: TrainConfig, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from train import flow, lora, optim
 from train.attention import choose_attention
+from train.step import Inputs as StepInputs
+from train.step import MicroStep
 from train.wan import Wan, WanConfig
-from train.weights import WeightsError, load_transformer
+from train.weights import INDEX, SINGLE, WeightsError, load_transformer
 
 TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "freq_dim": 64}
 WIDER = {"num_layers": 3, "num_attention_heads": 3, "attention_head_dim": 32, "ffn_dim": 160, "freq_dim": 32}
@@ -158,6 +160,14 @@ def test_sharded_weights_load_like_a_single_file(folder: Path, tmp_path: Path) -
         torch.testing.assert_close(sharded.get_parameter(name), parameter, atol=0, rtol=0)
 
 
+def changed(folder: Path, to: Path, **values: Any) -> Path:
+    """A copy of the transformer whose config.json has other values."""
+    shutil.copytree(folder / "transformer", to / "transformer")
+    config = to / "transformer" / "config.json"
+    config.write_bytes(msgspec.json.encode(msgspec.json.decode(config.read_bytes()) | values))
+    return to
+
+
 def test_a_missing_tensor_and_a_foreign_folder_are_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "transformer", tmp_path / "transformer")
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -166,5 +176,30 @@ def test_a_missing_tensor_and_a_foreign_folder_are_named(folder: Path, tmp_path:
     save_file(tensors, file)
     with pytest.raises(WeightsError, match=r"1 missing \['blocks.0.attn1.to_k.bias'\]"):
         load_transformer(tmp_path, torch.device("cpu"), torch.float32)
+    with pytest.raises(WeightsError, match="can't be trained yet"):
+        load_transformer(changed(folder, tmp_path / "a14b", in_channels=16), torch.device("cpu"), torch.float32)
+    half = changed(folder, tmp_path / "half")
+    weights = half / "transformer" / SINGLE
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match=f"{SINGLE}.*download the model again"):
+        load_transformer(half, torch.device("cpu"), torch.float32)
+    (half / "transformer" / INDEX).write_text('{"weights": {}}')
+    with pytest.raises(WeightsError, match=f"{INDEX}.*weight_map.*download the model again"):
+        load_transformer(half, torch.device("cpu"), torch.float32)
     with pytest.raises(WeightsError, match="must be a diffusers folder"):
         load_transformer(tmp_path / "nowhere", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_attention_that_cannot_run_here_is_refused_before_the_first_step(name: Any) -> None:
+    with pytest.raises(ValueError, match=f'"{name}" can\'t run in torch.float32 on this cpu .*set "auto"'):
+        choose_attention(name, torch.device("cpu"), torch.float32)
+
+
+def test_text_of_another_width_than_the_model_takes_is_named(folder: Path) -> None:
+    model = load_transformer(folder, torch.device("cpu"), torch.float32)
+    step = MicroStep(model, lambda seeds_B: None, choose_attention("auto", torch.device("cpu"), torch.float32)[1], None,
+                     torch.amp.GradScaler("cpu", enabled=False), 1.0, 0)
+    latent, text = torch.zeros(1, 48, 1, 4, 4), torch.zeros(1, 512, model.config.text_dim + 8)
+    with pytest.raises(ValueError, match=f"{text.shape[2]} wide, the model's text_dim is {model.config.text_dim}"):
+        step.forward(StepInputs(latent, torch.zeros(1, 2), torch.zeros(1), text, latent, torch.zeros(1)))

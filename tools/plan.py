@@ -30,29 +30,32 @@ CONTEXT_BYTES = 0.7 * GIB  # CUDA context, cuBLAS and cuDNN workspaces: an allow
 
 
 class Card(NamedTuple):
-    """Rates that a step reaches, per second: operations of GEMMs and of attention (forward and backward together,
-    counting 3.5 times the forward), bytes moved."""
+    """Rates that a step reaches, per second: operations of half-precision GEMMs and, for each attention kernel that
+    runs there, of that (forward and backward together, counting 3.5 times the forward), bytes moved. Of the kernels
+    the first is what "auto" takes, "flash" or else the first what it takes with `deterministic`."""
 
     name: str
     memory_gib: float
     gemm_flops: float
-    attention_flops: float
+    attention_flops: dict[str, float]
     copy_bytes: float
-    attention: str
+    has_bfloat16: bool
     source: str
 
 
-# shares of the data sheet's 989 TFLOP/s and 4.8 TB/s
+# shares of the data sheet's 989 TFLOP/s and 4.8 TB/s; flash's by its time beside cuDNN's, see train/attention.py
 _GEMM, _FLASH4, _CUDNN, _EFFICIENT, _MEMORY = 725 / 989, 568 / 989, 488 / 989, 131 / 989, 3.9 / 4.8
+_FLASH = _CUDNN * 10.7 / 18.1
+_HOPPER = {name: 989e12 * share for name, share in (("flash4", _FLASH4), ("cudnn", _CUDNN), ("flash", _FLASH),
+                                                     ("efficient", _EFFICIENT))}
 CARDS = (
-    Card("V100-PCIE-32GB", 32, 112e12 * _GEMM, 112e12 * _EFFICIENT, 0.9e12 * _MEMORY, "efficient",
+    Card("V100-PCIE-32GB", 32, 112e12 * _GEMM, {"efficient": 112e12 * _EFFICIENT}, 0.9e12 * _MEMORY, False,
          "modelled: data sheet 112 TFLOP/s fp16, 0.9 TB/s; memory-efficient attention"),
-    Card("A100-SXM-80GB", 80, 312e12 * _GEMM, 312e12 * _CUDNN, 2.0e12 * _MEMORY, "cudnn",
-         "modelled: data sheet 312 TFLOP/s, 2.0 TB/s"),
-    Card("H100-SXM-80GB", 80, 989e12 * _GEMM, 989e12 * _FLASH4, 3.35e12 * _MEMORY, "flash4",
+    Card("A100-SXM-80GB", 80, 312e12 * _GEMM, {"flash": 312e12 * _CUDNN, "efficient": 312e12 * _EFFICIENT},
+         2.0e12 * _MEMORY, True, "modelled: data sheet 312 TFLOP/s, 2.0 TB/s; flash as cuDNN on the H200"),
+    Card("H100-SXM-80GB", 80, 989e12 * _GEMM, _HOPPER, 3.35e12 * _MEMORY, True,
          "modelled: the H200's arithmetic, 3.35 TB/s"),
-    Card("H200", 139, 989e12 * _GEMM, 989e12 * _FLASH4, 4.8e12 * _MEMORY, "flash4",
-         "measured with flash4 attention, see bench/README.md"),
+    Card("H200", 139, 989e12 * _GEMM, _HOPPER, 4.8e12 * _MEMORY, True, "rates measured, see bench/README.md"),
 )
 KERNELS_PER_BLOCK, KERNEL_S = 70, 4e-6  # what a kernel costs beside its work, from 832x480x9 on the H200
 
@@ -157,31 +160,52 @@ def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:
     }
 
 
-def seconds(step: Step, card: Card) -> float:
-    """Of one sample's pass on `card`."""
-    return (step.gemm_flops / card.gemm_flops + step.attention_flops / card.attention_flops
+def seconds(step: Step, card: Card, attention: str) -> float:
+    """Of one sample's pass on `card` in half precision, with an attention kernel that runs there."""
+    return (step.gemm_flops / card.gemm_flops + step.attention_flops / card.attention_flops[attention]
             + step.moved_bytes / card.copy_bytes + step.num_kernels * KERNEL_S)
 
 
 def attention_of(config: TrainConfig, card: Card) -> str:
     """The kernel's name. What "auto" would be on a card is known only there: flash4 is taken where it can run."""
-    if config.model.attention != "auto" or (config.deterministic and card.attention != "efficient"):
+    if config.model.attention != "auto":
         return config.model.attention
-    return card.attention
+    return "flash" if config.deterministic and "flash" in card.attention_flops else next(iter(card.attention_flops))
+
+
+def why_no_time(config: TrainConfig, card: Card) -> str:
+    """What the trainer refuses there, or there are no rates for; empty: neither."""
+    name = attention_of(config, card)
+    if config.model.dtype == "bfloat16" and not card.has_bfloat16:
+        return 'refused: no bfloat16 there, set model.dtype = "float16"'
+    if config.deterministic and name in ("flash4", "cudnn"):
+        return f'refused: attention = "{name}" is not deterministic'
+    if config.model.dtype == "float32":
+        return "no rates for float32"
+    return "" if name in card.attention_flops else f'no rate for attention = "{name}" there'
 
 
 def buckets_of(config: TrainConfig) -> dict[Bucket, float]:
-    """The shapes of the configured datasets, each with its share of the samples. Raises DatasetError."""
-    counts: dict[Bucket, int] = {}
-    for location in config.data.datasets:
-        for shard in read_dataset(location)[1].splits.get("train", []):
+    """The shapes of the configured datasets, each with its share of the samples. Raises ValueError."""
+    datasets = [read_dataset(location)[1].splits.get("train", []) for location in config.data.datasets]
+    sizes = [sum(shard.num_samples for shard in shards) for shards in datasets]
+    weights = config.data.weights or sizes
+    if 0 in sizes or len(weights) != len(sizes):
+        raise ValueError(f"data.datasets {config.data.datasets} have {sizes} samples to train on and data.weights = "
+                         f"{config.data.weights}: each needs samples, and a weight if another has one")
+    shares: dict[Bucket, float] = {}
+    for shards, size, weight in zip(datasets, sizes, weights, strict=True):
+        for shard in shards:
             bucket = Bucket.parse(shard.bucket)
-            counts[bucket] = counts.get(bucket, 0) + shard.num_samples
-    return {bucket: count / sum(counts.values()) for bucket, count in sorted(counts.items())}
+            shares[bucket] = shares.get(bucket, 0.0) + weight / sum(weights) * shard.num_samples / size
+    return dict(sorted(shares.items()))
 
 
 def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num_gpus: int) -> str:
-    """The whole answer as text."""
+    """The whole answer as text. Raises ValueError where the trainer would refuse the batch."""
+    if num_gpus < 1 or config.global_batch % (config.micro_batch * num_gpus):
+        raise ValueError(f"global_batch = {config.global_batch} is not a multiple of micro_batch x GPUs = "
+                         f"{config.micro_batch} x {num_gpus}")
     dtype_bytes = 4 if config.model.dtype == "float32" else 2
     budget_bytes = parse_activation_memory(config.activation_memory)
     resident = resident_parts(config, wan)
@@ -197,17 +221,21 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         shapes = {bucket: Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS) for bucket in shares}
         plans = plan_run(wan, list(shapes.values()), config.lora.targets, dtype_bytes, budget_bytes, room_bytes,
                          config.cuda_graph_tokens, attention_of(config, card), config.activation_offload)
-        sample_s = sum(share * seconds(step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
-                                               plans[shapes[bucket]]), card) for bucket, share in shares.items())
-        step_s = sample_s * config.global_batch / num_gpus
+        no_time, times = why_no_time(config, card), f"{'-':>8}{'-':>7}"
+        if not no_time:
+            sample_s = sum(share * seconds(step_of(wan, bucket, config.lora.targets, config.lora.rank, dtype_bytes,
+                                                   plans[shapes[bucket]]), card, attention_of(config, card))
+                           for bucket, share in shares.items())
+            step_s = sample_s * config.global_batch / num_gpus
+            times = f"{step_s:8.2f}{step_s * config.num_steps / 86400:7.2f}"
         graphs, others = ([plan.num_bytes for shape, plan in plans.items()
                            if (shape.batch * shape.num_tokens <= config.cuda_graph_tokens) == graph]
                           for graph in (True, False))  # graphs keep their memory while the others run
         total = sum(resident.values()) + max(graphs, default=0) + max(others, default=0)
         fits = total <= card.memory_gib * GIB
         tight |= not fits
-        lines.append(f"  {card.name:<16}{total / GIB:6.1f} {'yes' if fits else 'no':<5}{step_s:8.2f}"
-                     f"{step_s * config.num_steps / 86400:7.2f}   {card.source}")
+        lines.append(f"  {card.name:<16}{total / GIB:6.1f} {'yes' if fits else 'no':<5}{times}   "
+                     f"{no_time or f'{attention_of(config, card)} attention; {card.source}'}")
         lines.append(f"  {'':<16}{describe(wan, plans[shapes[largest]])}")
     if tight:
         lines.append('To fit a smaller card: activation_memory = "auto" or "block", activation_offload = true, '

@@ -76,7 +76,8 @@ def rows_of(events: Any, config: WanConfig, num_tokens: int, dtype_bytes: int, c
             continue  # a kernel of such an operation is counted there
         flops, floor_s = operation_flops(event.key, event.input_shapes), 0.0
         if card is not None:
-            rate = card.attention_flops if "attention" in event.key or "flash4" in event.key else card.gemm_flops
+            attention = "attention" in event.key or "flash4" in event.key
+            rate = max(card.attention_flops.values()) if attention else card.gemm_flops
             floor_s = per_call[event.key] / card.copy_bytes if ours else flops / rate
         name = event.key if ours else f"{event.key} {[shape for shape in event.input_shapes[:3] if shape]}"
         found.append(Row(name, event.count / per_block, event.self_device_time_total / 1e3 / per_block,

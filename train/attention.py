@@ -6,6 +6,7 @@ tokens, 24 x 128, bf16, one H200: flash4 9.3 ms, cuDNN 10.7, flash 18.1; fp16 ef
 cross-attention cuDNN takes 0.83 ms and flash4 0.95, so "flash4" leaves cross-attention to cuDNN.
 """
 
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -32,7 +33,7 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
     `attention(q, k, v, num_spare)` asks for so many free columns behind the output's rows of [B, L, H * E], which only
     flash4 grants: see train/fused.py.
 
-    A kernel that can't run here raises torch's own RuntimeError at the first call: it never becomes another one.
+    Raises ValueError for a kernel that can't run here: it never becomes another one.
     """
     if name == "auto":
         name = _best(device, dtype, deterministic)
@@ -54,6 +55,12 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 
+    try:
+        with warnings.catch_warnings(action="ignore"):  # in which torch says why not
+            attention(*torch.zeros(3, 1, 1, 16, 128, device=device, dtype=dtype, requires_grad=True))
+    except RuntimeError as error:
+        raise ValueError(f'model.attention = "{name}" can\'t run in {dtype} on this {device.type} ({error}); set '
+                         f'"auto"') from error
     return name, attention
 
 

@@ -11,6 +11,7 @@ from train.flow import TimestepDistribution
 
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Beta = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -29,7 +30,7 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     shared by the ranks of a host; empty: none.
     """
 
-    datasets: list[str]
+    datasets: Annotated[list[str], Meta(min_length=1)]
     weights: list[float] = []
     condition: Literal["latent", "raw"] = "latent"
     i2v_share: Share = 0.4
@@ -67,8 +68,8 @@ class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: Annotated[float, Meta(gt=0.0)] = 1e-4
-    beta1: Share = 0.9
-    beta2: Share = 0.999
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
     eps: Annotated[float, Meta(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Meta(ge=0.0)] = 0.01
     schedule: Literal["constant", "cosine"] = "constant"
@@ -96,7 +97,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     num_steps: Positive
     global_batch: Positive
     micro_batch: Positive = 1
-    seed: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     activation_memory: str = "block"
     activation_offload: bool = False
     deterministic: bool = False

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -205,9 +205,12 @@ def save_comfyui(lora: LoRA, path: Path) -> None:
 
 def load_diffusers(lora: LoRA, path: Path) -> None:
     """Fill the adapters from a file of `save_diffusers`. Rank, alpha and targets must be the same. Raises LoRAError."""
-    with safe_open(path, framework="pt") as file:
-        metadata = msgspec.json.decode((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        found = {key: file.get_tensor(key) for key in file.keys()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = msgspec.json.decode((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            found = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError, msgspec.DecodeError) as error:
+        raise LoRAError(f"{path}: can't be read as a LoRA file ({error}); give another one, or none") from error
     ours = {"transformer.r": lora.rank, "transformer.lora_alpha": lora.alpha}
     theirs = {key: metadata.get(key) for key in ours}
     if theirs != ours:

@@ -7,7 +7,6 @@ a sample follows from its seed.
 
 import argparse
 import logging
-import math
 import os
 import sys
 from collections import deque
@@ -50,7 +49,8 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
     model = load_transformer(Path(config.model.path), device, dtype)
     adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout,
                            config.seed, nf4=config.lora.base == "nf4")
-    if config.lora.init:
+    newest = checkpoint.latest(output)
+    if config.lora.init and newest is None:
         lora.load_diffusers(adapters, Path(config.lora.init))
     flat_parameters = optim.flatten(adapters.parameters())
     optimizer = optim.make_optimizer(flat_parameters.vector, config.optim.name, config.optim.lr,
@@ -76,10 +76,13 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
     micro_step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler,
                            1 / (num_micro * world.size), config.cuda_graph_tokens)
 
-    first_step, newest = 0, checkpoint.latest(output)
+    first_step = 0
     if newest is not None:
         state = checkpoint.load(newest, flat(config), resumable_changes(config))
         first_step = state["step"]
+        if first_step > config.num_steps:
+            raise ValueError(f"num_steps = {config.num_steps}: {newest} is {first_step} steps on already; ask for as "
+                             f"many or more, or choose another output")
         flat_parameters.vector.data.copy_(state["parameters"])
         adapters.refresh()
         optimizer.load_state_dict(state["optimizer"])
@@ -131,12 +134,13 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
             logged_step, num_tokens = done, 0
         while reports and (save or len(reports) > 1):  # a step late, so that the device has the next one to work on
             record = record_of(reports.popleft())
-            loss_and_norm = [float(record[name] or 0.0) for name in ("loss", "grad_norm")]
-            if not all(map(math.isfinite, loss_and_norm[:1] if scaler.is_enabled() else loss_and_norm)):
+            if optim.is_lost(float(record["loss"] or 0.0), float(record["grad_norm"] or 0.0),
+                             float(record["loss_scale"] or 0.0), scaler.is_enabled()):
                 # the same on all ranks; nothing of this is saved
-                raise ValueError(f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}. "
-                                 f"Start a new output with a lower optim.lr, from lora.init = the "
-                                 f"{lora.DIFFUSERS_FILE} in {checkpoint.latest(output) or 'an earlier run'}")
+                raise ValueError(f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}, "
+                                 f"loss scale {record['loss_scale']}. Start a new output with a lower optim.lr, from "
+                                 f"lora.init = the {lora.DIFFUSERS_FILE} in "
+                                 f"{checkpoint.latest(output) or 'an earlier run'}")
             if metrics:
                 metrics.write(record)
         if metrics and save:

@@ -28,7 +28,7 @@ class HostInputs:
     """For a model of `num_blocks`, with room for inputs of so many bytes each (`num_bytes`, in their order).
 
     One micro-batch at a time: its backward pass before the next forward pass. Raises ValueError where the host has not
-    that much memory to pin; torch rounds each input's up to a power of two.
+    that much memory to pin (remat.pinned_bytes of each).
     """
 
     def __init__(self, num_blocks: int, num_bytes: Sequence[int], device: torch.device):
@@ -38,8 +38,9 @@ class HostInputs:
             self._host = [torch.empty((num_blocks - 1) * size, dtype=torch.uint8, pin_memory=self._stream is not None)
                           for size in num_bytes]
         except RuntimeError as error:
-            raise ValueError(f"activation_offload: {(num_blocks - 1) * sum(num_bytes) / 2**30:.1f} GiB of the host's "
-                             f"memory can't be pinned ({error}); set it to false, or free memory") from error
+            sizes = " + ".join(f"{(num_blocks - 1) * size / 2**30:.1f}" for size in num_bytes)
+            raise ValueError(f"activation_offload: {sizes} GiB of the host's memory, each as the next power of two, "
+                             f"can't be pinned ({error}); set it to false, or free memory") from error
         self._parked: dict[int, list[_Parked]] = {}
         self._leaving: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 

@@ -52,6 +52,13 @@ def make_optimizer(vector: nn.Parameter, name: Literal["adamw", "adamw8bit"], lr
     return torch.optim.AdamW([vector], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=vector.is_cuda)
 
 
+def is_lost(loss: float, grad_norm: float, loss_scale: float, scaling: bool) -> bool:
+    """Whether training can't go on from here. With `scaling` a gradient that is not finite costs one step and half of
+    the scale; but where that is down to 2**-10, no scale was small enough."""
+    skipped = scaling and loss_scale > 2.0**-10
+    return not math.isfinite(loss) or not (skipped or math.isfinite(grad_norm))
+
+
 def learning_rate(step: int, lr: float, schedule: Literal["constant", "cosine"], warmup_steps: int,
                   num_steps: int) -> float:
     """The rate of 0-based `step`: linear warm-up, then constant, or a cosine down to 0 at `num_steps`."""

@@ -8,7 +8,7 @@ Whatever is kept, the gradients are the same, bit for bit with deterministic ker
 not): everything random in a block follows from the samples' seeds.
 
 Time saved per byte: a GEMM's output saves 2 K operations for 2 bytes, whatever its width; self-attention's 4 L; cross-
-attention's only 4 * 512. So self-attention comes first, the GEMMs next, smallest first, and cross-attention last; but
+attention's only 4 * 512. So self-attention comes first, the GEMMs next, and cross-attention last; but
 second where attention is slow, less than a third of a GEMM's rate: torch's memory-efficient kernel, all that V100 has.
 
 The inputs of blocks can wait in the host's memory (train/offload.py), which leaves room to keep more.
@@ -17,6 +17,7 @@ The plan is made for all shapes of a run before its first step, because shapes t
 while the others run.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -148,7 +149,12 @@ def plan_shape(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_by
     sizes = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
     kept = choose_kept(sizes, blocks, budget_bytes / batch, slow_attention(attention, dtype_bytes))
     return Kept(kept, inputs + batch * sum(sizes[name] for block in kept for name in block),
-                batch * max(blocks - 1, 0) * leave)
+                sum(pinned_bytes(batch * (blocks - 1) * size) for size in (stream, leave - stream) if leave))
+
+
+def pinned_bytes(num_bytes: float) -> float:
+    """What torch's allocator takes of the host for that much pinned memory: the next power of two."""
+    return 2.0 ** math.ceil(math.log2(num_bytes)) if num_bytes > 0 else 0.0
 
 
 def plan_run(config: WanConfig, shapes: Sequence[Shape], targets: Sequence[str], dtype_bytes: int,

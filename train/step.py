@@ -91,6 +91,9 @@ class MicroStep:
 
     def _loss(self, inputs: Inputs) -> Tensor:
         latent_BCThw, t_BR, num_clean_frames_B, text_BSD, target_BCThw, seeds_B = inputs
+        if text_BSD.shape[2] != self._model.config.text_dim:
+            raise ValueError(f"the dataset's text embeddings are {text_BSD.shape[2]} wide, the model's text_dim is "
+                             f"{self._model.config.text_dim}: build the dataset with this model, or set model.path")
         self._set_seeds(seeds_B)
         velocity_BCThw = self._model(latent_BCThw, t_BR, num_clean_frames_B, text_BSD, self._attention, self._run_block)
         return flow.sample_losses(velocity_BCThw, target_BCThw, num_clean_frames_B).mean()

@@ -7,12 +7,14 @@ on the float32 residual stream and cost nothing.
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loader.sample import LATENT_CHANNELS
 from train.wan import Projections, Wan, WanConfig
 
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -32,7 +34,7 @@ def load_transformer(model_dir: Path, device: torch.device, dtype: torch.dtype) 
     folder = model_dir / "transformer"
     config = read_config(folder / "config.json")
     files = _tensor_files(folder)
-    handles = {file: safe_open(folder / file, framework="pt") for file in set(files.values())}
+    handles = {file: _open(folder / file) for file in set(files.values())}
     return build_transformer(config, files.keys(), lambda name: handles[files[name]].get_tensor(name), device, dtype,
                              str(folder))
 
@@ -80,6 +82,10 @@ def read_config(path: Path) -> WanConfig:
                            f"Wan-AI/Wan2.2-TI2V-5B-Diffusers") from error
     if config.image_dim is not None or config.added_kv_proj_dim is not None:
         raise WeightsError(f"{path}: image cross-attention (Wan2.1 I2V) is not supported; use a Wan2.2 model")
+    if {config.in_channels, config.out_channels} != {LATENT_CHANNELS} or config.patch_size != (1, 2, 2):
+        raise WeightsError(f"{path}: in_channels {config.in_channels}, out_channels {config.out_channels}, patch_size "
+                           f"{config.patch_size}, where Wan2.2-TI2V-5B has {LATENT_CHANNELS}, {LATENT_CHANNELS} and "
+                           f"(1, 2, 2); A14B can't be trained yet")
     if not config.cross_attn_norm or config.attention_head_dim % 2:
         raise WeightsError(f"{path}: cross_attn_norm must be true and attention_head_dim even in Wan2.2")
     return config
@@ -106,12 +112,25 @@ def _is_gemm(name: str) -> bool:
 def _tensor_files(folder: Path) -> dict[str, str]:
     """Tensor name -> file name inside `folder`."""
     if (folder / INDEX).exists():
-        weight_map: dict[str, str] = msgspec.json.decode((folder / INDEX).read_bytes())["weight_map"]
-        return weight_map
+        try:
+            return msgspec.json.decode((folder / INDEX).read_bytes(), type=_Index).weight_map
+        except msgspec.MsgspecError as error:
+            raise WeightsError(f"{folder / INDEX}: {error}; download the model again") from error
     if not (folder / SINGLE).exists():
         raise WeightsError(f"{folder}: neither {SINGLE} nor {INDEX} is there; download the model again")
-    with safe_open(folder / SINGLE, framework="pt") as file:
+    with _open(folder / SINGLE) as file:
         return dict.fromkeys(file.keys(), SINGLE)
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: {error}; download the model again") from error
 
 
 def _assign(model: Wan, name: str, tensor: Tensor) -> None:
