@@ -127,6 +127,6 @@ def test_shapes_have_the_share_that_their_dataset_is_weighted_with(tmp_path: Pat
     assert plan.buckets_of(config) == pytest.approx({tall: 0.2, wide: 0.8})
     weighted = msgspec.structs.replace(config, data=DataConfig(datasets=datasets, weights=[1.0, 1.0]))
     assert plan.buckets_of(weighted) == pytest.approx({tall: 0.125, wide: 0.875})
-    for weights in ([1.0], [1.0, 2.0, 3.0]):
+    for weights in ([1.0], [1.0, 2.0, 3.0], [0.0, 1.0]):
         with pytest.raises(ValueError, match="each needs samples, and a weight if another has one"):
             plan.buckets_of(msgspec.structs.replace(config, data=DataConfig(datasets=datasets, weights=weights)))

@@ -31,8 +31,8 @@ CONTEXT_BYTES = 0.7 * GIB  # CUDA context, cuBLAS and cuDNN workspaces: an allow
 
 class Card(NamedTuple):
     """Rates that a step reaches, per second: operations of half-precision GEMMs and, for each attention kernel that
-    runs there, of that (forward and backward together, counting 3.5 times the forward), bytes moved. Of the kernels
-    the first is what "auto" takes, "flash" or else the first what it takes with `deterministic`."""
+    runs there, of that (forward and backward together, counting 3.5 times the forward), bytes moved. The kernel that
+    "auto" takes comes first; with `deterministic` that is flash, where it runs."""
 
     name: str
     memory_gib: float
@@ -50,7 +50,7 @@ _HOPPER = {name: 989e12 * share for name, share in (("flash4", _FLASH4), ("cudnn
                                                      ("efficient", _EFFICIENT))}
 CARDS = (
     Card("V100-PCIE-32GB", 32, 112e12 * _GEMM, {"efficient": 112e12 * _EFFICIENT}, 0.9e12 * _MEMORY, False,
-         "modelled: data sheet 112 TFLOP/s fp16, 0.9 TB/s; memory-efficient attention"),
+         "modelled: data sheet 112 TFLOP/s fp16, 0.9 TB/s"),
     Card("A100-SXM-80GB", 80, 312e12 * _GEMM, {"flash": 312e12 * _CUDNN, "efficient": 312e12 * _EFFICIENT},
          2.0e12 * _MEMORY, True, "modelled: data sheet 312 TFLOP/s, 2.0 TB/s; flash as cuDNN on the H200"),
     Card("H100-SXM-80GB", 80, 989e12 * _GEMM, _HOPPER, 3.35e12 * _MEMORY, True,
@@ -190,7 +190,7 @@ def buckets_of(config: TrainConfig) -> dict[Bucket, float]:
     datasets = [read_dataset(location)[1].splits.get("train", []) for location in config.data.datasets]
     sizes = [sum(shard.num_samples for shard in shards) for shards in datasets]
     weights = config.data.weights or sizes
-    if 0 in sizes or len(weights) != len(sizes):
+    if len(weights) != len(sizes) or min(*sizes, *weights) <= 0:
         raise ValueError(f"data.datasets {config.data.datasets} have {sizes} samples to train on and data.weights = "
                          f"{config.data.weights}: each needs samples, and a weight if another has one")
     shares: dict[Bucket, float] = {}
