@@ -57,7 +57,7 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
 
     try:
         with warnings.catch_warnings(action="ignore"):  # in which torch says why not
-            attention(*torch.zeros(3, 1, 1, 16, 128, device=device, dtype=dtype, requires_grad=True))
+            attention(*torch.zeros(3, 1, 24, 512, 128, device=device, dtype=dtype, requires_grad=True))  # as with text
     except RuntimeError as error:
         raise ValueError(f'model.attention = "{name}" can\'t run in {dtype} on this {device.type} ({error}); set '
                          f'"auto"') from error
