@@ -11,7 +11,7 @@ from train.flow import TimestepDistribution
 
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-Beta = Annotated[float, Meta(ge=0.0, lt=1.0)]
+BelowOne = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,7 +50,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v"])
     rank: Positive = 16
     alpha: Annotated[float, Meta(gt=0.0)] = 16.0
-    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    dropout: BelowOne = 0.0
     init: str = ""
     base: Literal["dense", "nf4"] = "dense"
 
@@ -68,8 +68,8 @@ class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: Annotated[float, Meta(gt=0.0)] = 1e-4
-    beta1: Beta = 0.9
-    beta2: Beta = 0.999
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.999
     eps: Annotated[float, Meta(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Meta(ge=0.0)] = 0.01
     schedule: Literal["constant", "cosine"] = "constant"

@@ -8,8 +8,8 @@ Whatever is kept, the gradients are the same, bit for bit with deterministic ker
 not): everything random in a block follows from the samples' seeds.
 
 Time saved per byte: a GEMM's output saves 2 K operations for 2 bytes, whatever its width; self-attention's 4 L; cross-
-attention's only 4 * 512. So self-attention comes first, the GEMMs next, and cross-attention last; but
-second where attention is slow, less than a third of a GEMM's rate: torch's memory-efficient kernel, all that V100 has.
+attention's only 4 * 512. So self-attention comes first, the GEMMs next, and cross-attention last; but second where
+attention is slow, less than a third of a GEMM's rate: torch's memory-efficient kernel, all that V100 has.
 
 The inputs of blocks can wait in the host's memory (train/offload.py), which leaves room to keep more.
 
@@ -153,7 +153,7 @@ def plan_shape(config: WanConfig, shape: Shape, targets: Sequence[str], dtype_by
 
 
 def pinned_bytes(num_bytes: float) -> float:
-    """What torch's allocator takes of the host for that much pinned memory: the next power of two."""
+    """What torch takes of the host for that much pinned memory: the next power of two, by its source; not measured."""
     return 2.0 ** math.ceil(math.log2(num_bytes)) if num_bytes > 0 else 0.0
 
 
