@@ -15,8 +15,8 @@ from torch.nn.functional import interpolate
 from loader.sample import Bucket
 from loader.vae import VAEConfig, VAEEncoder
 from tools.synthetic import synthetic_jpeg, write_synthetic_dataset
-from train.wan import TI2V_5B, Wan, WanConfig
-from train.weights import INDEX, tensor_sources
+from train.model.load import INDEX, tensor_sources
+from train.model.wan import TI2V_5B, Wan, WanConfig
 
 LARGE, SMALL = Bucket(1280, 704, 49), Bucket(832, 480, 9)
 NUM_CLIPS = 4

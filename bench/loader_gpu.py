@@ -270,7 +270,8 @@ class Turns:
 
 
 def check_raw(folder: Path, num_turns: int) -> Iterator[Row]:
-    from train import dist, main
+    from train import main
+    from train.parallel import mesh as dist
 
     runs = {"latent": ("jpg", "latent"), "raw, jpg": ("jpg", "raw"), "raw, mp4": ("mp4", "raw")}
     config = write_run(folder, "raw", "jpg", "raw", (num_turns + 2) * len(runs))

@@ -18,11 +18,14 @@ import torch.distributed
 
 from loader.sample import MAX_TEXT_TOKENS, Bucket
 from tools.profile_step import random_batch, random_transformer
-from train import dist, lora, optim, remat
-from train.attention import choose_attention
+from train import optim
+from train.activations import plan as remat
 from train.config import FlowConfig, LoRAConfig
+from train.lora import adapters as lora
+from train.model.attention import choose_attention
+from train.model.wan import TI2V_5B
+from train.parallel import mesh as dist
 from train.step import MicroStep, prepare
-from train.wan import TI2V_5B
 
 
 class Run:

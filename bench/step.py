@@ -36,9 +36,10 @@ from bench import step_check
 from bench import step_subjects as subjects
 from loader.sample import MAX_TEXT_TOKENS, Bucket
 from tools import plan
-from train import lowrank, remat
-from train.attention import AttentionName, choose_attention
-from train.wan import TI2V_5B, WanConfig
+from train.activations import plan as remat
+from train.kernels import lowrank
+from train.model.attention import AttentionName, choose_attention
+from train.model.wan import TI2V_5B, WanConfig
 
 GIB = 2**30
 CAP_GIB, PLANNED_GIB = 32, 30

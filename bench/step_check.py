@@ -10,12 +10,16 @@ from torch import Tensor
 
 from bench import step_subjects as subjects
 from loader.sample import MAX_TEXT_TOKENS, Bucket
-from train import elementwise, flow, lora, lowrank, optim, remat
+from train import flow, optim
+from train.activations import plan as remat
 from train.config import FlowConfig
-from train.elementwise import Rows
-from train.fused import lora_linear_eager
+from train.kernels import lowrank
+from train.kernels import pointwise as elementwise
+from train.kernels.pointwise import Rows
+from train.lora import adapters as lora
+from train.lora.linear import lora_linear_eager
+from train.model.wan import TI2V_5B, Projections, Wan, WanConfig, rope_tables
 from train.step import MicroStep, prepare
-from train.wan import TI2V_5B, Projections, Wan, WanConfig, rope_tables
 
 Checks = dict[str, tuple[float, float]]  # what was measured, and the most that it may be
 

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from loader.feed import Batch
 from loader.sample import MAX_TEXT_TOKENS, Bucket
-from train import flow, lora, lowrank, optim, remat
-from train.attention import Attention, choose_attention
+from train import flow, optim
+from train.activations import plan as remat
 from train.config import FlowConfig
+from train.kernels import lowrank
+from train.lora import adapters as lora
+from train.model.attention import Attention, choose_attention
+from train.model.load import build_transformer
+from train.model.wan import Block, Projections, Wan, WanConfig
 from train.step import MicroStep, prepare
-from train.wan import Block, Projections, Wan, WanConfig
-from train.weights import build_transformer
 
 KEEP_FLOAT32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")  # as diffusers loads it
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v")

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.elementwise import gelu_tanh
-from train.fused import LoRALinear, has_spare_columns, lora_linear_eager
-from train.lora import LoRAProjections
-from train.lowrank import dropout_keep, dropout_keys
-from train.nf4 import NF4Weight
-from train.wan import Projections
+from train.kernels.lowrank import dropout_keep, dropout_keys
+from train.kernels.pointwise import gelu_tanh
+from train.lora.adapters import LoRAProjections
+from train.lora.linear import LoRALinear, has_spare_columns, lora_linear_eager
+from train.lora.nf4 import NF4Weight
+from train.model.wan import Projections
 
 LAYERS = {"attn1.to_q": 24, "attn1.to_k": 24, "attn1.to_v": 40}
 KEYS_NB = dropout_keys(torch.tensor([2**62 + 5, 77]), 5)

@@ -10,11 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from train import elementwise, fused, kernels, lora, lowrank, optim, wan
-from train.attention import choose_attention
-from train.elementwise import Rows
-from train.wan import rope_tables
-from train.weights import load_transformer
+from train import optim
+from train.kernels import lowrank
+from train.kernels import pointwise as elementwise
+from train.kernels import pointwise_triton as kernels
+from train.kernels.pointwise import Rows
+from train.lora import adapters as lora
+from train.lora import linear as fused
+from train.model import wan
+from train.model.attention import choose_attention
+from train.model.load import load_transformer
+from train.model.wan import rope_tables
 
 B, L, D, HEADS = 2, 6, 96, 3  # D is no power of two: lanes are masked
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -176,7 +182,7 @@ import sys
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from train import kernels
+from train.kernels import pointwise_triton as kernels
 
 CAPABILITY, HALF_TYPE = int(sys.argv[1]), sys.argv[2]
 FLAGS = dict(HAS_Y=True, HAS_GATE=True, PER_TOKEN=True, HAS_DX_OUT=True, ROPE=True, BACKWARD=True, D=3072, BLOCK=4096,

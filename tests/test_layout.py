@@ -4,9 +4,11 @@ import ast
 import fnmatch
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("shardgen", "loader", "train")
@@ -15,7 +17,7 @@ TOP_LEVEL = {*PYTHON_FOLDERS, "configs", "pyproject.toml", "README.md", "LICENSE
 MAY_IMPORT = {"loader": {"loader"}, "shardgen": {"shardgen", "loader"}, "train": {"train", "loader"}}
 TORCH_FREE = ("loader.sample", "loader.manifest", "loader.config", "loader.order")
 MAX_LINES = 350
-MAY_BE_LONGER = {"train/wan.py"}
+MAY_BE_LONGER = {"train/model/wan.py"}
 
 
 def _sources(*folders: str) -> list[Path]:
@@ -84,4 +86,8 @@ def test_the_contract_is_torch_free(module: str) -> None:
 
 def test_the_packages_of_pyproject_are_those_of_the_plan() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    assert 'packages = ["shardgen", "loader", "train"]' in text and 'shardgen = "shardgen.cli:main"' in text
+    assert 'shardgen = "shardgen.cli:main"' in text
+    include = tomllib.loads(text)["tool"]["setuptools"]["packages"]["find"]["include"]
+    found = set(find_packages(str(ROOT), include=include))
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in _sources(*PACKAGES)}
+    assert found == folders

@@ -10,10 +10,10 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_l
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train import lora
-from train.attention import choose_attention
-from train.wan import Wan
-from train.weights import load_transformer
+from train.lora import adapters as lora
+from train.model.attention import choose_attention
+from train.model.load import load_transformer
+from train.model.wan import Wan
 
 RANK, ALPHA = 8, 20.0
 

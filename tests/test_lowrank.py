@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train import lowrank, lowrank_kernels
+from train.kernels import lowrank
+from train.kernels import lowrank_triton as lowrank_kernels
 
 B = 2
 KEY_B = lowrank.dropout_keys(torch.tensor([2**62 + 5, 77]), 4)[3]
@@ -119,7 +120,7 @@ import sys
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from train import lowrank_kernels as kernels
+from train.kernels import lowrank_triton as kernels
 
 CAPABILITY, NUM_LOW = int(sys.argv[1]), int(sys.argv[2])
 HALF = "x a out into kept dlow grad dy low b parts".split()

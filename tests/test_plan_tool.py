@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from loader.sample import Bucket
 from tools import plan
 from tools.synthetic import write_synthetic_dataset
-from train import lora
-from train.attention import choose_attention
+from train.activations.plan import Kept, Shape, block_runner, plan_run
 from train.config import DataConfig, ModelConfig, TrainConfig
-from train.remat import Kept, Shape, block_runner, plan_run
-from train.wan import TI2V_5B, Wan
-from train.weights import load_transformer
+from train.lora import adapters as lora
+from train.model.attention import choose_attention
+from train.model.load import load_transformer
+from train.model.wan import TI2V_5B, Wan
 
 CPU, BUCKET = torch.device("cpu"), Bucket(96, 64, 9)
 QKV = [*lora.TARGETS[:3], *lora.TARGETS[4:7]]

@@ -2,7 +2,7 @@
 
 from tools.plan import CARDS
 from tools.profile_step import NUM_STEPS, operation_flops, rows_of, table
-from train.wan import TI2V_5B
+from train.model.wan import TI2V_5B
 
 L, H, E = 100, 24, 128
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loader.sample import Bucket
-from train import lora, remat
-from train.attention import choose_attention
-from train.offload import HostInputs
-from train.wan import TI2V_5B, Wan
-from train.weights import load_transformer
+from train.activations import plan as remat
+from train.activations.offload import HostInputs
+from train.lora import adapters as lora
+from train.model.attention import choose_attention
+from train.model.load import load_transformer
+from train.model.wan import TI2V_5B, Wan
 
 CPU = torch.device("cpu")
 TOKENS, TEXT_TOKENS = 2 * 3 * 4, 512

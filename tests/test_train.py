@@ -19,8 +19,9 @@ from torch import Tensor
 
 from loader.config import dump_toml
 from tools.synthetic import write_synthetic_dataset
-from train import checkpoint, lora
+from train import checkpoint
 from train.config import DataConfig, LoRAConfig, ModelConfig, OptimConfig, TrainConfig
+from train.lora import adapters as lora
 from train.metrics import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,12 +13,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from train import flow, lora, optim
-from train.attention import choose_attention
+from train import flow, optim
+from train.lora import adapters as lora
+from train.model.attention import choose_attention
+from train.model.load import INDEX, SINGLE, WeightsError, load_transformer
+from train.model.wan import Wan, WanConfig
 from train.step import Inputs as StepInputs
 from train.step import MicroStep
-from train.wan import Wan, WanConfig
-from train.weights import INDEX, SINGLE, WeightsError, load_transformer
 
 TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "freq_dim": 64}
 WIDER = {"num_layers": 3, "num_attention_heads": 3, "attention_head_dim": 32, "ffn_dim": 160, "freq_dim": 32}

@@ -20,10 +20,10 @@ from typing import NamedTuple
 from loader.config import load_toml
 from loader.read import read_dataset
 from loader.sample import MAX_TEXT_TOKENS, Bucket
+from train.activations.plan import GROUPS, Kept, Shape, describe, parse_activation_memory, plan_run
 from train.config import TrainConfig
-from train.remat import GROUPS, Kept, Shape, describe, parse_activation_memory, plan_run
-from train.wan import WanConfig
-from train.weights import read_config
+from train.model.load import read_config
+from train.model.wan import WanConfig
 
 GIB = 2**30
 CONTEXT_BYTES = 0.7 * GIB  # CUDA context, cuBLAS and cuDNN workspaces: an allowance, not measured
@@ -43,7 +43,7 @@ class Card(NamedTuple):
     source: str
 
 
-# shares of the data sheet's 989 TFLOP/s and 4.8 TB/s; flash's by its time beside cuDNN's, see train/attention.py
+# shares of the data sheet's 989 TFLOP/s and 4.8 TB/s; flash's by its time beside cuDNN's, see train/model/attention.py
 _GEMM, _FLASH4, _CUDNN, _EFFICIENT, _MEMORY = 725 / 989, 568 / 989, 488 / 989, 131 / 989, 3.9 / 4.8
 _FLASH = _CUDNN * 10.7 / 18.1
 _HOPPER = {name: 989e12 * share for name, share in (("flash4", _FLASH4), ("cudnn", _CUDNN), ("flash", _FLASH),
@@ -78,7 +78,7 @@ def layer_sizes(config: WanConfig) -> dict[str, tuple[int, int, bool]]:
 
 
 def num_parameters(config: WanConfig) -> tuple[int, int]:
-    """(in the compute dtype, in float32) of the frozen base: see train/weights.py for which are which."""
+    """(in the compute dtype, in float32) of the frozen base: see train/model/load.py for which are which."""
     d, patch = config.dim, 4 * config.in_channels
     half = config.num_layers * sum((k + 1) * n for k, n, _ in layer_sizes(config).values())
     half += (patch + 1) * d + (config.text_dim + 1) * d + (d + 1) * d + (d + 1) * 4 * config.out_channels
@@ -92,7 +92,7 @@ def num_adapter_parameters(config: WanConfig, targets: list[str], rank: int) -> 
 
 def linear_flops(config: WanConfig, num_tokens: int, targets: list[str], rank: int,
                  input_needs_gradient: bool) -> dict[str, tuple[float, float]]:
-    """Per GEMM of a block, adapters included: operations (forward, backward) for one sample; see train/fused.py.
+    """Per GEMM of a block, adapters included: operations (forward, backward) for one sample; see train/lora/linear.py.
 
     The text needs no gradient, nor does the first block's input (`input_needs_gradient` False).
     """

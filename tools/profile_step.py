@@ -22,12 +22,13 @@ from loader.config import load_toml
 from loader.feed import Batch
 from loader.sample import MAX_TEXT_TOKENS, Bucket
 from tools.plan import CARDS, Card
-from train import lora, remat
-from train.attention import choose_attention
+from train.activations import plan as remat
 from train.config import TrainConfig
+from train.lora import adapters as lora
+from train.model.attention import choose_attention
+from train.model.load import build_transformer, load_transformer, read_config, tensor_sources
+from train.model.wan import TI2V_5B, Wan, WanConfig
 from train.step import MicroStep, prepare
-from train.wan import TI2V_5B, Wan, WanConfig
-from train.weights import build_transformer, load_transformer, read_config, tensor_sources
 
 NUM_STEPS = 3
 OPERATIONS = ("aten::", "newsreel::", "bitsandbytes::", "_drop", "_down", "_up", "_gradient", "_through_b",

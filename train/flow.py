@@ -20,7 +20,7 @@ TimestepDistribution = Literal["uniform", "logit_normal"]
 
 
 class Noised(NamedTuple):
-    """What the model gets and what it must predict; see train.wan.Wan.forward for the first three."""
+    """What the model gets and what it must predict; see train.model.wan.Wan.forward for the first three."""
 
     latent_BCThw: Tensor
     t_BR: Tensor

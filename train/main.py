@@ -21,12 +21,15 @@ from loader.config import dump_toml, load_toml
 from loader.feed import Feed
 from loader.sample import MAX_TEXT_TOKENS
 from loader.vae import load_vae_encoder
-from train import checkpoint, dist, lora, optim, remat
-from train.attention import choose_attention
+from train import checkpoint, optim
+from train.activations import plan as remat
 from train.config import TrainConfig, flat, resumable_changes
+from train.lora import adapters as lora
 from train.metrics import Metrics, Report, Scalars, Stopwatch, peak_memory_gib, record_of
+from train.model.attention import choose_attention
+from train.model.load import load_transformer
+from train.parallel import mesh as dist
 from train.step import MicroStep, prepare
-from train.weights import load_transformer
 
 
 def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:

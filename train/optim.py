@@ -23,7 +23,7 @@ class FlatParameters(NamedTuple):
 
 def flatten(parameters: Sequence[nn.Parameter]) -> FlatParameters:
     """Move float32 `parameters` into one vector, in place: each becomes a view of it, and so does its gradient, which
-    whoever computes it may add to where it lies (train/fused.py)."""
+    whoever computes it may add to where it lies (train/lora/linear.py)."""
     assert all(p.dtype == torch.float32 for p in parameters)
     total = sum(p.numel() for p in parameters)
     vector = nn.Parameter(torch.empty(total, device=parameters[0].device))

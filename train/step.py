@@ -19,13 +19,13 @@ from torch import Tensor
 
 from loader.feed import Batch
 from train import flow
-from train.attention import Attention
 from train.config import FlowConfig
-from train.wan import RunBlock, Wan
+from train.model.attention import Attention
+from train.model.wan import RunBlock, Wan
 
 
 class Inputs(NamedTuple):
-    """See train.wan.Wan.forward for the first three and the text; seeds_B int64 decide LoRA dropout."""
+    """See train.model.wan.Wan.forward for the first three and the text; seeds_B int64 decide LoRA dropout."""
 
     latent_BCThw: Tensor
     t_BR: Tensor

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from train.elementwise import empty_with_spare
+from train.kernels.pointwise import empty_with_spare
 
 Attention = Callable[..., Tensor]  # (q, k, v, num_spare = 0): see choose_attention
 AttentionName = Literal["auto", "flash4", "cudnn", "flash", "efficient", "math"]
@@ -31,7 +31,7 @@ def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dty
     kernels whose backward pass gives other bits each time, whatever torch is told: flash4 and cuDNN.
 
     `attention(q, k, v, num_spare)` asks for so many free columns behind the output's rows of [B, L, H * E], which only
-    flash4 grants: see train/fused.py.
+    flash4 grants: see train/lora/linear.py.
 
     Raises ValueError for a kernel that can't run here: it never becomes another one.
     """
@@ -83,7 +83,7 @@ def _has_flash4(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] == 9
 
 
-# Operations of torch's own, so that train/remat.py can tell them from others and keep what they put out. The package's
+# Operations of torch's own, so that train/activations/plan.py can tell them from others and keep what they put out. The package's
 # public function is an autograd function, which hides them; the pair below it is pinned in configs/env/hopper.txt.
 
 

@@ -7,7 +7,7 @@ kernel compute alike: the 32-bit product of a hash of (seed, layer, token) and a
 threshold. A whole hash per element would cost more than reading x. So no mask is kept for the backward pass, and none
 depends on the rank or micro-batch. Without dropout all are plain GEMMs. There are three ways, and the device decides:
 
-- sm_80 and newer, in half precision: Triton kernels with tensor cores (train/lowrank_kernels.py) that hash while they
+- sm_80 and newer, in half precision: Triton kernels with tensor cores (train/kernels/lowrank_triton.py) that hash while they
   read x, up to R = 256, or 128 where shared memory is small; without dropout those that do more in the pass, as copying
   x, applying GELU, or (up to rank 64, layers of one width) making dlow and dB of one reading of dy;
 - otherwise on a GPU: an elementwise kernel makes drop(x) and cuBLAS multiplies: on sm_70 tl.dot has no tensor cores;
@@ -20,7 +20,7 @@ further apart than K.
 import torch
 from torch import Tensor
 
-from train.elementwise import gelu_tanh_backward_, gelu_tanh_into
+from train.kernels.pointwise import gelu_tanh_backward_, gelu_tanh_into
 
 _MASK32 = 0xFFFFFFFF
 TENSOR_CORE_KERNELS = True  # False: as on a card before sm_80, for bench.step's volta profile
@@ -59,7 +59,7 @@ def dropped(x_BLK: Tensor, p: float, key_B: Tensor | None, kernels: bool = True)
         return x_BLK
     assert key_B is not None, "LoRA dropout needs the samples' seeds"
     if kernels and x_BLK.is_cuda:
-        from train.lowrank_kernels import drop
+        from train.kernels.lowrank_triton import drop
 
         out: Tensor = drop(x_BLK, p, key_B)
         return out
@@ -72,7 +72,7 @@ def project_down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, ou
     """out = drop(x) A^T, in x's dtype; `kept_MR`, contiguous, gets the same. With `into_BLK`, x is copied there on the
     way, or GELU(x) is, and projected."""
     if kernels and (p > 0.0 or into_BLK is not None) and _has_dot(x_BLK, a_RK.shape[0]):
-        from train.lowrank_kernels import down
+        from train.kernels.lowrank_triton import down
 
         down(x_BLK, a_RK, p, key_B, out_MR, into_BLK, gelu, kept_MR)
         return
@@ -91,7 +91,7 @@ def project_up(dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, sh
                kernels: bool = True) -> Tensor:
     """drop'(dlow A) of `shape` [B, L, K], contiguous: dx's low-rank part."""
     if p > 0.0 and kernels and _has_dot(dlow_MR, a_RK.shape[0]):
-        from train.lowrank_kernels import up
+        from train.kernels.lowrank_triton import up
 
         out_BLK = dlow_MR.new_empty(shape)
         up(dlow_MR, a_RK, p, key_B, out_BLK)
@@ -107,7 +107,7 @@ def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, s
     With `gelu_grad_BLK`, contiguous, dA is of drop(GELU(x)), and that gradient of GELU(x) becomes the gradient of x, in
     place."""
     if kernels and (p > 0.0 or gelu_grad_BLK is not None) and _has_dot(x_BLK, dlow_MR.shape[1]):
-        from train.lowrank_kernels import gradient
+        from train.kernels.lowrank_triton import gradient
 
         out: Tensor | None = gradient(dlow_MR, x_BLK, p, key_B, scale, gelu_grad_BLK, grad_RK)
         return out
@@ -130,7 +130,7 @@ def through_b(dy_MN: Tensor, low_MR: Tensor, b_NR: Tensor, blocks: tuple[tuple[i
     width, spacing = blocks[0][1] - blocks[0][0], blocks[1][0] - blocks[0][0] if len(blocks) > 1 else 0
     even = all(block == (blocks[0][0] + i * spacing, blocks[0][1] + i * spacing) for i, block in enumerate(blocks))
     if kernels and even and rank <= 64 and _has_dot(dy_MN, rank):
-        from train import lowrank_kernels
+        from train.kernels import lowrank_triton as lowrank_kernels
 
         return lowrank_kernels.through_b(dy_MN, low_MR, b_NR, blocks[0][0], spacing, width, len(blocks), grad_NR)
     db_NR = mm_float32(dy_MN.T, low_MR)

@@ -1,6 +1,6 @@
 """Triton kernels for the work between the GEMMs: each reads and writes every tensor once, in float32 inside.
 
-Their eager twins stand in train/elementwise.py, which also chooses: kernels on a GPU, twins on the CPU. Only
+Their eager twins stand in train/kernels/pointwise.py, which also chooses: kernels on a GPU, twins on the CPU. Only
 elementwise arithmetic and row reductions, so they compile for sm_70 as well; no tl.dot. One program works on one row
 of D channels. `rows` are modulation tables [B, 2, D] of which a token before its sample's boundary uses row 0.
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.elementwise import Rows, empty_with_spare
+from train.kernels.pointwise import Rows, empty_with_spare
 
 
 @triton.jit

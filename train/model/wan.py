@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.attention import Attention
-from train.elementwise import Rows, gelu_tanh, residual_norm, split_norm_rope
+from train.kernels.pointwise import Rows, gelu_tanh, residual_norm, split_norm_rope
+from train.model.attention import Attention
 
-RunBlock = Callable[..., tuple[Tensor, Tensor]] | None  # how a block is run: see train/remat.py
+RunBlock = Callable[..., tuple[Tensor, Tensor]] | None  # how a block is run: see train/activations/plan.py
 
 
 class WanConfig(msgspec.Struct, frozen=True):
@@ -148,7 +148,7 @@ class Block(nn.Module):
 
 
 class Wan(nn.Module):
-    """The whole transformer. Build it on the meta device and fill it with train.weights.load_transformer."""
+    """The whole transformer. Build it on the meta device and fill it with train.model.load.load_transformer."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -171,7 +171,7 @@ class Wan(nn.Module):
         latent_BCThw: noised latent, any float dtype. t_BR: float32 timesteps 0..1000 of the two modulation rows.
         num_clean_frames_B: int64, latent frames at the start that use row 0 (I2V: 1, else 0). text_BSD: UMT5 rows,
         padded with zero rows to 512 **before** this call. `run_block(index, block, *inputs)` says what each block
-        keeps for the backward pass (train/remat.py); None: everything. Returns float32 [B, C, T, h, w].
+        keeps for the backward pass (train/activations/plan.py); None: everything. Returns float32 [B, C, T, h, w].
         """
         dtype = self.patch_embedding.weight.dtype
         x_BLD = self.patch_embedding(patchify(latent_BCThw, self.config.patch_size).to(dtype)).float()

@@ -1,4 +1,4 @@
-"""Load the transformer of a diffusers folder (one safetensors file or many with an index) into train.wan.Wan.
+"""Load the transformer of a diffusers folder (one safetensors file or many with an index) into train.model.wan.Wan.
 
 Tensors go one by one from the mapped file to their place on the device, so a 5B model needs no second copy in memory.
 GEMM weights take the compute dtype; norms, modulation tables and the time embedding stay in float32, because they work
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loader.sample import LATENT_CHANNELS
-from train.wan import Projections, Wan, WanConfig
+from train.model.wan import Projections, Wan, WanConfig
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

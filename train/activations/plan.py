@@ -11,7 +11,7 @@ Time saved per byte: a GEMM's output saves 2 K operations for 2 bytes, whatever 
 attention's only 4 * 512. So self-attention comes first, the GEMMs next, and cross-attention last; but second where
 attention is slow, less than a third of a GEMM's rate: torch's memory-efficient kernel, all that V100 has.
 
-The inputs of blocks can wait in the host's memory (train/offload.py), which leaves room to keep more.
+The inputs of blocks can wait in the host's memory (train/activations/offload.py), which leaves room to keep more.
 
 The plan is made for all shapes of a run before its first step, because shapes that run as CUDA graphs keep their memory
 while the others run.
@@ -34,8 +34,8 @@ from torch.utils.checkpoint import (
 )
 
 from loader.sample import Bucket
-from train.offload import HostInputs
-from train.wan import Block, RunBlock, Wan, WanConfig
+from train.activations.offload import HostInputs
+from train.model.wan import Block, RunBlock, Wan, WanConfig
 
 _ORDER = ("attn1", "attn1.out", "attn2.q", "attn2.out", "attn1.qkv", "ffn.up", "attn2.kv", "attn2")
 _ATTENTION = {
@@ -43,7 +43,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.newsreel.flash4_forward.default,  # train/attention.py
+    torch.ops.newsreel.flash4_forward.default,  # train/model/attention.py
 }
 # the layers of each GEMM of a block, by their names in diffusers
 GROUPS = {"attn1.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn1.out": ("attn1.to_out.0",),

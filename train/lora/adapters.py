@@ -1,4 +1,4 @@
-"""LoRA as PEFT defines it: attach to train.wan.Wan, save and load in the keys of diffusers and of ComfyUI.
+"""LoRA as PEFT defines it: attach to train.model.wan.Wan, save and load in the keys of diffusers and of ComfyUI.
 
 A is initialised kaiming-uniform(a=sqrt 5), B zero, the update is scale * B A with scale = alpha / rank. Targets are
 named as in diffusers' transformer block: attn1.to_q, attn1.to_out.0, attn2.to_k, ffn.net.0.proj, ffn.net.2, ...
@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from train.elementwise import row_stride
-from train.fused import LoRALinear
-from train.lowrank import dropout_keys
-from train.nf4 import NF4Weight
-from train.wan import Block, Projections, Wan
+from train.kernels.lowrank import dropout_keys
+from train.kernels.pointwise import row_stride
+from train.lora.linear import LoRALinear
+from train.lora.nf4 import NF4Weight
+from train.model.wan import Block, Projections, Wan
 
 TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
            "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -40,7 +40,7 @@ class LoRAError(ValueError):
 
 
 class LoRAProjections(nn.Module):
-    """`Projections` with adapters on some of its layers; see train/fused.py for the arithmetic.
+    """`Projections` with adapters on some of its layers; see train/lora/linear.py for the arithmetic.
 
     a_RK and b_NR are the float32 parameters (b_NR stacked over the adapted layers, [sum of N, rank]); `weight` holds
     [W | B] in the compute dtype and `a` = scale * A: `refresh` renews both after every change of the parameters.
@@ -117,7 +117,7 @@ class LoRA:
 
     def refresh_in_one_kernel(self) -> None:
         """The same, where one launch for each of hundreds of copies would cost milliseconds."""
-        from train.kernels import copy_table, refresh
+        from train.kernels.pointwise_triton import copy_table, refresh
 
         places = tuple(tensor.data_ptr() for module in self._all for tensor in (
             module.a, module.a_RK, module.b_NR, module.weight if module.nf4 is None else module.nf4.b_NR))

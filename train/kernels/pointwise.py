@@ -1,6 +1,6 @@
 """The elementwise and row-wise work between the GEMMs, in float32 inside.
 
-Each public function is the eager twin of a kernel in train/kernels.py and chooses between the two: the kernel on a GPU,
+Each public function is the eager twin of a kernel in train/kernels/pointwise_triton.py and chooses between the two: the kernel on a GPU,
 its own lines on the CPU (`kernels=False` asks for these anywhere). None of them sends a gradient to modulation rows or
 norm weights: timesteps and the base model are frozen.
 
@@ -33,10 +33,10 @@ def residual_norm(x_BLD: Tensor, y_BLD: Tensor | None, gate: Rows | None, shift:
                   dtype: torch.dtype, num_spare: int = 0, kernels: bool = True) -> tuple[Tensor, Tensor]:
     """x' = x + gate * y (y None: x itself; gate None: 1) in float32, and LayerNorm(x') * scale + shift in `dtype`.
 
-    `num_spare` columns stay free behind each row of the second result, here and in `gelu_tanh`: see train/fused.py.
+    `num_spare` columns stay free behind each row of the second result, here and in `gelu_tanh`: see train/lora/linear.py.
     """
     if kernels and x_BLD.is_cuda:
-        from train.kernels import ResidualNorm
+        from train.kernels.pointwise_triton import ResidualNorm
 
         out: tuple[Tensor, Tensor] = ResidualNorm.apply(x_BLD, y_BLD, gate, shift, scale, eps, dtype, num_spare)
         return out
@@ -54,7 +54,7 @@ def split_norm_rope(x_BLN: Tensor, weights: tuple[Tensor, ...], rope: tuple[Tens
     (with `rope`: cosines and sines [L, E/2]) rotation of neighbouring pairs; the others pass. Each part is [B, L, D].
     """
     if kernels and x_BLN.is_cuda:
-        from train.kernels import NormRope
+        from train.kernels.pointwise_triton import NormRope
 
         out: tuple[Tensor, ...] = NormRope.apply(x_BLN, weights, rope, num_heads, eps)
         return out
@@ -71,7 +71,7 @@ def split_norm_rope(x_BLN: Tensor, weights: tuple[Tensor, ...], rope: tuple[Tens
 
 def gelu_tanh(x_BLK: Tensor, num_spare: int = 0, kernels: bool = True) -> Tensor:
     if kernels and x_BLK.is_cuda:
-        from train.kernels import Gelu
+        from train.kernels.pointwise_triton import Gelu
 
         out: Tensor = Gelu.apply(x_BLK, num_spare)
         return out
@@ -81,7 +81,7 @@ def gelu_tanh(x_BLK: Tensor, num_spare: int = 0, kernels: bool = True) -> Tensor
 def gelu_tanh_into(x_BLK: Tensor, out_BLK: Tensor, kernels: bool = True) -> None:
     """gelu_tanh(x), without a gradient."""
     if kernels and x_BLK.is_cuda:
-        from train.kernels import gelu
+        from train.kernels.pointwise_triton import gelu
 
         gelu(x_BLK, None, out_BLK)
     else:
@@ -91,7 +91,7 @@ def gelu_tanh_into(x_BLK: Tensor, out_BLK: Tensor, kernels: bool = True) -> None
 def gelu_tanh_backward_(grad_BLK: Tensor, x_BLK: Tensor, kernels: bool = True) -> None:
     """The gradient of gelu_tanh(x) becomes that of x, in place."""
     if kernels and x_BLK.is_cuda:
-        from train.kernels import gelu
+        from train.kernels.pointwise_triton import gelu
 
         gelu(x_BLK, grad_BLK, grad_BLK)
     else:

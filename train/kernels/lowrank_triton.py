@@ -1,4 +1,4 @@
-"""Triton kernels of train/lowrank.py, whose eager lines are their twins. Dropout is a hash of the element's place.
+"""Triton kernels of train/kernels/lowrank.py, whose eager lines are their twins. Dropout is a hash of the element's place.
 
 `_drop` and the sums are elementwise and compile for sm_70; the four with tl.dot are for sm_80 and newer. x is read
 once each time, and where it is GELU(u), u is; dy is read once for both of its products. Long sums are made in a number
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels import gelu_and_slope
-from train.lowrank import threshold
+from train.kernels.lowrank import threshold
+from train.kernels.pointwise_triton import gelu_and_slope
 
 # (rows, columns of a tile, warps, stages, parts), for R up to 64 and above (GELU: R = 32 only), and THROUGH_B for ranks
 # up to 32 and above, with as many programs as an H200 has SMs in place of parts. Of 12 to 70 that were timed on an H200

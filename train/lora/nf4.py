@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NF4Weight:
-    """[W | B] of train/fused.py with W in NF4. `b_NR` (compute dtype, zeros at first) is kept up to date by LoRA."""
+    """[W | B] of train/lora/linear.py with W in NF4. `b_NR` (compute dtype, zeros at first) is kept up to date by LoRA."""
 
     def __init__(self, weight_NK: Tensor, num_low: int):
         import bitsandbytes.functional as bnb  # slow to import, and probes for CUDA as it loads

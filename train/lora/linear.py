@@ -5,13 +5,13 @@ The base GEMM and the low-rank path are one GEMM: W is stored with B behind its 
     y = [x | scale drop(x) A^T] [W | B]^T + b
 
 so the large output is written once and never read again. This needs x in a buffer whose rows have R spare columns:
-who makes x leaves them free when asked (train/elementwise.py, flash4), and where x comes without them (the output of
+who makes x leaves them free when asked (train/kernels/pointwise.py, flash4), and where x comes without them (the output of
 other attention) it is copied in the pass that projects it. The same buffer is all that the backward pass keeps. There
 
     dlow = dy B,  dx = scale drop'(dlow A) + dy W
 
 is a narrow GEMM, and one that starts from the low-rank part instead of from zero: no pass adds that to dx afterwards,
-as [dx | dlow] = dy [W | B] would need. train/lowrank.py has the narrow products, with dropout; one pass over dy makes
+as [dx | dlow] = dy [W | B] would need. train/kernels/lowrank.py has the narrow products, with dropout; one pass over dy makes
 both dlow and dB. With `gelu` the layer reads GELU(u), which is made in that buffer in the pass that projects it, and
 made again from u in the pass that makes dA and takes dx through GELU.
 
@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.elementwise import empty_with_spare, row_stride
-from train.lowrank import dropped, gradient_a, project_down, project_up, through_b
-from train.nf4 import NF4Weight
+from train.kernels.lowrank import dropped, gradient_a, project_down, project_up, through_b
+from train.kernels.pointwise import empty_with_spare, row_stride
+from train.lora.nf4 import NF4Weight
 
 
 def lora_linear_eager(x_BLK: Tensor, weight_NK: Tensor, bias_N: Tensor, a_RK: Tensor, b_NR: Tensor, scale: float,

@@ -1,0 +1,1 @@
+"""What the backward pass finds saved, recomputed or offloaded."""

@@ -1,0 +1,1 @@
+"""The Wan transformer, its weights and its attention."""
