@@ -36,7 +36,7 @@ from bench.label_tree import label_bytes, make_label
 from loader.config import dump_toml
 from loader.manifest import decode_index, read_manifest
 from loader.sample import JSON, LATENT, Bucket, decode_meta, decode_tensor, split_member_name
-from loader.vae import load_vae_encoder
+from loader.vae.encoder import load_vae_encoder
 from shardgen.config import EncodeConfig, ExecutorConfig, LabelsConfig, ShardgenConfig, WindowsConfig
 from shardgen.verify import verify_dataset
 from tools.tiny_checkpoint import LATENTS_MEAN, LATENTS_STD, randomise, write_tiny_checkpoint

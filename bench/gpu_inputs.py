@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from loader.sample import Bucket
-from loader.vae import VAEConfig, VAEEncoder
+from loader.vae.encoder import VAEConfig, VAEEncoder
 from tools.synthetic import synthetic_jpeg, write_synthetic_dataset
 from train.model.load import INDEX, tensor_sources
 from train.model.wan import TI2V_5B, Wan, WanConfig

@@ -30,8 +30,8 @@ import zstandard
 
 from bench import loader_peers as peers
 from loader.feed import Feed
-from loader.memory import HostMemory
 from loader.order import Order
+from loader.pinned import HostMemory
 from loader.read import open_shard, read_dataset
 from loader.sample import without_checksum
 from tools.synthetic import write_synthetic_dataset

@@ -37,7 +37,7 @@ from bench.gpu_inputs import LARGE, NUM_CLIPS, SMALL, dali_frame, make_clips, wr
 from bench.loader import CPU, feed_samples, limit_samples
 from loader.config import load_toml
 from loader.feed import Batch, Feed
-from loader.vae import VAEEncoder, load_vae_encoder
+from loader.vae.encoder import VAEEncoder, load_vae_encoder
 from tools.synthetic import synthetic_jpeg
 from train.config import TrainConfig
 

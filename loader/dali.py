@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from loader.sample import Bucket, is_bt709
-from loader.vae import VAEEncoder
+from loader.vae.encoder import VAEEncoder
 
 Container = Literal["jpg", "mp4"]
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}

@@ -28,8 +28,8 @@ import zstandard
 from torch import Tensor
 
 from loader.manifest import DatasetError, Split, media_shards
-from loader.memory import HostMemory
 from loader.order import GlobalBatch, Order, is_i2v, keyed_uniform, micro_slice, sample_seed
+from loader.pinned import HostMemory
 from loader.read import Damage, Reader, Sample, Store, read_dataset
 from loader.sample import (
     EMPTY_PROMPT_FILE,
@@ -42,7 +42,7 @@ from loader.sample import (
     decode_planes_into,
     without_checksum,
 )
-from loader.vae import VAEEncoder
+from loader.vae.encoder import VAEEncoder
 
 if TYPE_CHECKING:
     from loader.dali import FirstFrames

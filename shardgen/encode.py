@@ -36,7 +36,7 @@ from loader.sample import (
     encode_meta,
     encode_tensor,
 )
-from loader.vae import load_vae_encoder
+from loader.vae.encoder import load_vae_encoder
 from shardgen.media import Frames, MediaError, decode_windows
 from shardgen.pictures import encode_jpeg, encode_mp4, window_faults
 from shardgen.plan import Window

@@ -13,7 +13,7 @@ from bench.gpu_inputs import dali_frame, make_clips
 from loader.dali import DecodeError, FirstFrames, FrameDecoder
 from loader.feed import Feed
 from loader.sample import Bucket
-from loader.vae import load_vae_encoder
+from loader.vae.encoder import load_vae_encoder
 from shardgen.media import BT601, BT709
 from shardgen.pictures import encode_mp4
 from tools.synthetic import write_synthetic_dataset

@@ -10,7 +10,7 @@ from PIL import Image
 
 from loader.manifest import decode_index
 from loader.sample import EMPTY_PROMPT_FILE, Bucket, SampleMeta, TensorInfo, decode_meta, decode_tensor, sample_key
-from loader.vae import load_vae_encoder
+from loader.vae.encoder import load_vae_encoder
 from shardgen.encode import EncodeError, encode_shard
 from shardgen.media import decode_window
 from shardgen.pictures import encode_mp4

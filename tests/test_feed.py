@@ -23,7 +23,7 @@ from loader.manifest import MANIFEST_FILE, DatasetError, Manifest, encode_manife
 from loader.order import OrderError, is_i2v, sample_seed
 from loader.read import TooManyDamagedError
 from loader.sample import JPG, JSON, LATENT, TEXT, SampleMeta, TensorInfo, encode_meta, encode_tensor
-from loader.vae import load_vae_encoder
+from loader.vae.encoder import load_vae_encoder
 from shardgen.write import write_shard
 from tools.synthetic import write_synthetic_dataset
 

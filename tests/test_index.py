@@ -16,7 +16,7 @@ from nvidia.dali import Pipeline, fn
 from loader.feed import Batch, Feed
 from loader.manifest import DatasetError, Manifest, decode_index, media_shards, read_manifest
 from loader.read import TooManyDamagedError
-from loader.vae import VAEEncoder, load_vae_encoder
+from loader.vae.encoder import VAEEncoder, load_vae_encoder
 from shardgen.cli import main as shardgen
 from shardgen.media import BT709
 from shardgen.text import TextEncoder

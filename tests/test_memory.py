@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from loader.memory import HostMemory
+from loader.pinned import HostMemory
 
 
 def test_memory_is_used_again_once_nobody_holds_it() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from loader.vae import VAEEncoder, VAEError, load_vae_encoder
+from loader.vae.encoder import VAEEncoder, VAEError, load_vae_encoder
 
 CONFIGS = {
     "ti2v_5b": dict(base_dim=16, z_dim=48, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True],

@@ -20,7 +20,7 @@ import torch
 from loader.config import dump_toml, load_toml
 from loader.feed import Feed
 from loader.sample import MAX_TEXT_TOKENS
-from loader.vae import load_vae_encoder
+from loader.vae.encoder import load_vae_encoder
 from train import checkpoint, optim
 from train.activations import plan as remat
 from train.config import TrainConfig, flat, resumable_changes

@@ -1,0 +1,1 @@
+"""The VAE of Wan: what turns frames into latents."""
