@@ -29,8 +29,8 @@ def make_clips(folder: Path, bucket: Bucket = LARGE) -> None:
     """H.264 clips as shardgen stores them; ffmpeg's frame 0 of each: the planes, and RGB by BT.709 and by BT.601."""
     import av
 
-    from shardgen.media import BT601, BT709, FULL, NARROW, SCALER
-    from shardgen.pictures import encode_mp4
+    from shardgen.media.footage import BT601, BT709, FULL, NARROW, SCALER
+    from shardgen.media.pictures import encode_mp4
 
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(NUM_CLIPS):

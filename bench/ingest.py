@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.label_tree import write_label_tree
-from shardgen.catalog import Catalog
-from shardgen.ingest import ingest_labels
+from shardgen.catalog.catalog import Catalog
+from shardgen.stages.ingest import ingest_labels
 
 
 def json_csv_loop(root: Path, out: Path) -> None:

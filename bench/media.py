@@ -20,7 +20,7 @@ import av
 import numpy as np
 
 from loader.sample import Bucket
-from shardgen.media import decode_window, fit
+from shardgen.media.footage import decode_window, fit
 
 SAR, NTSC, START_MS = Fraction(32, 27), Fraction(30000, 1001), 1000
 

@@ -21,19 +21,19 @@ from tqdm import tqdm
 from loader.config import ConfigError, dump_toml
 from loader.manifest import MANIFEST_FILE, Manifest, ShardInfo, Split, encode_manifest, recipe_id
 from loader.sample import EMPTY_PROMPT_FILE
-from shardgen.catalog import Catalog, CatalogError
+from shardgen.catalog.catalog import Catalog, CatalogError
+from shardgen.catalog.tables import FETCHED, INGESTED, SOUND, UNAVAILABLE, WANTED
 from shardgen.config import ShardgenConfig, check_paths
-from shardgen.estimate import estimate, remember_rate
-from shardgen.executors import Failure, run_local, run_ray
-from shardgen.fetch_stage import fetch_media
-from shardgen.ingest import ingest_labels
-from shardgen.pictures import choose_mp4_encoder
+from shardgen.encode.executors import Failure, run_local, run_ray
+from shardgen.encode.unit import EncodeSpec, ShardJob, ShardResult, encode_unit
+from shardgen.encode.write import remove_leftovers, stored_size, write_atomic
+from shardgen.media.pictures import choose_mp4_encoder
 from shardgen.recipe import full_recipe
-from shardgen.report import status_line, summary, write_reports
-from shardgen.stages import filter_labels, plan_shards, probe_media, settle_duplicates
-from shardgen.tables import FETCHED, INGESTED, SOUND, UNAVAILABLE, WANTED
-from shardgen.units import EncodeSpec, ShardJob, ShardResult, encode_unit
-from shardgen.write import remove_leftovers, stored_size, write_atomic
+from shardgen.report.estimate import estimate, remember_rate
+from shardgen.report.files import status_line, summary, write_reports
+from shardgen.stages.fetch import fetch_media
+from shardgen.stages.filter import filter_labels, plan_shards, probe_media, settle_duplicates
+from shardgen.stages.ingest import ingest_labels
 
 CATALOG_FILE = "catalog.sqlite"
 CONFIG_FILE = "config.toml"

@@ -18,14 +18,14 @@ from loader.config import load_toml
 from loader.manifest import decode_index, read_manifest
 from loader.sample import JSON, LATENT, TEXT, decode_meta, decode_tensor, split_member_name
 from shardgen.build import STAGES, build
-from shardgen.checks import Check
 from shardgen.config import ShardgenConfig
-from shardgen.executors import ExecutorError
-from shardgen.page import write_page
-from shardgen.report import REPORT_FILE, summary, summary_of_checks
-from shardgen.sheet import inspect_clip
+from shardgen.encode.executors import ExecutorError
+from shardgen.encode.write import IDX, TAR
+from shardgen.report.figures import Check
+from shardgen.report.files import REPORT_FILE, summary, summary_of_checks
+from shardgen.report.inspect_clip import inspect_clip
+from shardgen.report.page import write_page
 from shardgen.verify import verify_dataset
-from shardgen.write import IDX, TAR
 
 OK, FAULTS, CANNOT, INTERRUPTED = 0, 1, 2, 130
 

@@ -13,7 +13,7 @@ import xxhash
 
 from loader.config import ConfigError
 from shardgen.config import ShardgenConfig, recipe_of
-from shardgen.write import file_xxh3
+from shardgen.encode.write import file_xxh3
 
 PACKAGES = ("av", "ftfy", "numpy", "pillow", "tokenizers", "torch", "transformers", "zstandard")
 MODEL_PARTS = ("text_encoder", "tokenizer", "vae")  # the transformer takes no part in a dataset

@@ -50,9 +50,9 @@ from loader.sample import (
     sample_key,
     split_member_name,
 )
-from shardgen.executors import Failure, run_local
-from shardgen.media import MediaError, probe
-from shardgen.write import BLOCK_BYTES, END, IDX, TAR, XXH3, file_xxh3, tar_header
+from shardgen.encode.executors import Failure, run_local
+from shardgen.encode.write import BLOCK_BYTES, END, IDX, TAR, XXH3, file_xxh3, tar_header
+from shardgen.media.footage import MediaError, probe
 
 
 class Checked(NamedTuple):

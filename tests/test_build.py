@@ -21,10 +21,10 @@ import xxhash
 from loader.config import load_toml
 from loader.manifest import read_manifest
 from shardgen.build import alone_in
-from shardgen.catalog import Catalog
+from shardgen.catalog.catalog import Catalog
+from shardgen.catalog.tables import FINAL
 from shardgen.cli import main as shardgen
 from shardgen.config import ShardgenConfig
-from shardgen.tables import FINAL
 
 
 def shard_bytes(dataset: Path) -> dict[str, str]:

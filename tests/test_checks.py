@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from loader.config import ConfigError, load_toml
-from shardgen.checks import NOT_MEASURED, NOT_SET, Check, Figures, against_targets, count_sentences
 from shardgen.config import ShardgenConfig, TargetsConfig
-from shardgen.wording import CHECKS, wording
+from shardgen.report.figures import NOT_MEASURED, NOT_SET, Check, Figures, against_targets, count_sentences
+from shardgen.report.wording import CHECKS, wording
 
 DEMO = Path(__file__).parents[1] / "configs/shardgen/demo.toml"
 
@@ -16,7 +16,7 @@ DEMO = Path(__file__).parents[1] / "configs/shardgen/demo.toml"
 def test_every_check_and_reason_has_words_in_both_languages() -> None:
     assert tuple(CHECKS) == TargetsConfig.__struct_fields__ and all(all(words) for words in CHECKS.values())
     raised = re.compile(r'(?:LabelError|FetchError|MediaError|PlanError|Verdict)\(\s*"([a-z_]+)"')
-    sources = "".join(path.read_text() for path in (DEMO.parents[2] / "shardgen").glob("*.py"))
+    sources = "".join(path.read_text() for path in (DEMO.parents[2] / "shardgen").rglob("*.py"))
     reasons = set(raised.findall(sources))
     assert len(reasons) > 25 and {reason for reason in reasons if wording(reason) == (reason, reason)} == set()
 

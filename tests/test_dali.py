@@ -14,8 +14,8 @@ from loader.dali import DecodeError, FirstFrames, FrameDecoder
 from loader.feed import Feed
 from loader.sample import Bucket
 from loader.vae.encoder import load_vae_encoder
-from shardgen.media import BT601, BT709
-from shardgen.pictures import encode_mp4
+from shardgen.media.footage import BT601, BT709
+from shardgen.media.pictures import encode_mp4
 from tools.synthetic import write_synthetic_dataset
 
 CPU = torch.device("cpu")

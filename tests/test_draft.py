@@ -3,8 +3,8 @@
 import tracemalloc
 from pathlib import Path
 
-from shardgen.catalog import Catalog
-from shardgen.draft import Urls
+from shardgen.catalog.catalog import Catalog
+from shardgen.catalog.drafts import Urls
 
 
 def test_each_url_comes_once_in_the_order_of_its_first_coming_while_the_catalog_is_written(tmp_path: Path) -> None:

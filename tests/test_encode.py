@@ -11,12 +11,12 @@ from PIL import Image
 from loader.manifest import decode_index
 from loader.sample import EMPTY_PROMPT_FILE, Bucket, SampleMeta, TensorInfo, decode_meta, decode_tensor, sample_key
 from loader.vae.encoder import load_vae_encoder
-from shardgen.encode import EncodeError, encode_shard
-from shardgen.media import decode_window
-from shardgen.pictures import encode_mp4
-from shardgen.plan import ShardPlan, Window
-from shardgen.units import EncodeSpec, Lost, ShardJob, encode_unit
-from shardgen.write import file_xxh3
+from shardgen.encode.shard import EncodeError, encode_shard
+from shardgen.encode.unit import EncodeSpec, Lost, ShardJob, encode_unit
+from shardgen.encode.write import file_xxh3
+from shardgen.media.footage import decode_window
+from shardgen.media.pictures import encode_mp4
+from shardgen.rules.shards import ShardPlan, Window
 
 BUCKET = Bucket(96, 64, 5)
 

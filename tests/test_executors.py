@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shardgen.executors import ExecutorError, run_local
+from shardgen.encode.executors import ExecutorError, run_local
 
 
 def work(unit: int) -> tuple[int, str, int]:
@@ -49,7 +49,7 @@ def test_units_are_taken_lazily() -> None:
 
 
 def test_ray_is_not_started_for_nothing() -> None:
-    script = ("import sys\nfrom shardgen.executors import run_ray\n"
+    script = ("import sys\nfrom shardgen.encode.executors import run_ray\n"
               "assert list(run_ray(print, iter([]), 2, '', {}, 1, 0)) == [] and 'ray' not in sys.modules")
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
@@ -61,7 +61,7 @@ def test_a_dead_worker_is_a_clear_error() -> None:
 
 def test_workers_end_with_a_killed_program(tmp_path: Path) -> None:
     script = ("import sys\nsys.path.insert(0, sys.argv[1])\nfrom test_executors import work\n"
-              "from shardgen.executors import run_local\n"
+              "from shardgen.encode.executors import run_local\n"
               "if __name__ == '__main__':\n"
               "    for unit, result in run_local(work, [1, 2, 1000, 1000], 2):\n"
               "        print(result[2], flush=True)\n")

@@ -24,7 +24,7 @@ from loader.order import OrderError, is_i2v, sample_seed
 from loader.read import TooManyDamagedError
 from loader.sample import JPG, JSON, LATENT, TEXT, SampleMeta, TensorInfo, encode_meta, encode_tensor
 from loader.vae.encoder import load_vae_encoder
-from shardgen.write import write_shard
+from shardgen.encode.write import write_shard
 from tools.synthetic import write_synthetic_dataset
 
 G = 24

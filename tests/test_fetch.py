@@ -13,8 +13,8 @@ from urllib.request import OpenerDirector
 import pytest
 import xxhash
 
-from shardgen.cache import Room
-from shardgen.fetch import (
+from shardgen.media.cache import Room
+from shardgen.media.download import (
     PERMANENT,
     FetchError,
     Patience,

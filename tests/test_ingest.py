@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench.label_tree import defective_labels, label_bytes, make_label, write_label_tree
-from shardgen.catalog import Catalog
-from shardgen.ingest import ingest_labels
+from shardgen.catalog.catalog import Catalog
+from shardgen.stages.ingest import ingest_labels
 
 
 def ingest(root: Path, workers: int = 1) -> dict[str, tuple[str, str, int | None]]:
@@ -105,8 +105,8 @@ def test_no_label_file_is_changed(tree: Path) -> None:
 def test_killed_at_any_moment_the_next_run_completes_the_catalog(tmp_path: Path) -> None:
     root = tmp_path / "labels"
     write_label_tree(root, 9000)
-    program = ("import sys; from pathlib import Path; from shardgen.catalog import Catalog; "
-               "from shardgen.ingest import ingest_labels; root = Path(sys.argv[1])\n"
+    program = ("import sys; from pathlib import Path; from shardgen.catalog.catalog import Catalog; "
+               "from shardgen.stages.ingest import ingest_labels; root = Path(sys.argv[1])\n"
                "if __name__ == '__main__':\n"
                "    with Catalog(root.with_suffix('.sqlite')) as catalog: ingest_labels(catalog, root, workers=1)")
     for wait_s in (0.3, 0.5, 0.8):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.label_tree import defective_labels, label_bytes, make_label
-from shardgen.labels import LabelError, TimecodeError, iso_date, length_s, parse_label, timecode_frame
+from shardgen.labels.parse import LabelError, TimecodeError, iso_date, length_s, parse_label, timecode_frame
 
 
 def parse(label: dict[str, Any]) -> Any:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from loader.sample import Bucket
-from shardgen import media
-from shardgen.media import MediaError, decode_window, decode_windows, fit, probe
+from shardgen.media import footage as media
+from shardgen.media.footage import MediaError, decode_window, decode_windows, fit, probe
 from tools.index import examine_clip
 
 BUCKET = Bucket(160, 96, 9)

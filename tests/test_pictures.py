@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from loader.sample import Bucket
-from shardgen.media import decode_window, probe
-from shardgen.pictures import PictureError, choose_mp4_encoder, encode_jpeg, encode_mp4, window_faults
+from shardgen.media.footage import decode_window, probe
+from shardgen.media.pictures import PictureError, choose_mp4_encoder, encode_jpeg, encode_mp4, window_faults
 
 
 def test_jpeg_is_close_and_mp4_is_constant_rate_with_closed_short_gops(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from bench.label_tree import OBJECTS, SCENE, label_bytes, make_label
 from loader.sample import Bucket
-from shardgen.draft import Draft
-from shardgen.labels import Label, Timed, parse_label
-from shardgen.plan import (
+from shardgen.catalog.drafts import Draft
+from shardgen.labels.parse import Label, Timed, parse_label
+from shardgen.rules.shards import (
     PlanError,
     Shot,
     Window,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from shardgen.prompt import join_sentences, prompt_clean
+from shardgen.rules.prompt import join_sentences, prompt_clean
 
 SCENES, OBJECTS, SEMANTIC = ["장면 하나.", "장면 하나."], ["상인이 있다."], ["활기가 있다."]
 

@@ -5,8 +5,8 @@ import pytest
 
 from bench.label_tree import label_bytes, make_label
 from shardgen.config import FiltersConfig
-from shardgen.labels import parse_label
-from shardgen.quality import Scores, judge_label, judge_media, score_caption
+from shardgen.labels.parse import parse_label
+from shardgen.rules.quality import Scores, judge_label, judge_media, score_caption
 
 OFF = FiltersConfig(min_duration_s=0, max_duration_s=0, min_caption_chars=0, max_word_run=0, max_char_run=0,
                     max_special_share=0, require_resolution=False)

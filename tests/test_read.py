@@ -34,8 +34,8 @@ from loader.sample import (
     encode_meta,
     encode_tensor,
 )
+from shardgen.encode.write import write_shard
 from shardgen.verify import check_across, check_shard
-from shardgen.write import write_shard
 from tools.synthetic import write_synthetic_dataset
 
 SHARD = "train-64x64x5-000000"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from shardgen.build import build
-from shardgen.catalog import Catalog
+from shardgen.catalog.catalog import Catalog
 from shardgen.cli import main
 from shardgen.config import EncodeConfig, LabelsConfig, ShardgenConfig, WindowsConfig
 

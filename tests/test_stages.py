@@ -19,9 +19,8 @@ from PIL import Image
 from bench.label_tree import defective_labels, label_bytes, label_files, make_label
 from loader.config import load_toml
 from loader.manifest import recipe_id
-from shardgen import stages
-from shardgen.cache import cached_files
-from shardgen.catalog import Catalog, CatalogError
+from shardgen.catalog.catalog import Catalog, CatalogError
+from shardgen.catalog.tables import FINAL
 from shardgen.config import (
     EncodeConfig,
     FetchConfig,
@@ -32,11 +31,12 @@ from shardgen.config import (
     WindowsConfig,
     recipe_of,
 )
-from shardgen.estimate import estimate
-from shardgen.fetch_stage import fetch_media
-from shardgen.ingest import ingest_labels
-from shardgen.pictures import encode_mp4
-from shardgen.tables import FINAL
+from shardgen.media.cache import cached_files
+from shardgen.media.pictures import encode_mp4
+from shardgen.report.estimate import estimate
+from shardgen.stages import filter as stages
+from shardgen.stages.fetch import fetch_media
+from shardgen.stages.ingest import ingest_labels
 
 Ends = dict[str, tuple[str, str]]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from shardgen.text import TextEncoder, TextError
+from shardgen.encode.text import TextEncoder, TextError
 
 KOREAN = "노란 장화를 신은 상인이 얼음 위에 생선을 놓는다."
 PROMPTS = [KOREAN, "a fish market at dawn", "", KOREAN]

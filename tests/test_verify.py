@@ -10,8 +10,8 @@ import pytest
 from loader.manifest import Manifest, ShardInfo, decode_index, encode_manifest, read_manifest
 from loader.sample import SampleMeta, decode_meta, encode_meta
 from shardgen.cli import main as shardgen
+from shardgen.encode.write import write_shard
 from shardgen.verify import verify_dataset
-from shardgen.write import write_shard
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import xxhash
 
 from loader.manifest import decode_hashes, decode_index
-from shardgen.write import TEMPORARY, file_xxh3, remove_leftovers, stored_size, write_atomic, write_shard
+from shardgen.encode.write import TEMPORARY, file_xxh3, remove_leftovers, stored_size, write_atomic, write_shard
 
 SAMPLES = [(f"{i:032x}", {"jpg": bytes([i]) * 700, "json": b"{}" * i, "latent.zst": os.urandom(512 * i)})
            for i in range(1, 6)]

@@ -55,9 +55,9 @@ from loader.sample import (
     is_bt709,
     sample_key,
 )
-from shardgen.prompt import prompt_clean
-from shardgen.text import TextEncoder
-from shardgen.write import file_xxh3, write_atomic, write_shard
+from shardgen.encode.text import TextEncoder
+from shardgen.encode.write import file_xxh3, write_atomic, write_shard
+from shardgen.rules.prompt import prompt_clean
 
 SIDE = 32  # TI2V-5B takes multiples of this
 BT709, UNSTATED = 1, (0, 2)  # as ffmpeg numbers matrices; an RGB video's is 0

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from shardgen.cache import Room
-from shardgen.catalog import Catalog
+from shardgen.catalog.catalog import Catalog
+from shardgen.catalog.drafts import Urls
+from shardgen.catalog.tables import UNAVAILABLE, WANTED, Outcome
 from shardgen.config import ShardgenConfig, cache_folder
-from shardgen.draft import Urls
-from shardgen.fetch import (
+from shardgen.media.cache import Room
+from shardgen.media.download import (
     PERMANENT,
     Fetched,
     FetchError,
@@ -24,7 +25,6 @@ from shardgen.fetch import (
     hash_local,
     in_parallel,
 )
-from shardgen.tables import UNAVAILABLE, WANTED, Outcome
 
 Advance = Callable[[int], None]
 

@@ -12,7 +12,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from shardgen.media import BT709, FULL, NARROW, SCALER, Frames
+from shardgen.media.footage import BT709, FULL, NARROW, SCALER, Frames
 
 Mp4Encoder = Literal["libx264", "h264_nvenc"]
 # levels of 255; percentiles, because letterbox bars are black in any window

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Mapping
 
 from loader.sample import Bucket
-from shardgen.catalog import Catalog
+from shardgen.catalog.catalog import Catalog
+from shardgen.catalog.tables import ACCEPTED, FETCHED, REJECTED, SKIPPED, SOUND, UNREADABLE, WANTED
 from shardgen.config import ShardgenConfig
-from shardgen.plan import PlanError, nearest_aspect, video_stretches
-from shardgen.tables import ACCEPTED, FETCHED, REJECTED, SKIPPED, SOUND, UNREADABLE, WANTED
+from shardgen.rules.shards import PlanError, nearest_aspect, video_stretches
 
 TEXT_ROWS, TEXT_DIM = 128, 4096  # a prompt of some 60 Korean words; UMT5-XXL
 _RATE = "seconds_per_sample"

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 
 from loader.sample import Bucket
-from shardgen.pictures import encode_mp4
+from shardgen.media.pictures import encode_mp4
 
 FPS = 24.0
 SHEET_COLUMNS = 5

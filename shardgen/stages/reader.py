@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import msgspec
 import xxhash
 
-from shardgen.labels import Label, LabelError, parse_label
-from shardgen.tables import GONE, INGESTED, UNREADABLE, IngestRow, Seen
+from shardgen.catalog.tables import GONE, INGESTED, UNREADABLE, IngestRow, Seen
+from shardgen.labels.parse import Label, LabelError, parse_label
 
 _pack = msgspec.msgpack.Encoder().encode
 

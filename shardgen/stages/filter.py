@@ -20,14 +20,26 @@ import msgspec
 import xxhash
 
 from loader.sample import Bucket, sample_key
-from shardgen.catalog import Catalog
+from shardgen.catalog.catalog import Catalog
+from shardgen.catalog.drafts import Draft
+from shardgen.catalog.tables import (
+    DUPLICATE,
+    FETCHED,
+    INGESTED,
+    REJECTED,
+    SKIPPED,
+    SOUND,
+    UNAVAILABLE,
+    WANTED,
+    Outcome,
+)
 from shardgen.config import PromptConfig, ShardgenConfig
-from shardgen.draft import Draft
-from shardgen.fetch import FetchError, in_parallel
-from shardgen.fetch_stage import Advance, unchanged
-from shardgen.labels import Label
-from shardgen.media import MediaError, Probe, fit, probe
-from shardgen.plan import (
+from shardgen.labels.parse import Label
+from shardgen.media.download import FetchError, in_parallel
+from shardgen.media.footage import MediaError, Probe, fit, probe
+from shardgen.rules.prompt import join_sentences, prompt_clean
+from shardgen.rules.quality import Scores, Verdict, judge_label, judge_media, score_caption
+from shardgen.rules.shards import (
     PlanError,
     Shot,
     Stretch,
@@ -39,19 +51,7 @@ from shardgen.plan import (
     split_of,
     video_stretches,
 )
-from shardgen.prompt import join_sentences, prompt_clean
-from shardgen.quality import Scores, Verdict, judge_label, judge_media, score_caption
-from shardgen.tables import (
-    DUPLICATE,
-    FETCHED,
-    INGESTED,
-    REJECTED,
-    SKIPPED,
-    SOUND,
-    UNAVAILABLE,
-    WANTED,
-    Outcome,
-)
+from shardgen.stages.fetch import Advance, unchanged
 
 ItemT = TypeVar("ItemT")
 _PAGE = 2000

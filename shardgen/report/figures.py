@@ -11,8 +11,8 @@ import msgspec
 from msgspec.structs import replace
 
 from shardgen.config import TARGET, TargetsConfig
-from shardgen.labels import Label
-from shardgen.media import Probe
+from shardgen.labels.parse import Label
+from shardgen.media.footage import Probe
 
 NOT_MEASURED, NOT_SET = "not measured", "not set"
 _SENTENCE_END = re.compile(r"[.!?…。]+(?:[\"'”’)]*)(?:\s|$)")

@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 
 from loader.config import load_toml
 from loader.sample import Bucket
-from shardgen.catalog import Catalog, CatalogError
+from shardgen.catalog.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig
-from shardgen.fetch import find_local
-from shardgen.media import Fitting, MediaError, Probe, decode_windows, probe
-from shardgen.plan import PlanError, Window
-from shardgen.stages import clip_prompt, clip_windows
+from shardgen.media.download import find_local
+from shardgen.media.footage import Fitting, MediaError, Probe, decode_windows, probe
+from shardgen.rules.shards import PlanError, Window
+from shardgen.stages.filter import clip_prompt, clip_windows
 
 COLUMNS, CELL_PX, HEADER_PX = 8, 240, 16
 

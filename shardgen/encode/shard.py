@@ -37,12 +37,12 @@ from loader.sample import (
     encode_tensor,
 )
 from loader.vae.encoder import load_vae_encoder
-from shardgen.media import Frames, MediaError, decode_windows
-from shardgen.pictures import encode_jpeg, encode_mp4, window_faults
-from shardgen.plan import Window
-from shardgen.text import EncodedText, TextEncoder
-from shardgen.units import EncodeSpec, Lost, ShardJob, ShardResult
-from shardgen.write import file_xxh3, write_atomic, write_shard
+from shardgen.encode.text import EncodedText, TextEncoder
+from shardgen.encode.unit import EncodeSpec, Lost, ShardJob, ShardResult
+from shardgen.encode.write import file_xxh3, write_atomic, write_shard
+from shardgen.media.footage import Frames, MediaError, decode_windows
+from shardgen.media.pictures import encode_jpeg, encode_mp4, window_faults
+from shardgen.rules.shards import Window
 
 
 class EncodeError(ValueError):

@@ -17,7 +17,7 @@ import xxhash
 
 from loader.manifest import shard_name
 from loader.sample import Bucket
-from shardgen.labels import Label, TimecodeError, Timed, timecode_frame
+from shardgen.labels.parse import Label, TimecodeError, Timed, timecode_frame
 
 MAX_SHOTS = 500
 _FRAME_MS = 1001 / 30

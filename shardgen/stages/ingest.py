@@ -17,9 +17,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from subprocess import PIPE, Popen
 
-from shardgen.catalog import Catalog
-from shardgen.reader import Chunk, Found, read_chunk, shown
-from shardgen.tables import GONE, Seen
+from shardgen.catalog.catalog import Catalog
+from shardgen.catalog.tables import GONE, Seen
+from shardgen.stages.reader import Chunk, Found, read_chunk, shown
 
 CHUNK_FILES = 512
 _MIN_FILES_FOR_POOL = 4096  # below, starting processes takes longer than reading the labels
@@ -110,7 +110,7 @@ def _read_chunks(chunks: Iterator[Chunk], workers: int) -> Iterator[Found]:
 def _reader() -> Iterator[Popen[bytes]]:
     """A reading process; closing its stdin ends it."""
     path = os.pathsep.join(filter(None, sys.path))
-    with Popen([sys.executable, "-S", "-c", "from shardgen.reader import main; main()"], stdin=PIPE, stdout=PIPE,
+    with Popen([sys.executable, "-S", "-c", "from shardgen.stages.reader import main; main()"], stdin=PIPE, stdout=PIPE,
                env={**os.environ, "PYTHONPATH": path}) as process:
         yield process
 

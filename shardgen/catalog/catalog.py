@@ -15,9 +15,7 @@ from typing import Any
 import msgspec
 
 from loader.manifest import ShardInfo
-from shardgen.labels import Label
-from shardgen.plan import ShardPlan, Window
-from shardgen.tables import (
+from shardgen.catalog.tables import (
     ACCEPTED,
     DUPLICATE,
     EQUAL_MEDIA,
@@ -37,6 +35,8 @@ from shardgen.tables import (
     Outcome,
     Seen,
 )
+from shardgen.labels.parse import Label
+from shardgen.rules.shards import ShardPlan, Window
 
 
 class CatalogError(ValueError):

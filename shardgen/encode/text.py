@@ -1,6 +1,6 @@
 """UMT5: prompts in, one float16 row per real token out.
 
-The prompts arrive cleaned (shardgen.prompt). The tokenizer appends `</s>` and cuts at 512 tokens, which is recorded.
+The prompts arrive cleaned (shardgen.rules.prompt). The tokenizer appends `</s>` and cuts at 512 tokens, which is recorded.
 Rows of padding are not kept: the loader pads with zeros, as diffusers' pipelines do after the encoder.
 
 Which prompts share a batch decides the last bits of the result (measured, fp16), so batches are a function of the list

@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from shardgen.config import FiltersConfig
-from shardgen.labels import Label
+from shardgen.labels.parse import Label
 
 _RUNS = re.compile(r"(\S)\1+")
 _PLAIN = re.compile(r"[\w\s.,!?'\"()·…“”‘’~%:-]")

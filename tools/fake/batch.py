@@ -30,7 +30,7 @@ from loader.sample import (
     encode_tensor,
     sample_key,
 )
-from shardgen.write import write_atomic, write_shard
+from shardgen.encode.write import write_atomic, write_shard
 
 
 def write_synthetic_dataset(folder: Path, buckets: Mapping[str, int], *, samples_per_shard: int = 16,

@@ -14,15 +14,15 @@ import msgspec
 
 from loader.config import load_toml
 from loader.sample import Bucket
-from shardgen.catalog import Catalog, CatalogError
-from shardgen.checks import Check
+from shardgen.catalog.catalog import Catalog, CatalogError
+from shardgen.catalog.tables import FINAL, UNREADABLE
 from shardgen.config import ShardgenConfig
-from shardgen.fetch import find_local
-from shardgen.media import MediaError, decode_windows, probe
-from shardgen.pictures import encode_jpeg
-from shardgen.tables import FINAL, UNREADABLE
-from shardgen.wording import CHECKS, wording
-from shardgen.write import write_atomic
+from shardgen.encode.write import write_atomic
+from shardgen.media.download import find_local
+from shardgen.media.footage import MediaError, decode_windows, probe
+from shardgen.media.pictures import encode_jpeg
+from shardgen.report.figures import Check
+from shardgen.report.wording import CHECKS, wording
 
 _THUMBNAIL = Bucket(224, 128, 1)  # only ever looked at
 _STYLE = """

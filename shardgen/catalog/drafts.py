@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import msgspec
 
-from shardgen.plan import Window
+from shardgen.rules.shards import Window
 
 _TABLE = """
 DROP TABLE IF EXISTS temp.draft;

@@ -5,9 +5,9 @@ records doesn't need the models; the worker imports them when it starts on its f
 import msgspec
 
 from loader.manifest import ShardInfo
-from shardgen.media import Fitting
-from shardgen.pictures import Mp4Encoder
-from shardgen.plan import ShardPlan
+from shardgen.media.footage import Fitting
+from shardgen.media.pictures import Mp4Encoder
+from shardgen.rules.shards import ShardPlan
 
 
 class EncodeSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +56,7 @@ def encode_unit(job: ShardJob | None, spec: EncodeSpec, decode_threads: int = 2)
     """What an executor runs: a shard, or, for None, the empty prompt."""
     import torch
 
-    from shardgen.encode import EncodeError, encode_empty_prompt, encode_shard
+    from shardgen.encode.shard import EncodeError, encode_empty_prompt, encode_shard
     try:
         if job is not None:
             return encode_shard(job, spec, decode_threads)

@@ -16,12 +16,12 @@ import msgspec
 
 from loader.manifest import ShardInfo
 from loader.sample import Bucket
-from shardgen.catalog import Catalog, CatalogError
-from shardgen.checks import Check, Figures, against_targets, metadata_line
+from shardgen.catalog.catalog import Catalog, CatalogError
+from shardgen.catalog.tables import ACCEPTED, FINAL
 from shardgen.config import ShardgenConfig
-from shardgen.media import Probe, fit
-from shardgen.tables import ACCEPTED, FINAL
-from shardgen.write import atomic_file, write_atomic
+from shardgen.encode.write import atomic_file, write_atomic
+from shardgen.media.footage import Probe, fit
+from shardgen.report.figures import Check, Figures, against_targets, metadata_line
 
 REPORT_FILE, METADATA_FILE = "quality_report.json", "metadata.jsonl"
 CLEAN_FILE, DEFECTIVE_FILE = "clean_dataset.csv", "defective_samples.csv"

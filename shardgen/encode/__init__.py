@@ -1,0 +1,1 @@
+"""One planned shard to one written shard."""

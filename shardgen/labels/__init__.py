@@ -1,0 +1,1 @@
+"""Label files: bytes to Label."""

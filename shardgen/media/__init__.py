@@ -1,0 +1,1 @@
+"""Footage and pictures: found, fetched, probed and decoded."""

@@ -1,0 +1,1 @@
+"""Pure rules: values to a verdict, windows, shards."""

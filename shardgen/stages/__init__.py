@@ -1,0 +1,1 @@
+"""The stages of a build, each from one status to the next."""
