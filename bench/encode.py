@@ -39,7 +39,7 @@ from loader.sample import JSON, LATENT, Bucket, decode_meta, decode_tensor, spli
 from loader.vae.encoder import load_vae_encoder
 from shardgen.config import EncodeConfig, ExecutorConfig, LabelsConfig, ShardgenConfig, WindowsConfig
 from shardgen.verify import verify_dataset
-from tools.tiny_checkpoint import LATENTS_MEAN, LATENTS_STD, randomise, write_tiny_checkpoint
+from tools.fake.checkpoint import LATENTS_MEAN, LATENTS_STD, randomise, write_tiny_checkpoint
 
 TOLERANCE = 1e-2
 TINY_BUCKETS = ("160x96x9", "160x96x1")

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from loader.sample import Bucket
 from loader.vae.encoder import VAEConfig, VAEEncoder
-from tools.synthetic import synthetic_jpeg, write_synthetic_dataset
+from tools.fake.batch import synthetic_jpeg, write_synthetic_dataset
 from train.model.load import INDEX, tensor_sources
 from train.model.wan import TI2V_5B, Wan, WanConfig
 

@@ -34,7 +34,7 @@ from loader.order import Order
 from loader.pinned import HostMemory
 from loader.read import open_shard, read_dataset
 from loader.sample import without_checksum
-from tools.synthetic import write_synthetic_dataset
+from tools.fake.batch import write_synthetic_dataset
 
 NUM_THREADS = 2
 CPU = torch.device("cpu")

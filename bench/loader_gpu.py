@@ -38,7 +38,7 @@ from bench.loader import CPU, feed_samples, limit_samples
 from loader.config import load_toml
 from loader.feed import Batch, Feed
 from loader.vae.encoder import VAEEncoder, load_vae_encoder
-from tools.synthetic import synthetic_jpeg
+from tools.fake.batch import synthetic_jpeg
 from train.config import TrainConfig
 
 if TYPE_CHECKING:

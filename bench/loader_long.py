@@ -18,7 +18,7 @@ import msgspec
 
 from loader.feed import Feed
 from loader.manifest import MANIFEST_FILE, Manifest, encode_manifest, read_manifest
-from tools.synthetic import write_synthetic_dataset
+from tools.fake.batch import write_synthetic_dataset
 
 BUCKET, SHARD_SAMPLES, GLOBAL_BATCH = "64x32x1", 100, 24
 

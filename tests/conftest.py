@@ -8,8 +8,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads thi
 import pytest
 
 from shardgen.cli import main as shardgen
-from tools.sample_corpus import write_sample_corpus
-from tools.tiny_checkpoint import write_tiny_checkpoint
+from tools.fake.checkpoint import write_tiny_checkpoint
+from tools.fake.corpus import write_sample_corpus
 
 
 @pytest.fixture(scope="session")

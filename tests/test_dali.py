@@ -16,7 +16,7 @@ from loader.sample import Bucket
 from loader.vae.encoder import load_vae_encoder
 from shardgen.media.footage import BT601, BT709
 from shardgen.media.pictures import encode_mp4
-from tools.synthetic import write_synthetic_dataset
+from tools.fake.batch import write_synthetic_dataset
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,7 @@ from loader.read import TooManyDamagedError
 from loader.sample import JPG, JSON, LATENT, TEXT, SampleMeta, TensorInfo, encode_meta, encode_tensor
 from loader.vae.encoder import load_vae_encoder
 from shardgen.encode.write import write_shard
-from tools.synthetic import write_synthetic_dataset
+from tools.fake.batch import write_synthetic_dataset
 
 G = 24
 RawDataset = tuple[Path, dict[str, torch.Tensor]]
@@ -83,7 +83,7 @@ def test_a_batch_holds_what_its_samples_hold(dataset: Path) -> None:
             assert batch.latent_BCTHW.shape == (4, *batch.bucket.latent_shape) and batch.text_BSD.shape == (4, 512, 8)
             assert batch.latent_BCTHW.dtype == batch.text_BSD.dtype == torch.float16 and batch.condition_BC1HW is None
             for i, key in enumerate(batch.keys):
-                rng = np.random.default_rng(int(key, 16))  # as tools/synthetic.py draws
+                rng = np.random.default_rng(int(key, 16))  # as tools/fake/batch.py draws
                 latent = rng.standard_normal(batch.bucket.latent_shape, np.float32).astype(np.float16)
                 text = rng.standard_normal((int(rng.integers(60, 260)), 8), np.float32).astype(np.float16)
                 if batch.caption_dropped[i]:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loader.sample import Bucket
 from tools import plan
-from tools.synthetic import write_synthetic_dataset
+from tools.fake.batch import write_synthetic_dataset
 from train.activations.plan import Kept, Shape, block_runner, plan_run
 from train.config import DataConfig, ModelConfig, TrainConfig
 from train.lora import adapters as lora

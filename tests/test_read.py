@@ -36,7 +36,7 @@ from loader.sample import (
 )
 from shardgen.encode.write import write_shard
 from shardgen.verify import check_across, check_shard
-from tools.synthetic import write_synthetic_dataset
+from tools.fake.batch import write_synthetic_dataset
 
 SHARD = "train-64x64x5-000000"
 

@@ -18,7 +18,7 @@ from loader.feed import Feed
 from loader.manifest import DatasetError
 from loader.read import read_dataset
 from loader.remote import Cache, RemoteError, RemoteStore
-from tools.synthetic import write_synthetic_dataset
+from tools.fake.batch import write_synthetic_dataset
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""tools.sample never shows base pictures under the name of a LoRA: what is not loaded or has no effect is an error."""
+"""tools.generate never shows base pictures under the name of a LoRA: what is not loaded or has no effect is an error."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from loader.sample import Bucket
-from tools.sample import NotAppliedError, Options, contact_sheet, main, sample
+from tools.generate import NotAppliedError, Options, contact_sheet, main, sample
 
 PROMPT = "커다란 토끼가 풀밭에 서 있다."
 RANK, ALPHA = 4, 8.0

@@ -9,8 +9,8 @@ from pathlib import Path
 import av
 import pytest
 
-from tools.sample_corpus import expected_path, write_item
-from tools.sample_items import IMAGES, SHAPES, VIDEOS, Item
+from tools.fake.corpus import expected_path, write_item
+from tools.fake.items import IMAGES, SHAPES, VIDEOS, Item
 
 
 def test_every_label_is_expected_and_defects_are_of_many_kinds(tiny_corpus: Path) -> None:

@@ -9,7 +9,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DMode
 from PIL import Image
 from transformers import AutoTokenizer
 
-from tools.tiny_checkpoint import write_tiny_checkpoint
+from tools.fake.checkpoint import write_tiny_checkpoint
 
 PROMPT = "커다란 토끼가 풀밭에 서서 나비를 바라본다."
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loader.config import dump_toml
-from tools.synthetic import write_synthetic_dataset
+from tools.fake.batch import write_synthetic_dataset
 from train import checkpoint
 from train.config import DataConfig, LoRAConfig, ModelConfig, OptimConfig, TrainConfig
 from train.lora import adapters as lora

@@ -13,9 +13,9 @@ SECONDS=0  # downloads do not count
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error OMP_NUM_THREADS=1
 
 begin "a tiny Wan2.2-TI2V-5B with random weights"
-python -m tools.tiny_checkpoint $demo/model
+python -m tools.fake.checkpoint $demo/model
 begin "a corpus in the users' layout, a third of it defective"
-python -m tools.sample_corpus $demo/corpus
+python -m tools.fake.corpus $demo/corpus
 begin "labels and footage to shards"
 shardgen build configs/shardgen/demo.toml
 begin "verify every hash, shape and count; report"
@@ -25,11 +25,11 @@ shardgen report $demo/dataset
 begin "train a LoRA with two processes"
 torchrun --standalone --nproc-per-node 2 train/main.py configs/train/demo.toml
 begin "sample: base against LoRA, text to video"
-python -m tools.sample --model $demo/model --lora $demo/train/lora.safetensors --output $demo/samples \
+python -m tools.generate --model $demo/model --lora $demo/train/lora.safetensors --output $demo/samples \
     --shape 160x96x9 --steps 10 \
     --prompt "커다란 토끼가 풀밭에 서서 기지개를 켠다." "헬멧을 쓴 남자가 자전거를 타고 거리를 지나간다."
 begin "sample: image to video"
-python -m tools.sample --model $demo/model --lora $demo/train/lora_comfyui.safetensors --output $demo/samples-i2v \
+python -m tools.generate --model $demo/model --lora $demo/train/lora_comfyui.safetensors --output $demo/samples-i2v \
     --shape 160x96x9 --steps 10 --image $demo/corpus/image/batch_0001/2500101.png \
     --prompt "토끼가 두 팔을 높이 들고 하품을 한다."
 begin "plot"

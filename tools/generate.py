@@ -1,6 +1,6 @@
 """Base model against LoRA, same prompts, same seed, in diffusers' own pipeline, as a user of the LoRA would run it:
 
-    python -m tools.sample --model MODEL --lora RUN/lora.safetensors --output OUT --shape 832x480x49 --prompt "..."
+    python -m tools.generate --model MODEL --lora RUN/lora.safetensors --output OUT --shape 832x480x49 --prompt "..."
 
 A LoRA that did not load gives pictures too: the base model's. So nothing is written before two proofs: each tensor of
 the file sits in the transformer, and the pictures differ. OUT gets an MP4 of each clip, contact_sheet.png with base

@@ -1,6 +1,6 @@
 """A dataset of random tensors in the exact shard format: for benchmarks and tests of the loader, never for training.
 
-    python -m tools.synthetic DIR --bucket 1280x704x49=64 --bucket 832x480x9=256 --text-dim 4096
+    python -m tools.fake.batch DIR --bucket 1280x704x49=64 --bucket 832x480x9=256 --text-dim 4096
 
 Latents are Gaussian, as real ones nearly are, so they compress alike; captions have as many tokens as real ones tend
 to. Keys, prompts and the frame in KEY.jpg differ from sample to sample; `--mp4 CLIP` stores that clip in its place (of

