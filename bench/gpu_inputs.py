@@ -1,4 +1,6 @@
-"""What bench.loader_gpu reads: a random model of TI2V-5B's size, synthetic datasets, H.264 clips."""
+"""What bench.loader_gpu reads: a random model of TI2V-5B's size, synthetic datasets, H.264
+clips.
+"""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +22,24 @@ from train.model.wan import TI2V_5B, Wan, WanConfig
 
 LARGE, SMALL = Bucket(1280, 704, 49), Bucket(832, 480, 9)
 NUM_CLIPS = 4
-VAE = VAEConfig(latents_mean=[0.0] * 48, latents_std=[1.0] * 48, base_dim=160, z_dim=48, dim_mult=(1, 2, 4, 4),
-                num_res_blocks=2, temperal_downsample=(False, True, True), is_residual=True, in_channels=12,
-                patch_size=2)
+VAE = VAEConfig(
+    latents_mean=[0.0] * 48,
+    latents_std=[1.0] * 48,
+    base_dim=160,
+    z_dim=48,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    temperal_downsample=(False, True, True),
+    is_residual=True,
+    in_channels=12,
+    patch_size=2,
+)
 
 
 def make_clips(folder: Path, bucket: Bucket = LARGE) -> None:
-    """H.264 clips as shardgen stores them; ffmpeg's frame 0 of each: the planes, and RGB by BT.709 and by BT.601."""
+    """H.264 clips as shardgen stores them; ffmpeg's frame 0 of each: the planes, and RGB by
+    BT.709 and by BT.601.
+    """
     import av
 
     from shardgen.media.footage import BT601, BT709, FULL, NARROW, SCALER
@@ -34,25 +47,37 @@ def make_clips(folder: Path, bucket: Bucket = LARGE) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(NUM_CLIPS):
-        with PIL.Image.open(io.BytesIO(synthetic_jpeg(np.random.default_rng(i), bucket))) as picture:
+        with PIL.Image.open(
+            io.BytesIO(synthetic_jpeg(np.random.default_rng(i), bucket))
+        ) as picture:
             first = np.array(picture)
-        clip = encode_mp4(np.stack([np.roll(first, 4 * t, axis=1) for t in range(bucket.num_frames)]), 24.0)
+        clip = encode_mp4(
+            np.stack([np.roll(first, 4 * t, axis=1) for t in range(bucket.num_frames)]), 24.0
+        )
         (folder / f"{i}.mp4").write_bytes(clip)
         with av.open(io.BytesIO(clip)) as container:
             frame = next(container.decode(video=0))
         PIL.Image.fromarray(frame.to_ndarray()).save(folder / f"{i}-planes.png")
         for name, matrix in (("709", BT709), ("601", BT601)):
-            pixels = frame.reformat(format="rgb24", interpolation=SCALER, src_colorspace=matrix, src_color_range=NARROW,
-                                    dst_color_range=FULL, threads=1).to_ndarray()
+            pixels = frame.reformat(
+                format="rgb24",
+                interpolation=SCALER,
+                src_colorspace=matrix,
+                src_color_range=NARROW,
+                dst_color_range=FULL,
+                threads=1,
+            ).to_ndarray()
             PIL.Image.fromarray(pixels).save(folder / f"{i}-{name}.png", optimize=True)
 
 
 def dali_frame(path: Path) -> tuple[Tensor, Tensor]:
-    """What FrameDecoder should make of make_clips' planes, [3, 1, H, W], and which pixels BT.601 can hold, [1, H, W].
+    """What FrameDecoder should make of make_clips' planes, [3, 1, H, W], and which pixels BT.601
+    can hold, [1, H, W].
 
-    DALI 2.4's CUDA kernel in float64: BT.601 in three decimals, as if black were 255 / 16 and grey chroma 255 / 2, not
-    16 and 128; rounded and clipped to 8 bits, which loses colours that are BT.709's and not BT.601's. Chroma is
-    bilinear and centred between luma, while H.264 puts it on every other column.
+    DALI 2.4's CUDA kernel in float64: BT.601 in three decimals, as if black were 255 / 16 and
+    grey chroma 255 / 2, not 16 and 128; rounded and clipped to 8 bits, which loses colours that
+    are BT.709's and not BT.601's. Chroma is bilinear and centred between luma, while H.264 puts
+    it on every other column.
     """
     from loader.dali import _BT601_TO_BT709, _CUDA_BIAS
 
@@ -62,14 +87,23 @@ def dali_frame(path: Path) -> tuple[Tensor, Tensor]:
     chroma = chroma.reshape(1, 2, height // 2, width // 2) - 255 / 2
     blue_HW, red_HW = interpolate(chroma, scale_factor=2, mode="bilinear")[0]
     grey_HW = 1.164 * (luma_HW - 255 / 16)
-    rgb_CHW = torch.stack([grey_HW + 1.596 * red_HW, grey_HW - 0.813 * red_HW - 0.392 * blue_HW,
-                           grey_HW + 2.017 * blue_HW])
+    rgb_CHW = torch.stack(
+        [
+            grey_HW + 1.596 * red_HW,
+            grey_HW - 0.813 * red_HW - 0.392 * blue_HW,
+            grey_HW + 2.017 * blue_HW,
+        ]
+    )
     levels_CHW = rgb_CHW.round().clamp(0, 255) - torch.tensor(_CUDA_BIAS).view(3, 1, 1)
     frame_CHW = torch.einsum("dc,chw->dhw", _BT601_TO_BT709.double(), levels_CHW / 127.5 - 1)
-    return frame_CHW.clamp(-1, 1).unsqueeze(1), ((rgb_CHW >= 0) & (rgb_CHW <= 255)).all(0, keepdim=True)
+    return frame_CHW.clamp(-1, 1).unsqueeze(1), ((rgb_CHW >= 0) & (rgb_CHW <= 255)).all(
+        0, keepdim=True
+    )
 
 
-def write_model(folder: Path, config: WanConfig = TI2V_5B, vae: VAEConfig = VAE, device: str = "cuda") -> None:
+def write_model(
+    folder: Path, config: WanConfig = TI2V_5B, vae: VAEConfig = VAE, device: str = "cuda"
+) -> None:
     """A random transformer and a random VAE encoder in diffusers' layout, bfloat16."""
     for name, struct in (("transformer", config), ("vae", vae)):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -80,14 +114,22 @@ def write_model(folder: Path, config: WanConfig = TI2V_5B, vae: VAEConfig = VAE,
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     files: dict[str, dict[str, Tensor]] = {}
     for name, sources in tensor_sources(model).items():
-        file = f"{'-'.join(name.split('.')[:2]) if name.startswith('blocks.') else 'rest'}.safetensors"
+        file = (
+            f"{'-'.join(name.split('.')[:2]) if name.startswith('blocks.') else 'rest'}.safetensors"
+        )
         rows, *columns = shapes[name]
         for source in sources:
-            values = torch.randn(rows // len(sources), *columns, device=device, dtype=torch.bfloat16)
+            values = torch.randn(
+                rows // len(sources), *columns, device=device, dtype=torch.bfloat16
+            )
             if columns:
                 values *= columns[0] ** -0.5
             else:
-                values = 1 + 0.1 * values if "norm" in source and source.endswith("weight") else 0.02 * values
+                values = (
+                    1 + 0.1 * values
+                    if "norm" in source and source.endswith("weight")
+                    else 0.02 * values
+                )
             files.setdefault(file, {})[source] = values
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda file: save_file(files[file], folder / "transformer" / file), files))
@@ -95,23 +137,38 @@ def write_model(folder: Path, config: WanConfig = TI2V_5B, vae: VAEConfig = VAE,
     with torch.device(device):
         encoder = VAEEncoder(vae).bfloat16()
     save_file(encoder.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
-    (folder / "transformer" / INDEX).write_bytes(msgspec.json.encode({"weight_map": places}))  # last: it is complete
+    # last: it is complete
+    (folder / "transformer" / INDEX).write_bytes(msgspec.json.encode({"weight_map": places}))
 
 
 def write_inputs(folder: Path) -> None:
-    """The datasets jpg, mp4 (the same samples) and small, and the model, those of them that aren't below `folder` yet.
+    """The datasets jpg, mp4 (the same samples) and small, and the model, those of them that
+    aren't below `folder` yet.
 
     Raises SystemExit without clips.
     """
     clips = [path.read_bytes() for path in sorted((folder / "clips").glob("*.mp4"))]
     if not clips:
-        raise SystemExit(f"{folder / 'clips'} holds no clips: run with --make-clips where PyAV is, and copy the folder")
+        raise SystemExit(
+            f"{folder / 'clips'} holds no clips: run with --make-clips where PyAV is, and copy the folder"
+        )
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(write_synthetic_dataset, folder / name, {str(bucket): num}, samples_per_shard=8,
-                            text_dim=4096, clips=videos)
-                for name, bucket, num, videos in (("jpg", LARGE, 40, []), ("mp4", LARGE, 40, clips),
-                                                  ("small", SMALL, 128, []))
-                if not (folder / name / "manifest.json").exists()]
+        jobs = [
+            pool.submit(
+                write_synthetic_dataset,
+                folder / name,
+                {str(bucket): num},
+                samples_per_shard=8,
+                text_dim=4096,
+                clips=videos,
+            )
+            for name, bucket, num, videos in (
+                ("jpg", LARGE, 40, []),
+                ("mp4", LARGE, 40, clips),
+                ("small", SMALL, 128, []),
+            )
+            if not (folder / name / "manifest.json").exists()
+        ]
         if not (folder / "model" / "transformer" / INDEX).exists():
             write_model(folder / "model")
         for job in jobs:

@@ -1,10 +1,12 @@
 """How fast labels get into the catalog: `python -m bench.ingest [--labels 455648] [--rounds 1]`.
 
-Writes a tree of labels of the users' size and traps, then runs, in turn and several times: the loop that a script would
-be (json.load, csv.writer, the same fields, one process), our ingest, our ingest over the unchanged tree, and our ingest
-of a tree of a quarter of the size. Page cache warm: the files were just written or read. Prints medians, spread and the
-three claims: the rate, the factor over the loop, and linearity. A virtual machine may have less than it shows as cores:
-what one busy process per core gets is measured before and after each ingest, because a rate means little without it.
+Writes a tree of labels of the users' size and traps, then runs, in turn and several times: the
+loop that a script would be (json.load, csv.writer, the same fields, one process), our ingest, our
+ingest over the unchanged tree, and our ingest of a tree of a quarter of the size. Page cache
+warm: the files were just written or read. Prints medians, spread and the three claims: the rate,
+the factor over the loop, and linearity. A virtual machine may have less than it shows as cores:
+what one busy process per core gets is measured before and after each ingest, because a rate means
+little without it.
 """
 
 import argparse
@@ -35,24 +37,44 @@ def json_csv_loop(root: Path, out: Path) -> None:
                 with open(path, encoding="utf-8") as label_file:
                     label = json.load(label_file)
                 source, raw = label["source_data_info"], label["raw_data_info"]
-                generated, captions = source["ai_generated_info"], label["labeling_data_info"]["caption_info"]
+                generated, captions = (
+                    source["ai_generated_info"],
+                    label["labeling_data_info"]["caption_info"],
+                )
                 media = raw["source_media_info"]
-                writer.writerow([
-                    path, source["clip_id"], media["media_type"], generated["mid_category"], source["source_mbc"],
-                    source["broadcast_date"], source["clip_proxy_url"], source["clip_proxy_thumbnail_url"],
-                    generated["keyword"], generated["stt_script"],
-                    [(s["description"], s["tc_in"], s["tc_out"]) for s in generated["scene_description_auto"]],
-                    [(c["text"], c["tc_in"], c["tc_out"]) for c in captions["object_level"]],
-                    [c["text"] for c in captions["semantic_level"]], [c["text"] for c in captions["application_level"]],
-                    media["resolution"] or raw["raw_data_info"]["basic_info"]["resolution"],
-                    media["details"].get("length"), media["details"].get("frame_rate")])
+                writer.writerow(
+                    [
+                        path,
+                        source["clip_id"],
+                        media["media_type"],
+                        generated["mid_category"],
+                        source["source_mbc"],
+                        source["broadcast_date"],
+                        source["clip_proxy_url"],
+                        source["clip_proxy_thumbnail_url"],
+                        generated["keyword"],
+                        generated["stt_script"],
+                        [
+                            (s["description"], s["tc_in"], s["tc_out"])
+                            for s in generated["scene_description_auto"]
+                        ],
+                        [(c["text"], c["tc_in"], c["tc_out"]) for c in captions["object_level"]],
+                        [c["text"] for c in captions["semantic_level"]],
+                        [c["text"] for c in captions["application_level"]],
+                        media["resolution"] or raw["raw_data_info"]["basic_info"]["resolution"],
+                        media["details"].get("length"),
+                        media["details"].get("frame_rate"),
+                    ]
+                )
 
 
 def ingest(root: Path, database: Path, num_labels: int) -> None:
     with Catalog(database) as catalog:
         ingest_labels(catalog, root)
         if catalog.count("ingested") != num_labels:
-            raise SystemExit(f"the catalog holds {catalog.count('ingested')} of {num_labels} labels")
+            raise SystemExit(
+                f"the catalog holds {catalog.count('ingested')} of {num_labels} labels"
+            )
 
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
@@ -64,7 +86,9 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
 
 
 def cores_given(num_cores: int) -> float:
-    """What as many busy processes get of `num_cores` cores: their CPU seconds per second by the clock."""
+    """What as many busy processes get of `num_cores` cores: their CPU seconds per second by the
+    clock.
+    """
     command = [sys.executable, "-c", "for _ in range(8_000_000): pass"]
 
     def count() -> None:
@@ -80,7 +104,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Labels per second into the catalog.")
     parser.add_argument("--labels", type=int, default=40_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write the tree (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write the tree (default: a temporary folder)"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         run(Path(name), options.labels, options.rounds)
@@ -91,12 +117,19 @@ def run(folder: Path, num_labels: int, rounds: int) -> None:
     for size, root in trees.items():
         write_label_tree(root, size)
         json_csv_loop(root, folder / "loop.csv")  # warms the page cache
-    measured: dict[str, list[tuple[float, float]]] = {"loop": [], "ingest": [], "unchanged": [], "quarter": []}
+    measured: dict[str, list[tuple[float, float]]] = {
+        "loop": [],
+        "ingest": [],
+        "unchanged": [],
+        "quarter": [],
+    }
     database = folder / "catalog.sqlite"
     cores = len(os.sched_getaffinity(0))
     given = []
     for _ in range(rounds):
-        measured["loop"].append(timed(lambda: json_csv_loop(trees[num_labels], folder / "loop.csv")))
+        measured["loop"].append(
+            timed(lambda: json_csv_loop(trees[num_labels], folder / "loop.csv"))
+        )
         for name, size in (("quarter", num_labels // 4), ("ingest", num_labels)):
             for path in folder.glob("catalog.sqlite*"):
                 path.unlink()
@@ -107,21 +140,42 @@ def run(folder: Path, num_labels: int, rounds: int) -> None:
         print(f"  given {given[-1]:.2f} cores: ingest {rate:,.0f} labels/s", flush=True)
         measured["unchanged"].append(timed(lambda: ingest(trees[num_labels], database, num_labels)))
     seconds = {name: [wall_s for wall_s, _ in runs] for name, runs in measured.items()}
-    print(f"{num_labels} labels, {cores} cores (given {statistics.median(given):.2f}, {min(given):.2f} to "
-          f"{max(given):.2f}), {rounds} interleaved rounds; median (least to most)")
-    for name, size in (("loop", num_labels), ("ingest", num_labels), ("unchanged", num_labels),
-                       ("quarter", num_labels // 4)):
+    print(
+        f"{num_labels} labels, {cores} cores (given {statistics.median(given):.2f}, {min(given):.2f} to "
+        f"{max(given):.2f}), {rounds} interleaved rounds; median (least to most)"
+    )
+    for name, size in (
+        ("loop", num_labels),
+        ("ingest", num_labels),
+        ("unchanged", num_labels),
+        ("quarter", num_labels // 4),
+    ):
         rates = sorted(size / each for each in seconds[name])
-        print(f"  {name:<10} {statistics.median(rates):9,.0f} labels/s ({rates[0]:,.0f} to {rates[-1]:,.0f}), "
-              f"{statistics.median(seconds[name]):.2f} s, "
-              f"CPU {1e6 * statistics.median(cpu_s for _, cpu_s in measured[name]) / size:.1f} us/label")
-    factors = sorted(loop / ours for loop, ours in zip(seconds["loop"], seconds["ingest"], strict=True))
-    growth = sorted(full / quarter for full, quarter in zip(seconds["ingest"], seconds["quarter"], strict=True))
-    print(f"  factor over the loop {statistics.median(factors):.2f} ({factors[0]:.2f} to {factors[-1]:.2f})")
-    print(f"  time for four times the labels {statistics.median(growth):.2f} ({growth[0]:.2f} to {growth[-1]:.2f})")
-    parent, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"  memory at most {(parent + cores * child) / 2**10:.0f} MiB: the parent's peak {parent / 2**10:.0f}, and "
-          f"{cores} workers of at most {child / 2**10:.0f}")
+        print(
+            f"  {name:<10} {statistics.median(rates):9,.0f} labels/s ({rates[0]:,.0f} to {rates[-1]:,.0f}), "
+            f"{statistics.median(seconds[name]):.2f} s, "
+            f"CPU {1e6 * statistics.median(cpu_s for _, cpu_s in measured[name]) / size:.1f} us/label"
+        )
+    factors = sorted(
+        loop / ours for loop, ours in zip(seconds["loop"], seconds["ingest"], strict=True)
+    )
+    growth = sorted(
+        full / quarter for full, quarter in zip(seconds["ingest"], seconds["quarter"], strict=True)
+    )
+    print(
+        f"  factor over the loop {statistics.median(factors):.2f} ({factors[0]:.2f} to {factors[-1]:.2f})"
+    )
+    print(
+        f"  time for four times the labels {statistics.median(growth):.2f} ({growth[0]:.2f} to {growth[-1]:.2f})"
+    )
+    parent, child = (
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    print(
+        f"  memory at most {(parent + cores * child) / 2**10:.0f} MiB: the parent's peak {parent / 2**10:.0f}, and "
+        f"{cores} workers of at most {child / 2**10:.0f}"
+    )
     print(f"  catalog {database.stat().st_size / num_labels:.0f} bytes per label")
 
 

@@ -1,7 +1,8 @@
-"""Label files like the users' (size, schema, traps), and one of each defect that a label can have. For bench and tests.
+"""Label files like the users' (size, schema, traps), and one of each defect that a label can
+have. For bench and tests.
 
-`write_label_tree` writes any number of them, fast: a handful of labels is built as JSON once, then only the id and the
-date are put in.
+`write_label_tree` writes any number of them, fast: a handful of labels is built as JSON once,
+then only the id and the date are put in.
 """
 
 import json
@@ -10,42 +11,87 @@ from pathlib import Path
 from typing import Any
 
 SCENE = "사람들이 움직이는 모습을 촬영한 장면입니다."
-OBJECTS = ["노란 장화를 신은 상인이 얼음 위에 생선을 가지런히 놓는다.",
-           "파란 천막 아래에서 손님 두 사람이 상자를 들여다보고 있다.",
-           "갈매기 떼가 방파제 위에 앉아 바다를 바라보고 있다."]
+OBJECTS = [
+    "노란 장화를 신은 상인이 얼음 위에 생선을 가지런히 놓는다.",
+    "파란 천막 아래에서 손님 두 사람이 상자를 들여다보고 있다.",
+    "갈매기 떼가 방파제 위에 앉아 바다를 바라보고 있다.",
+]
 _ID, _DAY = "9999999", "31 1999"
 _FILES_PER_FOLDER = 5000
 
 
-def make_label(clip_id: str, *, shots: tuple[tuple[str, str], ...] = (("00:00:00;00", "00:00:11;29"),),
-               media_type: str = "video", length: str = "00:00:11.97", resolution: str | None = "1920, 1080",
-               **generated: Any) -> dict[str, Any]:
+def make_label(
+    clip_id: str,
+    *,
+    shots: tuple[tuple[str, str], ...] = (("00:00:00;00", "00:00:11;29"),),
+    media_type: str = "video",
+    length: str = "00:00:11.97",
+    resolution: str | None = "1920, 1080",
+    **generated: Any,
+) -> dict[str, Any]:
     """A sound label of the users' schema; `generated` overrides fields of ai_generated_info."""
-    captions = [{"text": OBJECTS[i % len(OBJECTS)], "tc_in": tc_in, "tc_out": tc_out, "token": 11, "sentences": 1}
-                for i, (tc_in, tc_out) in enumerate(shots)]
+    captions = [
+        {
+            "text": OBJECTS[i % len(OBJECTS)],
+            "tc_in": tc_in,
+            "tc_out": tc_out,
+            "token": 11,
+            "sentences": 1,
+        }
+        for i, (tc_in, tc_out) in enumerate(shots)
+    ]
     suffix = "mp4" if media_type == "video" else "png"
     return {
         "file_id": f"MBC충북_생활_{clip_id}.{suffix}",
         "source_data_info": {
-            "clip_id": clip_id, "source_mbc": "충북",
+            "clip_id": clip_id,
+            "source_mbc": "충북",
             "broadcast_date": "Tue May 14 2019 00:00:00 GMT+0900 (Korean Standard Time)",
             "clip_proxy_url": f"https://cdn.example.org/proxy/{clip_id}.{suffix}",
             "clip_proxy_thumbnail_url": [f"https://cdn.example.org/thumb/{clip_id}_0001.jpg"],
             "ai_generated_info": {
-                "stt_script": "새벽 어시장은 벌써 사람들로 붐빕니다.", "keyword": "어시장", "mid_category": "생활/문화",
-                "scene_description_auto": [{"tc_in": tc_in, "tc_out": tc_out, "description": SCENE}
-                                           for tc_in, tc_out in shots if tc_in],
-                "auto_tags": {"ocr": ["새벽 4시"], "objects": ["사람", "상자"]}, **generated},
+                "stt_script": "새벽 어시장은 벌써 사람들로 붐빕니다.",
+                "keyword": "어시장",
+                "mid_category": "생활/문화",
+                "scene_description_auto": [
+                    {"tc_in": tc_in, "tc_out": tc_out, "description": SCENE}
+                    for tc_in, tc_out in shots
+                    if tc_in
+                ],
+                "auto_tags": {"ocr": ["새벽 4시"], "objects": ["사람", "상자"]},
+                **generated,
+            },
         },
-        "labeling_data_info": {"caption_info": {
-            "object_level": captions,
-            "semantic_level": [{"text": "분주한 새벽 시장의 활기가 드러난다.", "tc_in": "", "tc_out": "", "token": 7,
-                                "sentences": 1}],
-            "application_level": [{"text": "지역 경제를 다루는 보도 자료로 쓸 수 있다.", "tc_in": "", "tc_out": "",
-                                   "token": 9, "sentences": 1}]}},
-        "raw_data_info": {"source_media_info": {
-            "media_type": media_type, "resolution": resolution,
-            "details": {"length": length, "frame_rate": 29.97} if media_type == "video" else {}}},
+        "labeling_data_info": {
+            "caption_info": {
+                "object_level": captions,
+                "semantic_level": [
+                    {
+                        "text": "분주한 새벽 시장의 활기가 드러난다.",
+                        "tc_in": "",
+                        "tc_out": "",
+                        "token": 7,
+                        "sentences": 1,
+                    }
+                ],
+                "application_level": [
+                    {
+                        "text": "지역 경제를 다루는 보도 자료로 쓸 수 있다.",
+                        "tc_in": "",
+                        "tc_out": "",
+                        "token": 9,
+                        "sentences": 1,
+                    }
+                ],
+            }
+        },
+        "raw_data_info": {
+            "source_media_info": {
+                "media_type": media_type,
+                "resolution": resolution,
+                "details": {"length": length, "frame_rate": 29.97} if media_type == "video" else {},
+            }
+        },
     }
 
 
@@ -56,6 +102,7 @@ def label_bytes(label: dict[str, Any]) -> bytes:
 
 def defective_labels(clip_id: str) -> dict[str, bytes]:
     """Reason code -> a label file that must end with it under the default recipe."""
+
     def changed(**arguments: Any) -> bytes:
         return label_bytes(make_label(clip_id, **arguments))
 
@@ -95,16 +142,30 @@ def defective_labels(clip_id: str) -> dict[str, bytes]:
 
 def _templates() -> list[bytes]:
     """Sound labels with the field's traps, all of one placeholder id."""
-    two, three = (("00:00:00;00", "00:00:08;14"), ("00:00:08;15", "00:00:19;22")), (
-        ("00:00:14;03", "00:00:21;06"), ("00:00:00;00", "00:00:08;00"), ("00:00:08;01", "00:00:14;02"))
-    labels = [make_label(_ID), make_label(_ID, shots=two, length="00:00:19.75"),
-              make_label(_ID, shots=three, length="00:00:21.24", keyword=None), make_label(_ID, stt_script=""),
-              make_label(_ID, shots=(("", ""),), media_type="image")]
+    two, three = (
+        (("00:00:00;00", "00:00:08;14"), ("00:00:08;15", "00:00:19;22")),
+        (
+            ("00:00:14;03", "00:00:21;06"),
+            ("00:00:00;00", "00:00:08;00"),
+            ("00:00:08;01", "00:00:14;02"),
+        ),
+    )
+    labels = [
+        make_label(_ID),
+        make_label(_ID, shots=two, length="00:00:19.75"),
+        make_label(_ID, shots=three, length="00:00:21.24", keyword=None),
+        make_label(_ID, stt_script=""),
+        make_label(_ID, shots=(("", ""),), media_type="image"),
+    ]
     nested = make_label(_ID, resolution=None)
     nested["raw_data_info"]["raw_data_info"] = {"basic_info": {"resolution": "720, 512"}}
     quoted = make_label(_ID)
-    quoted["labeling_data_info"]["caption_info"]["object_level"][0]["text"] += "\n현수막에 \"축제\"라고 적혀 있다."
-    return [label_bytes(label).replace(b"14 2019", _DAY.encode()) for label in [*labels, nested, quoted]]
+    quoted["labeling_data_info"]["caption_info"]["object_level"][0]["text"] += (
+        '\n현수막에 "축제"라고 적혀 있다.'
+    )
+    return [
+        label_bytes(label).replace(b"14 2019", _DAY.encode()) for label in [*labels, nested, quoted]
+    ]
 
 
 def label_files(num_labels: int) -> Iterator[tuple[str, bytes]]:
@@ -113,8 +174,11 @@ def label_files(num_labels: int) -> Iterator[tuple[str, bytes]]:
     for number in range(num_labels):
         clip_id = str(3_000_000 + number)
         day = f"{1 + number // 100 % 28:02} {2000 + number // 3000 % 20}"
-        data = templates[number % len(templates)].replace(_ID.encode(), clip_id.encode()).replace(_DAY.encode(),
-                                                                                                  day.encode())
+        data = (
+            templates[number % len(templates)]
+            .replace(_ID.encode(), clip_id.encode())
+            .replace(_DAY.encode(), day.encode())
+        )
         kind = "image" if number % len(templates) == 4 else "video"
         yield f"{kind}/batch_{number // _FILES_PER_FOLDER:04}/{clip_id}.json", data
 

@@ -1,8 +1,9 @@
-"""What others load: the same samples through webdataset, litdata and mosaicml-streaming, to the same two tensors.
+"""What others load: the same samples through webdataset, litdata and mosaicml-streaming, to the
+same two tensors.
 
-Each is given its due: our fast codec for our shards in webdataset (and, as another subject, the plain one), its own
-format with uncompressed float16 (nothing to decode) in the other two, written at their defaults, and a torch DataLoader
-with 0, 1 or 2 workers.
+Each is given its due: our fast codec for our shards in webdataset (and, as another subject, the
+plain one), its own format with uncompressed float16 (nothing to decode) in the other two, written
+at their defaults, and a torch DataLoader with 0, 1 or 2 workers.
 """
 
 import shutil
@@ -18,7 +19,15 @@ from torch.utils.data import DataLoader
 
 from loader.feed import merge_planes
 from loader.read import Reader, read_dataset
-from loader.sample import JSON, LATENT, TEXT, TensorInfo, decode_meta, decode_planes_into, decode_tensor
+from loader.sample import (
+    JSON,
+    LATENT,
+    TEXT,
+    TensorInfo,
+    decode_meta,
+    decode_planes_into,
+    decode_tensor,
+)
 
 Pair = tuple[Tensor, Tensor]  # latent [48, T, h, w] and text [512, D], float16
 
@@ -27,14 +36,14 @@ _scratch = torch.empty(1 << 24, dtype=torch.uint8)
 
 
 def unpack(member: bytes, info: TensorInfo, out: Tensor) -> None:
-    planes = _scratch[:out.nbytes].view(2, *info.shape)
+    planes = _scratch[: out.nbytes].view(2, *info.shape)
     decode_planes_into(member, info, planes.numpy().data.cast("B"))
     merge_planes(planes, out)
 
 
 def pad(text: Tensor) -> Tensor:
     padded = torch.zeros((512, text.shape[1]), dtype=torch.float16)
-    padded[:len(text)] = text
+    padded[: len(text)] = text
     return padded
 
 
@@ -43,17 +52,26 @@ def _webdataset_sample(sample: dict[str, Any]) -> Pair:
     latent = torch.empty(meta.latent.shape, dtype=torch.float16)
     text = torch.empty((512, meta.text.shape[1]), dtype=torch.float16)
     unpack(sample[LATENT], meta.latent, latent)
-    unpack(sample[TEXT], meta.text, text[:meta.text.shape[0]])
-    text[meta.text.shape[0]:] = 0
+    unpack(sample[TEXT], meta.text, text[: meta.text.shape[0]])
+    text[meta.text.shape[0] :] = 0
     return latent, text
 
 
 def _plain_sample(sample: dict[str, Any]) -> Pair:
-    """The same by what anyone would write first: unpack at once, and let numpy interleave the planes."""
+    """The same by what anyone would write first: unpack at once, and let numpy interleave the
+    planes.
+    """
     latent, text = (
-        torch.from_numpy(np.frombuffer(zstandard.ZstdDecompressor().decompress(sample[name]), np.uint8)
-                         .reshape(2, -1)[::-1].T.copy().view(np.float16).reshape(info.shape))
-        for meta in [decode_meta(sample[JSON])] for name, info in ((LATENT, meta.latent), (TEXT, meta.text)))
+        torch.from_numpy(
+            np.frombuffer(zstandard.ZstdDecompressor().decompress(sample[name]), np.uint8)
+            .reshape(2, -1)[::-1]
+            .T.copy()
+            .view(np.float16)
+            .reshape(info.shape)
+        )
+        for meta in [decode_meta(sample[JSON])]
+        for name, info in ((LATENT, meta.latent), (TEXT, meta.text))
+    )
     return latent, pad(text)
 
 
@@ -74,8 +92,10 @@ def _arrays(dataset: Path) -> Iterator[tuple[Any, Any]]:
     for i, shard in enumerate(manifest.splits["train"]):
         for position in range(shard.num_samples):
             sample = reader.read(i, position, lambda extensions: (LATENT, TEXT))
-            yield (decode_tensor(sample.members[LATENT], sample.meta.latent),
-                   decode_tensor(sample.members[TEXT], sample.meta.text))
+            yield (
+                decode_tensor(sample.members[LATENT], sample.meta.latent),
+                decode_tensor(sample.members[TEXT], sample.meta.text),
+            )
 
 
 def write_litdata(dataset: Path, folder: Path) -> None:
@@ -113,4 +133,7 @@ def mosaic_samples(folder: Path, num_workers: int) -> Iterator[Pair]:
     clean_stale_shared_memory()  # what a killed run of it leaves stops its next one
     dataset = StreamingDataset(local=str(folder), batch_size=1, shuffle=True)
     batches = DataLoader(dataset, batch_size=None, num_workers=num_workers)
-    return ((torch.as_tensor(sample["latent"]), pad(torch.as_tensor(sample["text"]))) for sample in batches)
+    return (
+        (torch.as_tensor(sample["latent"]), pad(torch.as_tensor(sample["text"])))
+        for sample in batches
+    )

@@ -1,4 +1,6 @@
-"""Files over HTTP with Range on loopback, by sendfile: `python -m bench.range_server FOLDER` prints its URL."""
+"""Files over HTTP with Range on loopback, by sendfile: `python -m bench.range_server FOLDER`
+prints its URL.
+"""
 
 import os
 import re
@@ -27,7 +29,9 @@ class Handler(BaseHTTPRequestHandler):
             if match:
                 self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
             self.send_header("Content-Length", str(end - start))
-            self.send_header("Last-Modified", self.date_time_string(os.fstat(file.fileno()).st_mtime))
+            self.send_header(
+                "Last-Modified", self.date_time_string(os.fstat(file.fileno()).st_mtime)
+            )
             self.end_headers()
             self.wfile.flush()
             while start < end:

@@ -1,9 +1,10 @@
-"""Two GPUs against one: `torchrun --nproc-per-node 2 -m bench.scaling [--json FILE]`, also with NCCL_P2P_DISABLE=1.
+"""Two GPUs against one: `torchrun --nproc-per-node 2 -m bench.scaling [--json FILE]`, also with
+NCCL_P2P_DISABLE=1.
 
-The trainer's step at the real size with random weights: each rank alone and all ranks together take turns, with 1 and 8
-micro-batches accumulated. Two cards of one kind differ, and the slower one sets the pace: so `speed`, the rate against
-rank 0 alone, stands beside that against the slower card. First the reduced gradient is compared with the sum of every
-rank's own.
+The trainer's step at the real size with random weights: each rank alone and all ranks together
+take turns, with 1 and 8 micro-batches accumulated. Two cards of one kind differ, and the slower
+one sets the pace: so `speed`, the rate against rank 0 alone, stands beside that against the
+slower card. First the reduced gradient is compared with the sum of every rank's own.
 """
 
 import argparse
@@ -32,19 +33,32 @@ class Run:
     def __init__(self, bucket: Bucket, dtype: torch.dtype, world: dist.World):
         self.world, self.bucket, settings = world, bucket, LoRAConfig()
         model = random_transformer(TI2V_5B, world.device, dtype)
-        self.adapters = lora.attach(model, settings.targets, settings.rank, settings.alpha, 0.0, seed=1)
+        self.adapters = lora.attach(
+            model, settings.targets, settings.rank, settings.alpha, 0.0, seed=1
+        )
         for _, b in self.adapters.tensors().values():
             b.normal_(std=0.02)
         self.adapters.refresh()
         self.flat = optim.flatten(self.adapters.parameters())
-        self.optimizer = optim.make_optimizer(self.flat.vector, "adamw", 1e-6, (0.9, 0.999), 1e-8, 0.01)
+        self.optimizer = optim.make_optimizer(
+            self.flat.vector, "adamw", 1e-6, (0.9, 0.999), 1e-8, 0.01
+        )
         self.attention_name, attention = choose_attention("auto", world.device, dtype)
         scaler = torch.amp.GradScaler("cuda", enabled=False)
         shape = remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS)
         kept = remat.plan_shape(TI2V_5B, shape, settings.targets, dtype.itemsize, float("inf"))
-        self.micro = MicroStep(model, self.adapters.set_seeds, attention, remat.block_runner(model, {shape: kept}),
-                               scaler, 1.0, 4096)
-        self.batch = replace(random_batch(bucket, 1, TI2V_5B.text_dim, world.device), seeds=[world.rank])
+        self.micro = MicroStep(
+            model,
+            self.adapters.set_seeds,
+            attention,
+            remat.block_runner(model, {shape: kept}),
+            scaler,
+            1.0,
+            4096,
+        )
+        self.batch = replace(
+            random_batch(bucket, 1, TI2V_5B.text_dim, world.device), seeds=[world.rank]
+        )
 
     def gradient(self, num_micro: int) -> None:
         self.flat.buffer.zero_()
@@ -66,7 +80,9 @@ class Run:
         return start.elapsed_time(end) / 1e3
 
     def reduced_gradient_error(self) -> float:
-        """Largest difference of the reduced gradient from the sum of all ranks' own, relative to its largest value."""
+        """Largest difference of the reduced gradient from the sum of all ranks' own, relative to
+        its largest value.
+        """
         self.gradient(1)
         own = [torch.empty_like(self.flat.gradient) for _ in range(self.world.size)]
         torch.distributed.all_gather(own, self.flat.gradient.clone())
@@ -77,24 +93,37 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="1280x704x49")
-    parser.add_argument("--rounds", default="1=10,8=3", help="accumulated micro-batches = rounds, ...")
+    parser.add_argument(
+        "--rounds", default="1=10,8=3", help="accumulated micro-batches = rounds, ..."
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with dist.process_group() as world:
         if world.size < 2:
-            raise SystemExit("one process has nothing to compare with: torchrun --nproc-per-node 2 -m bench.scaling")
+            raise SystemExit(
+                "one process has nothing to compare with: torchrun --nproc-per-node 2 -m bench.scaling"
+            )
         run = Run(Bucket.parse(arguments.shape), torch.bfloat16, world)
         error = run.reduced_gradient_error()
         assert error < 1e-5, f"the reduced gradient is off by {error}"
         for _ in range(2):
             run.step_s(1, together=True)
         result: dict[str, object] = {
-            "card": torch.cuda.get_device_name(), "processes": world.size, "shape": arguments.shape,
-            "attention": run.attention_name, "NCCL_P2P_DISABLE": os.environ.get("NCCL_P2P_DISABLE", "0"),
-            "reduced_gradient_error": error, "reduced_bytes": run.flat.buffer.nbytes}
-        for num_micro, rounds in (map(int, pair.split("=")) for pair in arguments.rounds.split(",")):
+            "card": torch.cuda.get_device_name(),
+            "processes": world.size,
+            "shape": arguments.shape,
+            "attention": run.attention_name,
+            "NCCL_P2P_DISABLE": os.environ.get("NCCL_P2P_DISABLE", "0"),
+            "reduced_gradient_error": error,
+            "reduced_bytes": run.flat.buffer.nbytes,
+        }
+        for num_micro, rounds in (
+            map(int, pair.split("=")) for pair in arguments.rounds.split(",")
+        ):
             alone, together = [], []
             for _ in range(rounds):
                 for rank in range(world.size):
@@ -110,8 +139,13 @@ def main() -> None:
                 for name, base in (("", alone), (", the slower card", slower)):
                     ratios = [world.size * a / b for a, b in zip(base, together, strict=True)]
                     result[f"accumulation {num_micro}{name}"] = {
-                        "n": rounds, "alone_s": statistics.median(base), "together_s": statistics.median(together),
-                        "speed": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+                        "n": rounds,
+                        "alone_s": statistics.median(base),
+                        "together_s": statistics.median(together),
+                        "speed": statistics.median(ratios),
+                        "least": min(ratios),
+                        "most": max(ratios),
+                    }
         if world.rank == 0:
             print(json.dumps(result, indent=1))
             if arguments.json:

@@ -1,16 +1,18 @@
-"""How fast a training step is, against diffusers + PEFT and against the floor: `python -m bench.step --profile native`.
+"""How fast a training step is, against diffusers + PEFT and against the floor: `python -m
+bench.step --profile native`.
 
-One process per profile and shape: random weights of the real size, subjects interleaved, CUDA events, a whole optimizer
-step each. First it checks that what it times is right (bench/step_check.py); then it prints a table and writes it as
-JSON. Profiles:
+One process per profile and shape: random weights of the real size, subjects interleaved, CUDA
+events, a whole optimizer step each. First it checks that what it times is right
+(bench/step_check.py); then it prints a table and writes it as JSON. Profiles:
 
 - native: bfloat16, the card's best attention, nothing recomputed (diffusers: torch's best, cuDNN);
-- native32: the same, our activations planned for 30 GiB, some steps of it under a cap of 32 before the timed rounds;
-- volta: float16 with loss scaling, SDPA's memory-efficient kernel alone, planned and capped the same, and none of the
-  low-rank kernels that need tl.dot: what runs on a V100.
+- native32: the same, our activations planned for 30 GiB, some steps of it under a cap of 32
+  before the timed rounds;
+- volta: float16 with loss scaling, SDPA's memory-efficient kernel alone, planned and capped the
+  same, and none of the low-rank kernels that need tl.dot: what runs on a V100.
 
-Cases: t2v and i2v with rank 16 on the six q/k/v, r32 with rank 32 on every layer and dropout 0.1 (t2v). Peak memory is
-the step's own: what the other subjects keep is subtracted.
+Cases: t2v and i2v with rank 16 on the six q/k/v, r32 with rank 32 on every layer and dropout 0.1
+(t2v). Peak memory is the step's own: what the other subjects keep is subtracted.
 """
 
 import argparse
@@ -44,8 +46,10 @@ from train.model.wan import TI2V_5B, WanConfig
 GIB = 2**30
 CAP_GIB, PLANNED_GIB = 32, 30
 PROFILES: dict[str, tuple[torch.dtype, AttentionName, bool]] = {
-    "native": (torch.bfloat16, "auto", False), "native32": (torch.bfloat16, "auto", True),
-    "volta": (torch.float16, "efficient", True)}
+    "native": (torch.bfloat16, "auto", False),
+    "native32": (torch.bfloat16, "auto", True),
+    "volta": (torch.float16, "efficient", True),
+}
 CASES = {"t2v": ("r16", False), "i2v": ("r16", True), "r32": ("r32", False)}
 PEERS = ("eager, checkpointing", "compiled, checkpointing", "compiled")
 
@@ -53,8 +57,16 @@ PEERS = ("eager, checkpointing", "compiled, checkpointing", "compiled")
 class Bench:
     """The models of one adapter configuration, and the steps to time with them."""
 
-    def __init__(self, config: WanConfig, bucket: Bucket, profile: str, adapters: subjects.Adapters,
-                 peers: list[str], device: torch.device, graph_tokens: int):
+    def __init__(
+        self,
+        config: WanConfig,
+        bucket: Bucket,
+        profile: str,
+        adapters: subjects.Adapters,
+        peers: list[str],
+        device: torch.device,
+        graph_tokens: int,
+    ):
         self.config, self.bucket, self.device = config, bucket, device
         self.dtype, name, self.capped = PROFILES[profile]
         attention, self.attention = choose_attention(name, device, self.dtype)
@@ -69,20 +81,47 @@ class Bench:
             self.adapters = subjects.attach(self.model, adapters)
         with self._counting("frozen"):
             frozen = subjects.our_model(self.reference, config, self.dtype)
-        room = PLANNED_GIB * GIB - self.resident["ours"] - 12 * sum(p.numel() for p in self.adapters.parameters())
-        self.kept = remat.plan_shape(config, shape, adapters.targets, self.dtype.itemsize,
-                                     None if self.capped else float("inf"), room, attention, self.capped)
+        room = (
+            PLANNED_GIB * GIB
+            - self.resident["ours"]
+            - 12 * sum(p.numel() for p in self.adapters.parameters())
+        )
+        self.kept = remat.plan_shape(
+            config,
+            shape,
+            adapters.targets,
+            self.dtype.itemsize,
+            None if self.capped else float("inf"),
+            room,
+            attention,
+            self.capped,
+        )
         with self._counting("ours"):
-            self.steps["ours"] = subjects.our_step(self.model, self.adapters, self.attention, bucket, self.dtype,
-                                                   self.kept, graph_tokens)
-        self.steps["frozen"] = subjects.frozen_step(frozen, self.attention, bucket, self.kept, graph_tokens)
+            self.steps["ours"] = subjects.our_step(
+                self.model,
+                self.adapters,
+                self.attention,
+                bucket,
+                self.dtype,
+                self.kept,
+                graph_tokens,
+            )
+        self.steps["frozen"] = subjects.frozen_step(
+            frozen, self.attention, bucket, self.kept, graph_tokens
+        )
         self.steps["floor"] = subjects.floor_step(self.model, bucket, self.dtype, self.attention)
         with self._counting("peer"):
             step = subjects.peer_step(self.reference, adapters, self.dtype) if peers else None
-        compiled = subjects.compile_blocks(self.reference) if any("compiled" in peer for peer in peers) else None
+        compiled = (
+            subjects.compile_blocks(self.reference)
+            if any("compiled" in peer for peer in peers)
+            else None
+        )
         for peer in peers:
             assert step is not None
-            self.steps[peer] = self._peer(step, compiled if "compiled" in peer else None, "checkpointing" in peer)
+            self.steps[peer] = self._peer(
+                step, compiled if "compiled" in peer else None, "checkpointing" in peer
+            )
 
     def _peer(self, step: subjects.Step, compiled: Any, checkpointing: bool) -> subjects.Step:
         def run(batch: Any) -> torch.Tensor:
@@ -108,16 +147,23 @@ class Bench:
         loss = self.steps[name](batch)
         end.record()
         torch.cuda.synchronize()
-        return {"s": start.elapsed_time(end) / 1e3, "loss": loss.item(),
-                "peak_gib": (torch.cuda.max_memory_allocated() - others) / GIB}
+        return {
+            "s": start.elapsed_time(end) / 1e3,
+            "loss": loss.item(),
+            "peak_gib": (torch.cuda.max_memory_allocated() - others) / GIB,
+        }
 
     def under_the_cap(self, batch: Any) -> dict[str, float]:
-        """Our step with no more memory for it than a card of 32 GiB has: seconds, and how often in a step the allocator
-        had to give back what it kept and try again. Out of memory ends the run."""
+        """Our step with no more memory for it than a card of 32 GiB has: seconds, and how often
+        in a step the allocator had to give back what it kept and try again. Out of memory ends
+        the run.
+        """
         torch.cuda.empty_cache()
         others = torch.cuda.memory_reserved() - self.resident["ours"]
         total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction((CAP_GIB * GIB - plan.CONTEXT_BYTES + others) / total)
+        torch.cuda.set_per_process_memory_fraction(
+            (CAP_GIB * GIB - plan.CONTEXT_BYTES + others) / total
+        )
         self.time("ours", batch)
         retries = torch.cuda.memory_stats()["num_alloc_retries"]
         capped_s = min(self.time("ours", batch)["s"] for _ in range(3))
@@ -140,51 +186,82 @@ class _Counting:
         self._resident[self._owner] = self._resident.get(self._owner, 0) + grown
 
 
-def rows_of(bench: Bench, case: str, i2v: bool, num_rounds: int, deadline_s: float) -> list[dict[str, Any]]:
+def rows_of(
+    bench: Bench, case: str, i2v: bool, num_rounds: int, deadline_s: float
+) -> list[dict[str, Any]]:
     """Interleave all subjects and return a row for each."""
     batch = subjects.make_batch(bench.bucket, i2v, bench.device)
     small = bench.bucket.num_tokens <= 4096
     if small:
-        bench.steps["floor"] = subjects.graphed(subjects.floor_step(bench.model, bench.bucket, bench.dtype,
-                                                                    bench.attention), batch)
+        bench.steps["floor"] = subjects.graphed(
+            subjects.floor_step(bench.model, bench.bucket, bench.dtype, bench.attention), batch
+        )
     peaks_gib = {}  # of the warm-up too: what a replayed graph uses is not counted as allocated
     for name in bench.steps:
         begin_s = time.perf_counter()
-        peaks_gib[name] = max(bench.time(name, batch)["peak_gib"] for _ in range(3 if small else 2))  # compile, capture
-        print(f"  {case}: {name}: warmed up in {time.perf_counter() - begin_s:.1f} s", file=sys.stderr, flush=True)
+        # compile, capture
+        peaks_gib[name] = max(bench.time(name, batch)["peak_gib"] for _ in range(3 if small else 2))
+        print(
+            f"  {case}: {name}: warmed up in {time.perf_counter() - begin_s:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     capped = bench.under_the_cap(batch) if bench.capped else {}
     if capped:
-        print(f"  {case}: ours under the cap: {capped['capped_s']:.4f} s, {capped['capped_retries']:.1f} retries",
-              file=sys.stderr, flush=True)
+        print(
+            f"  {case}: ours under the cap: {capped['capped_s']:.4f} s, {capped['capped_retries']:.1f} retries",
+            file=sys.stderr,
+            flush=True,
+        )
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in bench.steps}
     order = random.Random(0)
     for number in range(num_rounds):
-        if number and time.perf_counter() > deadline_s:  # one round in any case, so that there is a table
+        # one round in any case, so that there is a table
+        if number and time.perf_counter() > deadline_s:
             break
-        for name in order.sample(list(bench.steps), len(bench.steps)):  # what ran before shows in the card's clock
+        # what ran before shows in the card's clock
+        for name in order.sample(list(bench.steps), len(bench.steps)):
             runs[name].append(bench.time(name, batch))
     adapters = subjects.ADAPTERS[CASES[case][0]]
-    step = plan.step_of(bench.config, bench.bucket, list(adapters.targets), adapters.rank, 2, remat.Kept(None, 0.0))
+    step = plan.step_of(
+        bench.config, bench.bucket, list(adapters.targets), adapters.rank, 2, remat.Kept(None, 0.0)
+    )
     median = {name: statistics.median(run["s"] for run in found) for name, found in runs.items()}
-    return [{"case": case, "subject": name, "n": len(found), "s": median[name], "min_s": min(r["s"] for r in found),
-             "max_s": max(r["s"] for r in found), "tokens_per_s": bench.bucket.num_tokens / median[name],
-             "model_tflops": (step.gemm_flops + step.attention_flops) / median[name] / 1e12,
-             "of_floor": median[name] / median["floor"], "loss": found[-1]["loss"],
-             "peak_gib": max(peaks_gib[name], *(r["peak_gib"] for r in found)), **(capped if name == "ours" else {})}
-            for name, found in runs.items()]
+    return [
+        {
+            "case": case,
+            "subject": name,
+            "n": len(found),
+            "s": median[name],
+            "min_s": min(r["s"] for r in found),
+            "max_s": max(r["s"] for r in found),
+            "tokens_per_s": bench.bucket.num_tokens / median[name],
+            "model_tflops": (step.gemm_flops + step.attention_flops) / median[name] / 1e12,
+            "of_floor": median[name] / median["floor"],
+            "loss": found[-1]["loss"],
+            "peak_gib": max(peaks_gib[name], *(r["peak_gib"] for r in found)),
+            **(capped if name == "ours" else {}),
+        }
+        for name, found in runs.items()
+    ]
 
 
-def check(config: WanConfig, bucket: Bucket, profile: str, device: torch.device) -> dict[str, step_check.Checks]:
+def check(
+    config: WanConfig, bucket: Bucket, profile: str, device: torch.device
+) -> dict[str, step_check.Checks]:
     dtype, attention, _ = PROFILES[profile]
     small = Bucket(832, 480, 9)
-    found = {"kernels": step_check.kernels_agree(device, dtype),
-             "linear": step_check.linear_agrees(device, dtype, nf4=False),
-             "200 steps": step_check.loss_curve(dtype, attention, device)}
+    found = {
+        "kernels": step_check.kernels_agree(device, dtype),
+        "linear": step_check.linear_agrees(device, dtype, nf4=False),
+        "200 steps": step_check.loss_curve(dtype, attention, device),
+    }
     if find_spec("bitsandbytes"):
         found["linear, NF4"] = step_check.linear_agrees(device, dtype, nf4=True)
     for case, (adapters, i2v) in CASES.items():
-        found[f"2 blocks, {case}"] = step_check.gradients_agree(config, bucket, i2v, subjects.ADAPTERS[adapters], dtype,
-                                                                attention, device)
+        found[f"2 blocks, {case}"] = step_check.gradients_agree(
+            config, bucket, i2v, subjects.ADAPTERS[adapters], dtype, attention, device
+        )
         _free()
     shallow = msgspec.structs.replace(config, num_layers=4)
     reference = subjects.reference_model(shallow, device, dtype)
@@ -193,10 +270,19 @@ def check(config: WanConfig, bucket: Bucket, profile: str, device: torch.device)
     torch.use_deterministic_algorithms(True)
     shape = remat.Shape(1, small.num_tokens, MAX_TEXT_TOKENS)
     targets = subjects.ADAPTERS["r32"].targets
-    plans = {name: remat.plan_shape(shallow, shape, targets, 2, budget, offload="offload" in name) for name, budget in
-             (("block", 0.0), ("100 MB", 1e8), ("offload", 0.0), ("100 MB, offload", 1e8), ("graphs", float("inf")),
-              ("graphs, 100 MB", 1e8))}
-    bitwise = "flash" if attention == "auto" else attention  # cuDNN's backward pass is not deterministic
+    plans = {
+        name: remat.plan_shape(shallow, shape, targets, 2, budget, offload="offload" in name)
+        for name, budget in (
+            ("block", 0.0),
+            ("100 MB", 1e8),
+            ("offload", 0.0),
+            ("100 MB, offload", 1e8),
+            ("graphs", float("inf")),
+            ("graphs, 100 MB", 1e8),
+        )
+    }
+    # cuDNN's backward pass is not deterministic
+    bitwise = "flash" if attention == "auto" else attention
     found["same bits"] = step_check.same_bits(model, adapters32, small, dtype, bitwise, plans, 4096)
     torch.use_deterministic_algorithms(False)
     return found
@@ -208,28 +294,48 @@ def _free() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--profile", choices=PROFILES, default="native")
     parser.add_argument("--shape", default="1280x704x49")
     parser.add_argument("--cases", default="t2v,i2v,r32")
     parser.add_argument("--peers", default=";".join(PEERS), help="of " + "; ".join(PEERS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--budget-s", type=float, default=500.0, help="after so many, a case has one round")
+    parser.add_argument(
+        "--budget-s", type=float, default=500.0, help="after so many, a case has one round"
+    )
     parser.add_argument("--layers", type=int, default=TI2V_5B.num_layers)
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    cases, peers = arguments.cases.split(","), [peer.strip() for peer in arguments.peers.split(";") if peer.strip()]
+    cases, peers = (
+        arguments.cases.split(","),
+        [peer.strip() for peer in arguments.peers.split(";") if peer.strip()],
+    )
     if unknown := {*cases} - CASES.keys() | {*peers} - {*PEERS}:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; cases are {', '.join(CASES)}, peers {'; '.join(PEERS)}")
-    begin_s, device, bucket = time.perf_counter(), torch.device("cuda"), Bucket.parse(arguments.shape)
+        parser.error(
+            f"unknown: {', '.join(sorted(unknown))}; cases are {', '.join(CASES)}, peers {'; '.join(PEERS)}"
+        )
+    begin_s, device, bucket = (
+        time.perf_counter(),
+        torch.device("cuda"),
+        Bucket.parse(arguments.shape),
+    )
     config = msgspec.structs.replace(TI2V_5B, num_layers=arguments.layers)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     lowrank.TENSOR_CORE_KERNELS = arguments.profile != "volta"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     result: dict[str, Any] = {
-        "command": " ".join(sys.argv[1:]), "commit": commit, "card": torch.cuda.get_device_name(), "torch":
-        torch.__version__, "date": time.strftime("%Y-%m-%d"), "rows": []}
+        "command": " ".join(sys.argv[1:]),
+        "commit": commit,
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [],
+    }
 
     def save() -> None:
         if arguments.json:
@@ -238,28 +344,49 @@ def main() -> None:
     if not arguments.no_check:
         result["checks"] = check(config, bucket, arguments.profile, device)
         for name, found in result["checks"].items():
-            print(f"check: {name}: " + ", ".join(f"{key} {value:.2g} (at most {limit:g})" for key, (value, limit) in
-                                                 found.items()), flush=True)
+            print(
+                f"check: {name}: "
+                + ", ".join(
+                    f"{key} {value:.2g} (at most {limit:g})"
+                    for key, (value, limit) in found.items()
+                ),
+                flush=True,
+            )
         save()
-        if any(not value <= limit for found in result["checks"].values() for value, limit in found.values()):
+        if any(
+            not value <= limit
+            for found in result["checks"].values()
+            for value, limit in found.values()
+        ):
             sys.exit("a check failed: nothing was timed")
         _free()
     for adapters in dict.fromkeys(CASES[case][0] for case in cases):
-        bench = Bench(config, bucket, arguments.profile, subjects.ADAPTERS[adapters], peers, device, 4096)
-        print(f"{adapters}: ours: {remat.describe(config, bench.kept)}; beside a model of "
-              f"{bench.resident['ours'] / GIB:.2f} GiB", flush=True)
+        bench = Bench(
+            config, bucket, arguments.profile, subjects.ADAPTERS[adapters], peers, device, 4096
+        )
+        print(
+            f"{adapters}: ours: {remat.describe(config, bench.kept)}; beside a model of "
+            f"{bench.resident['ours'] / GIB:.2f} GiB",
+            flush=True,
+        )
         for case in (case for case in cases if CASES[case][0] == adapters):
-            result["rows"] += rows_of(bench, case, CASES[case][1], arguments.rounds, begin_s + arguments.budget_s)
+            result["rows"] += rows_of(
+                bench, case, CASES[case][1], arguments.rounds, begin_s + arguments.budget_s
+            )
             save()
         del bench
         _free()
     print(f"{result['card']}, {arguments.profile}, {arguments.shape}, {arguments.layers} blocks")
-    print("| case | subject | n | s/step (least to most) | tokens/s | TFLOP/s | of the floor | peak GiB | loss |")
+    print(
+        "| case | subject | n | s/step (least to most) | tokens/s | TFLOP/s | of the floor | peak GiB | loss |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in result["rows"]:
-        print(f"| {row['case']} | {row['subject']} | {row['n']} | {row['s']:.4f} ({row['min_s']:.4f} to "
-              f"{row['max_s']:.4f}) | {row['tokens_per_s']:,.0f} | {row['model_tflops']:.0f} | {row['of_floor']:.3f} | "
-              f"{row['peak_gib']:.1f} | {row['loss']:.4f} |")
+        print(
+            f"| {row['case']} | {row['subject']} | {row['n']} | {row['s']:.4f} ({row['min_s']:.4f} to "
+            f"{row['max_s']:.4f}) | {row['tokens_per_s']:,.0f} | {row['model_tflops']:.0f} | {row['of_floor']:.3f} | "
+            f"{row['peak_gib']:.1f} | {row['loss']:.4f} |"
+        )
     print(f"took {time.perf_counter() - begin_s:.0f} s")
 
 

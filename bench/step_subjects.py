@@ -1,9 +1,10 @@
 """What bench.step times: our step, the same on the frozen base, diffusers with PEFT, and the floor.
 
-All have the same random weights of the real size, the same sample and noise, and do a whole optimizer step: noise,
-forward, loss, backward, clipping, AdamW. The floor does only what no implementation of this model can leave out: the
-GEMMs of our step, adapters included (dlow and dB by one kernel where our step has it), and the attention calls, forward
-and backward, nothing recomputed, on random values, one block's buffers used again for the next.
+All have the same random weights of the real size, the same sample and noise, and do a whole
+optimizer step: noise, forward, loss, backward, clipping, AdamW. The floor does only what no
+implementation of this model can leave out: the GEMMs of our step, adapters included (dlow and dB
+by one kernel where our step has it), and the attention calls, forward and backward, nothing
+recomputed, on random values, one block's buffers used again for the next.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,8 @@ from train.model.load import build_transformer
 from train.model.wan import Block, Projections, Wan, WanConfig
 from train.step import MicroStep, prepare
 
-KEEP_FLOAT32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")  # as diffusers loads it
+# as diffusers loads it
+KEEP_FLOAT32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v")
 
 
@@ -47,19 +49,39 @@ def make_batch(bucket: Bucket, i2v: bool, device: torch.device, seed: int = 0) -
     latent = torch.randn(1, *bucket.latent_shape, generator=generator, device=device).half()
     text = torch.zeros(1, MAX_TEXT_TOKENS, 4096, device=device, dtype=torch.float16)
     text[:, :200] = 0.2 * torch.randn(1, 200, 4096, generator=generator, device=device).half()
-    return Batch(latent, text, None, is_i2v=[i2v], caption_dropped=[False], seeds=[1000 + seed], keys=[""],
-                 bucket=bucket, dataset=0, epoch=0, index=0, wait_s=0.0)
+    return Batch(
+        latent,
+        text,
+        None,
+        is_i2v=[i2v],
+        caption_dropped=[False],
+        seeds=[1000 + seed],
+        keys=[""],
+        bucket=bucket,
+        dataset=0,
+        epoch=0,
+        index=0,
+        wait_s=0.0,
+    )
 
 
 def reference_model(config: WanConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """diffusers' transformer with random weights, in the dtypes in which diffusers would load it."""
+    """diffusers' transformer with random weights, in the dtypes in which diffusers would load
+    it.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         model = WanTransformer3DModel(
-            patch_size=config.patch_size, num_attention_heads=config.num_attention_heads,
-            attention_head_dim=config.attention_head_dim, in_channels=config.in_channels,
-            out_channels=config.out_channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
-            ffn_dim=config.ffn_dim, num_layers=config.num_layers)
+            patch_size=config.patch_size,
+            num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.attention_head_dim,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            text_dim=config.text_dim,
+            freq_dim=config.freq_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+        )
     for name, parameter in model.named_parameters():
         if set(name.split(".")).isdisjoint(KEEP_FLOAT32):
             parameter.data = parameter.data.to(dtype)
@@ -71,12 +93,16 @@ def our_model(reference: Any, config: WanConfig, dtype: torch.dtype) -> Wan:
     state = {name: value for name, value in reference.state_dict().items() if "lora" not in name}
     state = {name.replace(".base_layer", ""): value for name, value in state.items()}
     device = next(iter(state.values())).device
-    return build_transformer(config, state.keys(), state.__getitem__, device, dtype, "the random reference")
+    return build_transformer(
+        config, state.keys(), state.__getitem__, device, dtype, "the random reference"
+    )
 
 
 def attach(model: Wan, adapters: Adapters) -> lora.LoRA:
     """With B other than zero, so that every gradient is."""
-    ours = lora.attach(model, adapters.targets, adapters.rank, float(adapters.rank), adapters.dropout, seed=1)
+    ours = lora.attach(
+        model, adapters.targets, adapters.rank, float(adapters.rank), adapters.dropout, seed=1
+    )
     generator = torch.Generator(model.scale_shift_table.device).manual_seed(2)
     for _, b in ours.tensors().values():
         b.normal_(std=0.02, generator=generator)
@@ -84,15 +110,26 @@ def attach(model: Wan, adapters: Adapters) -> lora.LoRA:
     return ours
 
 
-def our_step(model: Wan, adapters: lora.LoRA, attention: Attention, bucket: Bucket, dtype: torch.dtype,
-             kept: remat.Kept, max_graph_tokens: int) -> Step:
+def our_step(
+    model: Wan,
+    adapters: lora.LoRA,
+    attention: Attention,
+    bucket: Bucket,
+    dtype: torch.dtype,
+    kept: remat.Kept,
+    max_graph_tokens: int,
+) -> Step:
     """What train/main.py does in a step."""
     device = model.scale_shift_table.device
     flat = optim.flatten(adapters.parameters())
     optimizer = optim.make_optimizer(flat.vector, "adamw", 1e-5, (0.9, 0.999), 1e-8, 0.01)
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-    run_block = remat.block_runner(model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept})
-    micro_step = MicroStep(model, adapters.set_seeds, attention, run_block, scaler, 1.0, max_graph_tokens)
+    run_block = remat.block_runner(
+        model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept}
+    )
+    micro_step = MicroStep(
+        model, adapters.set_seeds, attention, run_block, scaler, 1.0, max_graph_tokens
+    )
 
     def step(batch: Batch) -> Tensor:
         flat.buffer.zero_()
@@ -108,14 +145,22 @@ def our_step(model: Wan, adapters: lora.LoRA, attention: Attention, bucket: Buck
     return step
 
 
-def frozen_step(model: Wan, attention: Attention, bucket: Bucket, kept: remat.Kept, max_graph_tokens: int) -> Step:
-    """Forward and backward of the base alone; the patch embedding's bias keeps the gradient alive through block 0."""
+def frozen_step(
+    model: Wan, attention: Attention, bucket: Bucket, kept: remat.Kept, max_graph_tokens: int
+) -> Step:
+    """Forward and backward of the base alone; the patch embedding's bias keeps the gradient alive
+    through block 0.
+    """
     device = model.scale_shift_table.device
     bias = model.patch_embedding.bias.requires_grad_(True)
     bias.grad = torch.zeros_like(bias)
-    run_block = remat.block_runner(model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept})
+    run_block = remat.block_runner(
+        model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept}
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    micro_step = MicroStep(model, lambda seeds_B: None, attention, run_block, scaler, 1.0, max_graph_tokens)
+    micro_step = MicroStep(
+        model, lambda seeds_B: None, attention, run_block, scaler, 1.0, max_graph_tokens
+    )
 
     def step(batch: Batch) -> Tensor:
         loss = micro_step.forward(prepare(batch, FlowConfig()))
@@ -126,9 +171,17 @@ def frozen_step(model: Wan, attention: Attention, bucket: Bucket, kept: remat.Ke
 
 
 def peer_step(reference: Any, adapters: Adapters, dtype: torch.dtype) -> Step:
-    """diffusers + PEFT. LoRA stays in the compute dtype, which is the fastest; float16 uses a fixed loss scale."""
-    reference.add_adapter(LoraConfig(r=adapters.rank, lora_alpha=adapters.rank, lora_dropout=adapters.dropout,
-                                     target_modules=list(adapters.targets)))
+    """diffusers + PEFT. LoRA stays in the compute dtype, which is the fastest; float16 uses a
+    fixed loss scale.
+    """
+    reference.add_adapter(
+        LoraConfig(
+            r=adapters.rank,
+            lora_alpha=adapters.rank,
+            lora_dropout=adapters.dropout,
+            target_modules=list(adapters.targets),
+        )
+    )
     parameters = [p for p in reference.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
@@ -150,18 +203,26 @@ def peer_step(reference: Any, adapters: Adapters, dtype: torch.dtype) -> Step:
 
 
 def peer_loss(reference: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """The same noise and timestep as `prepare` gives; I2V as diffusers takes it, with a timestep per token."""
+    """The same noise and timestep as `prepare` gives; I2V as diffusers takes it, with a timestep
+    per token.
+    """
     inputs = prepare(batch, FlowConfig())
     timestep = inputs.t_BR[:, 1]
     if batch.is_i2v[0]:
         timestep = timestep[:, None].repeat(1, batch.bucket.num_tokens)
-        timestep[:, :batch.bucket.num_tokens // batch.bucket.latent_shape[1]] = 0
-    velocity = reference(inputs.latent_BCThw.to(dtype), timestep, inputs.text_BSD.to(dtype), return_dict=False)[0]
-    return flow.sample_losses(velocity.float(), inputs.target_BCThw, inputs.num_clean_frames_B).mean()
+        timestep[:, : batch.bucket.num_tokens // batch.bucket.latent_shape[1]] = 0
+    velocity = reference(
+        inputs.latent_BCThw.to(dtype), timestep, inputs.text_BSD.to(dtype), return_dict=False
+    )[0]
+    return flow.sample_losses(
+        velocity.float(), inputs.target_BCThw, inputs.num_clean_frames_B
+    ).mean()
 
 
 def compile_blocks(reference: Any) -> list[Any]:
-    """Compile the blocks; returns what `use_compiled` needs to switch between compiled and eager."""
+    """Compile the blocks; returns what `use_compiled` needs to switch between compiled and
+    eager.
+    """
     for block in reference.blocks:
         block.compile(dynamic=False)
     return [block._compiled_call_impl for block in reference.blocks]
@@ -192,11 +253,13 @@ def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attent
                 num_out, total = weight.shape
                 width = total - module.num_spare
                 x, dy = buffer(rows, total), buffer(rows, num_out)
-                needs_dx = name != "kv" and (index or name != "qkv")  # the text and the first block's input do not
+                # the text and the first block's input do not
+                needs_dx = name != "kv" and (index or name != "qkv")
                 F.linear(x, weight, module.bias)
                 if isinstance(module, lora.LoRAProjections):
                     low = x[:, :width] @ module.a.T
-                    low, _ = lowrank.through_b(dy, low, weight[:, width:], module.blocks)  # reads dy once if it can
+                    # reads dy once if it can
+                    low, _ = lowrank.through_b(dy, low, weight[:, width:], module.blocks)
                     torch.mm(low.T, x[:, :width], out_dtype=torch.float32)
                     if needs_dx:
                         dx = low @ module.a
@@ -205,9 +268,15 @@ def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attent
                     torch.mm(dy, weight)
 
     def attentions() -> None:
-        q, out = buffer(1, length, heads, dim // heads), buffer(1, length, heads, dim // heads).transpose(1, 2)
+        q, out = (
+            buffer(1, length, heads, dim // heads),
+            buffer(1, length, heads, dim // heads).transpose(1, 2),
+        )
         for num_keys in (length, MAX_TEXT_TOKENS):
-            k, v = buffer(1, num_keys, heads, dim // heads), buffer(1, num_keys, heads, dim // heads)
+            k, v = (
+                buffer(1, num_keys, heads, dim // heads),
+                buffer(1, num_keys, heads, dim // heads),
+            )
             qkv = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
             torch.autograd.grad(attention(*qkv), qkv, out)
 
@@ -232,7 +301,9 @@ def only_attention(name: str) -> None:
 
 
 def graphed(step: Step, batch: Batch) -> Step:
-    """The same work as one CUDA graph: at small shapes the floor is what the GPU needs, not what launching takes."""
+    """The same work as one CUDA graph: at small shapes the floor is what the GPU needs, not what
+    launching takes.
+    """
     step(batch)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

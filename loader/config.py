@@ -1,8 +1,9 @@
 """A run is one TOML file: `load_toml` turns it into a frozen msgspec Struct, strictly.
 
-Strict means that an unknown key, a wrong type or a missing value ends the run with the file, the key and the way out
-named. `--set a.b=c` overrides one value on the command line and is checked just as strictly. `dump_toml` writes the
-resolved configuration back, defaults included, so that a run's folder always says what really ran.
+Strict means that an unknown key, a wrong type or a missing value ends the run with the file, the
+key and the way out named. `--set a.b=c` overrides one value on the command line and is checked
+just as strictly. `dump_toml` writes the resolved configuration back, defaults included, so that a
+run's folder always says what really ran.
 """
 
 import tomllib
@@ -20,10 +21,11 @@ class ConfigError(ValueError):
 
 
 def load_toml(path: Path, kind: type[ConfigT], overrides: Sequence[str] = ()) -> ConfigT:
-    """Decode the TOML file at `path` into `kind`, after applying `overrides` of the form "a.b=value".
+    """Decode the TOML file at `path` into `kind`, after applying `overrides` of the form
+    "a.b=value".
 
-    A value is read as TOML (`8`, `true`, `[1, 2]`, `"text"`); what is not TOML counts as a plain string, so
-    `--set output=runs/a` needs no quotes. Raises ConfigError.
+    A value is read as TOML (`8`, `true`, `[1, 2]`, `"text"`); what is not TOML counts as a plain
+    string, so `--set output=runs/a` needs no quotes. Raises ConfigError.
     """
     try:
         raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -37,7 +39,9 @@ def load_toml(path: Path, kind: type[ConfigT], overrides: Sequence[str] = ()) ->
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         changed = f" (with --set {' --set '.join(overrides)})" if overrides else ""
-        raise ConfigError(f"{path}{changed}: {error}; known keys: {', '.join(_known_keys(kind))}") from error
+        raise ConfigError(
+            f"{path}{changed}: {error}; known keys: {', '.join(_known_keys(kind))}"
+        ) from error
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -70,7 +74,8 @@ def _known_keys(kind: type, prefix: str = "") -> list[str]:
 def dump_toml(config: msgspec.Struct) -> str:
     """The resolved configuration as TOML text that `load_toml` reads back to an equal Struct.
 
-    None has no spelling in TOML: such keys are left out, and reading them back gives their default, None.
+    None has no spelling in TOML: such keys are left out, and reading them back gives their
+    default, None.
     """
     lines: list[str] = []
     _dump_table(msgspec.to_builtins(config), "", lines)
@@ -81,8 +86,11 @@ def _dump_table(table: dict[str, Any], name: str, lines: list[str]) -> None:
     if name:
         lines += ["", f"[{name}]"]
     subtables = {key: value for key, value in table.items() if isinstance(value, dict)}
-    lines += [f"{key} = {_dump_value(value)}" for key, value in table.items()
-              if key not in subtables and value is not None]
+    lines += [
+        f"{key} = {_dump_value(value)}"
+        for key, value in table.items()
+        if key not in subtables and value is not None
+    ]
     for key, value in subtables.items():
         _dump_table(value, f"{name}.{key}" if name else key, lines)
 
@@ -93,7 +101,9 @@ def _dump_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_dump_value, value))}]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_dump_value(item)}" for key, item in value.items()) + " }"
+        return (
+            "{ " + ", ".join(f"{key} = {_dump_value(item)}" for key, item in value.items()) + " }"
+        )
     if isinstance(value, str):  # a JSON string is a TOML basic string
         return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
     return repr(value)

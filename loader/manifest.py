@@ -1,11 +1,13 @@
-"""THE CONTRACT: what a dataset folder is. manifest.json, and the .idx and .xxh3 beside each shard; torch-free.
+"""THE CONTRACT: what a dataset folder is. manifest.json, and the .idx and .xxh3 beside each
+shard; torch-free.
 
-`manifest.json` is written last and by rename: a folder that has one is complete. It names every shard with its bucket
-and the xxh3_128 of its three files, holds no timestamps, and is the only file a reader needs in order to know the
-sequence of samples of any epoch.
+`manifest.json` is written last and by rename: a folder that has one is complete. It names every
+shard with its bucket and the xxh3_128 of its three files, holds no timestamps, and is the only
+file a reader needs in order to know the sequence of samples of any epoch.
 
-An index of foreign tars (tools/index.py) is a dataset whose samples hold no latent: their media stay in the foreign
-tar, which `NAME.media.tar` links to, with a .idx and .xxh3 of its own whose line i belongs to sample i of `NAME`.
+An index of foreign tars (tools/index.py) is a dataset whose samples hold no latent: their media
+stay in the foreign tar, which `NAME.media.tar` links to, with a .idx and .xxh3 of its own whose
+line i belongs to sample i of `NAME`.
 """
 
 from collections.abc import Callable
@@ -23,11 +25,15 @@ Split = Literal["train", "val"]
 
 
 class DatasetError(ValueError):
-    """A dataset folder or shard that can't be used; the message names the file, the fault and the way out."""
+    """A dataset folder or shard that can't be used; the message names the file, the fault and the
+    way out.
+    """
 
 
 class ShardInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One shard. `name` has no suffix ("train-1280x704x49-000000"); `bytes` is the size of the .tar."""
+    """One shard. `name` has no suffix ("train-1280x704x49-000000"); `bytes` is the size of the
+    .tar.
+    """
 
     name: str
     bucket: str
@@ -39,7 +45,9 @@ class ShardInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """manifest.json. `recipe` is what decided the bytes (models, rules, shapes); `recipe_id` is its xxh3_128."""
+    """manifest.json. `recipe` is what decided the bytes (models, rules, shapes); `recipe_id` is
+    its xxh3_128.
+    """
 
     recipe: dict[str, Any]
     recipe_id: str
@@ -82,19 +90,27 @@ def read_manifest(dataset: Path) -> Manifest:
 
 
 def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
-    """Check the manifest whose bytes `read` fetches from wherever; `name` is for messages. Raises DatasetError."""
+    """Check the manifest whose bytes `read` fetches from wherever; `name` is for messages. Raises
+    DatasetError.
+    """
     try:
         manifest = msgspec.json.decode(read(), type=Manifest)
     except FileNotFoundError as error:
-        raise DatasetError(f"{name}: no manifest; a dataset is complete once `shardgen build` has written "
-                           f"one; run it again, it goes on where it stopped") from error
+        raise DatasetError(
+            f"{name}: no manifest; a dataset is complete once `shardgen build` has written "
+            f"one; run it again, it goes on where it stopped"
+        ) from error
     except (OSError, msgspec.MsgspecError) as error:
         raise DatasetError(f"{name}: {error}") from error
     if manifest.format_version != FORMAT_VERSION:
-        raise DatasetError(f"{name}: format_version {manifest.format_version}, this is version {FORMAT_VERSION}; "
-                           f"update newsreel, or build the dataset anew")
+        raise DatasetError(
+            f"{name}: format_version {manifest.format_version}, this is version {FORMAT_VERSION}; "
+            f"update newsreel, or build the dataset anew"
+        )
     if manifest.recipe_id != recipe_id(manifest.recipe):
-        raise DatasetError(f"{name}: recipe_id does not match the recipe: the file was edited or damaged")
+        raise DatasetError(
+            f"{name}: recipe_id does not match the recipe: the file was edited or damaged"
+        )
     for shards in manifest.splits.values():
         for shard in shards:
             Bucket.parse(shard.bucket)
@@ -102,26 +118,40 @@ def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
 
 
 def encode_index(samples: list[list[Member]]) -> bytes:
-    """The .idx of a shard: DALI's "v1.2" text, a line per sample of `ext offset size name` quadruples."""
+    """The .idx of a shard: DALI's "v1.2" text, a line per sample of `ext offset size name`
+    quadruples.
+    """
     lines = [f"v1.2 {len(samples)}"]
     for members in samples:
-        lines.append(" ".join(f"{split_member_name(m.name)[1]} {m.offset} {m.size} {m.name}" for m in members))
+        lines.append(
+            " ".join(
+                f"{split_member_name(m.name)[1]} {m.offset} {m.size} {m.name}" for m in members
+            )
+        )
     return ("\n".join(lines) + "\n").encode()
 
 
 def decode_index(data: bytes, name: str) -> list[list[Member]]:
-    """Read a .idx: per sample its members in tar order. `name` is for messages. Raises DatasetError."""
+    """Read a .idx: per sample its members in tar order. `name` is for messages. Raises
+    DatasetError.
+    """
     lines = data.decode("utf-8", errors="replace").splitlines()
     header = lines[0].split() if lines else []
     if len(header) != 2 or header[0] != "v1.2" or header[1] != str(len(lines) - 1):
-        raise DatasetError(f"{name}: not a complete DALI index of version v1.2; its first line is {lines[:1]} and "
-                           f"{max(len(lines) - 1, 0)} lines follow")
+        raise DatasetError(
+            f"{name}: not a complete DALI index of version v1.2; its first line is {lines[:1]} and "
+            f"{max(len(lines) - 1, 0)} lines follow"
+        )
     samples = []
     for number, line in enumerate(lines[1:], start=2):
         words = line.split(" ")
         try:
-            samples.append([Member(words[i + 3], int(words[i + 1]), int(words[i + 2]))
-                            for i in range(0, len(words), 4)])
+            samples.append(
+                [
+                    Member(words[i + 3], int(words[i + 1]), int(words[i + 2]))
+                    for i in range(0, len(words), 4)
+                ]
+            )
         except (ValueError, IndexError) as error:
             raise DatasetError(f"{name}: line {number} is damaged: {line[:80]!r}") from error
     return samples

@@ -1,4 +1,6 @@
-"""Host memory for megabytes a sample: the same over and over, since fresh pages cost more than reading into them."""
+"""Host memory for megabytes a sample: the same over and over, since fresh pages cost more than
+reading into them.
+"""
 
 import math
 import threading
@@ -13,10 +15,12 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class HostMemory:
-    """Tensors in host memory, for a GPU pinned, which is handed out again once nobody holds them or a view of them.
+    """Tensors in host memory, for a GPU pinned, which is handed out again once nobody holds them
+    or a view of them.
 
-    Each thread has blocks of its own, for they are in its core's cache: as many as were held at once. Where no idle one
-    is large enough, all idle ones are given up for a new one, so that blocks of a smaller shape don't stay behind.
+    Each thread has blocks of its own, for they are in its core's cache: as many as were held at
+    once. Where no idle one is large enough, all idle ones are given up for a new one, so that
+    blocks of a smaller shape don't stay behind.
     """
 
     def __init__(self, device: torch.device):
@@ -25,17 +29,23 @@ class HostMemory:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As torch.empty."""
-        if self._device.type == "cuda":  # torch keeps such memory itself, and knows when a copy is done with it
+        # torch keeps such memory itself, and knows when a copy is done with it
+        if self._device.type == "cuda":
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         num_bytes = math.prod(shape) * dtype.itemsize
         blocks: list[tuple[Bytes, weakref.ref[Bytes]]] = getattr(self._thread, "blocks", [])
         idle = [block for block, holder in blocks if holder() is None]
-        block = next((block for block in reversed(idle) if len(block) >= num_bytes), None)  # the one used last
-        blocks = [(other, holder) for other, holder in blocks
-                  if other is not block and (block is not None or holder() is not None)]
+        # the one used last
+        block = next((block for block in reversed(idle) if len(block) >= num_bytes), None)
+        blocks = [
+            (other, holder)
+            for other, holder in blocks
+            if other is not block and (block is not None or holder() is not None)
+        ]
         if block is None:
             block = np.empty(num_bytes, np.uint8)
-        view = block[:num_bytes]  # torch holds it, and it the block, as long as there is a tensor of it
+        # torch holds it, and it the block, as long as there is a tensor of it
+        view = block[:num_bytes]
         self._thread.blocks = [*blocks, (block, weakref.ref(view))]
         return torch.from_numpy(view).view(dtype).view(shape)
 

@@ -1,16 +1,20 @@
-"""Datasets behind http(s):// or s3://: Range reads of whole samples, with a cache on disk that ranks share.
+"""Datasets behind http(s):// or s3://: Range reads of whole samples, with a cache on disk that
+ranks share.
 
-obstore does the transport: one wheel without dependencies whose requests run outside Python's lock, with S3, GCS, Azure
-and plain HTTP behind one call. (fsspec would bring aiohttp, an event loop, and a package more for each kind of store.)
+obstore does the transport: one wheel without dependencies whose requests run outside Python's
+lock, with S3, GCS, Azure and plain HTTP behind one call. (fsspec would bring aiohttp, an event
+loop, and a package more for each kind of store.)
 
-A request is repeated until `patience_s` is over, so a server may die and return; what is not there is not asked for
-again. The cache is content-addressed: an entry's name holds the hash of its shard from the manifest, so that nothing
-in it is ever out of date, and each entry begins with its own hash, so that a half-written or damaged one is a miss.
-What the server had damaged does not stay in it: once the server is mended, so are its readers. It may be deleted at any
-time. Ranks of a host share it without a server: entries appear by rename, and whoever has written a hundredth of the
-bound looks, under a file lock, whether the least recently used must go.
+A request is repeated until `patience_s` is over, so a server may die and return; what is not
+there is not asked for again. The cache is content-addressed: an entry's name holds the hash of
+its shard from the manifest, so that nothing in it is ever out of date, and each entry begins with
+its own hash, so that a half-written or damaged one is a miss. What the server had damaged does
+not stay in it: once the server is mended, so are its readers. It may be deleted at any time.
+Ranks of a host share it without a server: entries appear by rename, and whoever has written a
+hundredth of the bound looks, under a file lock, whether the least recently used must go.
 
-Left out: reading ahead within a shard (the shuffle parts neighbours), and a cache in memory (the page cache is one).
+Left out: reading ahead within a shard (the shuffle parts neighbours), and a cache in memory (the
+page cache is one).
 """
 
 import errno
@@ -33,16 +37,24 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 PATIENCE_S = 600.0
 _STALE_S = 600.0  # a temporary file this old belongs to a killed process
-_PERMANENT = (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError,
-              obstore.exceptions.NotSupportedError, obstore.exceptions.InvalidPathError)
+_PERMANENT = (
+    obstore.exceptions.PermissionDeniedError,
+    obstore.exceptions.UnauthenticatedError,
+    obstore.exceptions.NotSupportedError,
+    obstore.exceptions.InvalidPathError,
+)
 
 
 class RemoteError(ConnectionError):
-    """A store does not answer, or refuses; the message names the object, the cause and the way out."""
+    """A store does not answer, or refuses; the message names the object, the cause and the way
+    out.
+    """
 
 
 class Cache:
-    """Byte strings by name in a folder of at most about `max_bytes`; any number of processes may share it."""
+    """Byte strings by name in a folder of at most about `max_bytes`; any number of processes may
+    share it.
+    """
 
     def __init__(self, folder: Path, max_bytes: int):
         self._folder, self._max_bytes = folder, max_bytes
@@ -63,7 +75,9 @@ class Cache:
         return payload if xxhash.xxh3_128_digest(payload) == data[:16] else None
 
     def put(self, name: str, data: bytes | memoryview) -> None:
-        """Store `data`. A full disk is no fault of the reader's: it is logged, and the cache stays as it is."""
+        """Store `data`. A full disk is no fault of the reader's: it is logged, and the cache
+        stays as it is.
+        """
         path = self._path(name)
         temporary = path.with_name(f"tmp-{os.getpid()}-{threading.get_ident()}")
         try:
@@ -75,7 +89,12 @@ class Cache:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            log.warning("%s: the cache can't take %d bytes more: %s", self._folder, len(data), error.strerror)
+            log.warning(
+                "%s: the cache can't take %d bytes more: %s",
+                self._folder,
+                len(data),
+                error.strerror,
+            )
             temporary.unlink(missing_ok=True)
         with self._lock:
             self._unchecked_bytes += len(data)
@@ -91,9 +110,11 @@ class Cache:
         return self._folder / name[:2] / name
 
     def _make_room(self) -> None:
-        """Above nine tenths of the bound, delete the least recently used down to eight; one process at a time.
+        """Above nine tenths of the bound, delete the least recently used down to eight; one
+        process at a time.
 
-        The others wait for it: if they went on writing, a slow disk would let them run past the bound.
+        The others wait for it: if they went on writing, a slow disk would let them run past the
+        bound.
         """
         with (self._folder / "lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -114,10 +135,11 @@ class Cache:
 
 
 class RemoteStore:
-    """A dataset folder behind a URL; see loader.read.Store. Credentials and endpoints come from the environment
-    (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), as every tool for S3 reads them.
+    """A dataset folder behind a URL; see loader.read.Store. Credentials and endpoints come from
+    the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), as every tool for S3 reads them.
 
-    Without `cache` each epoch reads everything from the server. Raises RemoteError once `patience_s` is over.
+    Without `cache` each epoch reads everything from the server. Raises RemoteError once
+    `patience_s` is over.
     """
 
     def __init__(self, url: str, cache: Cache | None, patience_s: float = PATIENCE_S):
@@ -125,14 +147,21 @@ class RemoteStore:
         self._closed = threading.Event()
         try:
             self._store = obstore.store.from_url(
-                self.url, client_options={"allow_http": url.startswith("http:") or _plain_endpoint(),
-                                          "timeout": "60s", "connect_timeout": "5s"},
-                retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=0)})
+                self.url,
+                client_options={
+                    "allow_http": url.startswith("http:") or _plain_endpoint(),
+                    "timeout": "60s",
+                    "connect_timeout": "5s",
+                },
+                retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=0)},
+            )
         except (ValueError, obstore.exceptions.BaseError) as error:
             raise RemoteError(f"{url}: not a store that can be read: {error}") from error
 
     def read_file(self, name: str, xxh3: str = "") -> bytes:
-        """A whole object; cached where its hash is known, and right. Raises FileNotFoundError and RemoteError."""
+        """A whole object; cached where its hash is known, and right. Raises FileNotFoundError and
+        RemoteError.
+        """
         cached = self.cache.get(xxh3) if self.cache and xxh3 else None
         if cached is not None:
             return bytes(cached)
@@ -148,12 +177,16 @@ class RemoteStore:
         self._closed.set()
 
     def read_range(self, name: str, start: int, end: int) -> memoryview:
-        """Bytes start:end of an object, fewer at its end. Raises FileNotFoundError and RemoteError."""
+        """Bytes start:end of an object, fewer at its end. Raises FileNotFoundError and
+        RemoteError.
+        """
+
         def request() -> memoryview:
             try:
                 return memoryview(obstore.get_range(self._store, name, start=start, end=end))
             except obstore.exceptions.GenericError as error:
-                if "status code: 416" not in str(error):  # range not satisfiable; obstore has no class for it
+                # range not satisfiable; obstore has no class for it
+                if "status code: 416" not in str(error):
                     raise
                 return memoryview(b"")
 
@@ -165,18 +198,26 @@ class RemoteStore:
             try:
                 return request()
             except FileNotFoundError:
-                raise FileNotFoundError(errno.ENOENT, "No such object", f"{self.url}/{name}") from None
+                raise FileNotFoundError(
+                    errno.ENOENT, "No such object", f"{self.url}/{name}"
+                ) from None
             except obstore.exceptions.BaseError as error:
                 cause = str(error).split("\n")[0]
                 if isinstance(error, _PERMANENT):
-                    raise RemoteError(f"{self.url}/{name}: refused: {cause}. Check the credentials, and that the "
-                                      f"server takes Range requests") from error
+                    raise RemoteError(
+                        f"{self.url}/{name}: refused: {cause}. Check the credentials, and that the "
+                        f"server takes Range requests"
+                    ) from error
                 if time.monotonic() + pause_s > deadline_s:
-                    raise RemoteError(f"{self.url}/{name}: no answer for {self._patience_s:g} s: {cause}. Start "
-                                      f"again once the server is back: the run resumes") from error
+                    raise RemoteError(
+                        f"{self.url}/{name}: no answer for {self._patience_s:g} s: {cause}. Start "
+                        f"again once the server is back: the run resumes"
+                    ) from error
                 log.warning("%s/%s: %s; trying again", self.url, name, cause)
             if self._closed.wait(pause_s):
-                raise RemoteError(f"{self.url}/{name}: {cause}; not tried again, because its reader was closed")
+                raise RemoteError(
+                    f"{self.url}/{name}: {cause}; not tried again, because its reader was closed"
+                )
             pause_s = min(2 * pause_s, 5.0)
 
 
@@ -205,4 +246,7 @@ class RemoteFile:
 
 
 def _plain_endpoint() -> bool:
-    return any(os.environ.get(name, "").startswith("http:") for name in ("AWS_ENDPOINT", "AWS_ENDPOINT_URL"))
+    return any(
+        os.environ.get(name, "").startswith("http:")
+        for name in ("AWS_ENDPOINT", "AWS_ENDPOINT_URL")
+    )

@@ -1,4 +1,5 @@
-"""THE CONTRACT: what one sample is. Names, metadata, key and tensor codec; torch-free, so that any tool can use it.
+"""THE CONTRACT: what one sample is. Names, metadata, key and tensor codec; torch-free, so that
+any tool can use it.
 
 A sample is a run of adjacent members in a tar, all named by one key:
 
@@ -8,9 +9,10 @@ A sample is a run of adjacent members in a tar, all named by one key:
     KEY.jpg          the first frame at the bucket's size (videos)
     KEY.mp4          the transcoded clip, only where the recipe asks for it
 
-Tensors are stored as two byte planes (all high bytes, then all low bytes) because the high bytes of fp16 noise are
-far more alike than its low ones: zstd then packs better and decodes faster. `decode_planes` hands the planes over as
-they are, to be merged on the device; `decode_tensor` merges them here.
+Tensors are stored as two byte planes (all high bytes, then all low bytes) because the high bytes
+of fp16 noise are far more alike than its low ones: zstd then packs better and decodes faster.
+`decode_planes` hands the planes over as they are, to be merged on the device; `decode_tensor`
+merges them here.
 """
 
 import math
@@ -34,7 +36,9 @@ _KEY = re.compile(r"[0-9a-f]{32}")
 
 
 class SampleError(ValueError):
-    """A member that is damaged, missing or not what its metadata says; the message names key and member."""
+    """A member that is damaged, missing or not what its metadata says; the message names key and
+    member.
+    """
 
 
 class Bucket(msgspec.Struct, frozen=True, order=True):
@@ -49,21 +53,32 @@ class Bucket(msgspec.Struct, frozen=True, order=True):
 
     @classmethod
     def parse(cls, text: str) -> "Bucket":
-        """Read "1280x704x49". Raises ValueError for what TI2V-5B can't take, with the nearest shape that it can."""
+        """Read "1280x704x49". Raises ValueError for what TI2V-5B can't take, with the nearest
+        shape that it can.
+        """
         match = _BUCKET.fullmatch(text)
         if match is None:
-            raise ValueError(f"shape {text!r}: expected WIDTHxHEIGHTxFRAMES, for example 1280x704x49")
+            raise ValueError(
+                f"shape {text!r}: expected WIDTHxHEIGHTxFRAMES, for example 1280x704x49"
+            )
         width, height, frames = map(int, match.groups())
         if width % 32 or height % 32 or frames % 4 != 1:
             near = f"{max(width // 32, 1) * 32}x{max(height // 32, 1) * 32}x{(frames - 1) // 4 * 4 + 1}"
-            raise ValueError(f"shape {text}: Wan2.2-TI2V-5B takes width and height in multiples of 32 (A14B: of 16) "
-                             f"and 4n+1 frames; the next smaller shape is {near}")
+            raise ValueError(
+                f"shape {text}: Wan2.2-TI2V-5B takes width and height in multiples of 32 (A14B: of 16) "
+                f"and 4n+1 frames; the next smaller shape is {near}"
+            )
         return cls(width, height, frames)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """[48, (F-1)/4+1, H/16, W/16]."""
-        return LATENT_CHANNELS, (self.num_frames - 1) // 4 + 1, self.height_px // 16, self.width_px // 16
+        return (
+            LATENT_CHANNELS,
+            (self.num_frames - 1) // 4 + 1,
+            self.height_px // 16,
+            self.width_px // 16,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +100,9 @@ class TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SampleMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """KEY.json. `label` is the label file's path relative to the label root; `shot` is 0-based in time order."""
+    """KEY.json. `label` is the label file's path relative to the label root; `shot` is 0-based in
+    time order.
+    """
 
     format_version: int = FORMAT_VERSION
     key: str
@@ -111,14 +128,20 @@ class SampleMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return Bucket(self.width_px, self.height_px, self.num_frames)
 
 
-def sample_key(media_xxh3: str, clip_id: str, shot: int, start_ms: int, bucket: Bucket, fps: float) -> str:
-    """xxh3_128 hex of "media_xxh3/clip_id/shot/start_ms/WxHxF/fps", numbers as KEY.json writes them (24 fps: 24.0)."""
+def sample_key(
+    media_xxh3: str, clip_id: str, shot: int, start_ms: int, bucket: Bucket, fps: float
+) -> str:
+    """xxh3_128 hex of "media_xxh3/clip_id/shot/start_ms/WxHxF/fps", numbers as KEY.json writes
+    them (24 fps: 24.0).
+    """
     fps_text = msgspec.json.encode(float(fps)).decode()
-    return xxhash.xxh3_128_hexdigest(f"{media_xxh3}/{clip_id}/{shot}/{start_ms}/{bucket}/{fps_text}".encode())
+    return xxhash.xxh3_128_hexdigest(
+        f"{media_xxh3}/{clip_id}/{shot}/{start_ms}/{bucket}/{fps_text}".encode()
+    )
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """"KEY.latent.zst" -> ("KEY", "latent.zst"): at the first dot, as webdataset does."""
+    """ "KEY.latent.zst" -> ("KEY", "latent.zst"): at the first dot, as webdataset does."""
     key, _, extension = name.partition(".")
     return key, extension
 
@@ -138,16 +161,19 @@ def decode_meta(data: bytes | memoryview) -> SampleMeta:
     except msgspec.MsgspecError as error:
         raise SampleError(f"{JSON} member: {error}") from error
     if meta.format_version != FORMAT_VERSION or _KEY.fullmatch(meta.key) is None:
-        raise SampleError(f"{meta.key}.{JSON}: format_version {meta.format_version} and this key are not of version "
-                          f"{FORMAT_VERSION}; update newsreel, or build the dataset anew")
+        raise SampleError(
+            f"{meta.key}.{JSON}: format_version {meta.format_version} and this key are not of version "
+            f"{FORMAT_VERSION}; update newsreel, or build the dataset anew"
+        )
     return meta
 
 
 def encode_tensor(array: np.ndarray[Any, Any], level: int = 3) -> bytes:
-    """Pack a float16 array of any shape into one zstd frame of two byte planes, with content size and checksum.
+    """Pack a float16 array of any shape into one zstd frame of two byte planes, with content size
+    and checksum.
 
-    The bytes are a function of (array, level, zstandard version). Raises SampleError for another dtype or for values
-    that are not finite.
+    The bytes are a function of (array, level, zstandard version). Raises SampleError for another
+    dtype or for values that are not finite.
     """
     if array.dtype != np.float16:
         raise SampleError(f"tensor members hold float16, not {array.dtype}")
@@ -160,21 +186,29 @@ def encode_tensor(array: np.ndarray[Any, Any], level: int = 3) -> bytes:
 
 
 def decode_planes(data: bytes | memoryview, info: TensorInfo) -> bytearray:
-    """Unpack a tensor member to 2*n bytes: n high bytes, then n low bytes. Raises SampleError when it is damaged."""
+    """Unpack a tensor member to 2*n bytes: n high bytes, then n low bytes. Raises SampleError
+    when it is damaged.
+    """
     planes = bytearray(2 * math.prod(info.shape))
     decode_planes_into(data, info, memoryview(planes))
     return planes
 
 
 def decode_planes_into(data: bytes | memoryview, info: TensorInfo, out: memoryview) -> None:
-    """`decode_planes` into memory of exactly that size, for example pinned. Raises SampleError when it is damaged."""
+    """`decode_planes` into memory of exactly that size, for example pinned. Raises SampleError
+    when it is damaged.
+    """
     if info.dtype != "float16":
-        raise SampleError(f"a tensor member says dtype {info.dtype}; version {FORMAT_VERSION} holds float16 only")
+        raise SampleError(
+            f"a tensor member says dtype {info.dtype}; version {FORMAT_VERSION} holds float16 only"
+        )
     try:
         size, expected = zstandard.frame_content_size(data), 2 * math.prod(info.shape)
         if size != expected:
-            raise SampleError(f"a tensor member of shape {list(info.shape)} must hold {expected} bytes, its zstd frame "
-                              f"says {size}")
+            raise SampleError(
+                f"a tensor member of shape {list(info.shape)} must hold {expected} bytes, its zstd frame "
+                f"says {size}"
+            )
         # a stream, because decompress() would allocate megabytes anew for each sample
         with zstandard.ZstdDecompressor().stream_reader(data) as stream:
             if stream.readinto(out) != len(out):
@@ -186,17 +220,21 @@ def decode_planes_into(data: bytes | memoryview, info: TensorInfo, out: memoryvi
 
 
 def without_checksum(frame: memoryview) -> memoryview:
-    """A zstd frame as one without checksum, for bytes that the .xxh3 has vouched for: a tenth of a sample's CPU time.
+    """A zstd frame as one without checksum, for bytes that the .xxh3 has vouched for: a tenth of
+    a sample's CPU time.
 
     Writes to the frame; one that can't be written to stays as it is.
     """
-    if frame.readonly or len(frame) < 9 or not frame[4] & 4:  # RFC 8878: the flag of the 4 bytes at the frame's end
+    # RFC 8878: the flag of the 4 bytes at the frame's end
+    if frame.readonly or len(frame) < 9 or not frame[4] & 4:
         return frame
     frame[4] &= ~4
     return frame[:-4]
 
 
 def decode_tensor(data: bytes | memoryview, info: TensorInfo) -> np.ndarray[Any, Any]:
-    """Unpack a tensor member to a float16 array of `info.shape`. Raises SampleError when it is damaged."""
+    """Unpack a tensor member to a float16 array of `info.shape`. Raises SampleError when it is
+    damaged.
+    """
     high, low = np.frombuffer(decode_planes(data, info), np.uint8).reshape(2, *info.shape)
     return (high * np.uint16(256) | low).view(np.float16)

@@ -1,9 +1,10 @@
 """A whole build, top to bottom: labels in, a dataset folder out.
 
-Every stage takes the clips of one status from the catalog and writes the outcome back, so a build that was killed
-anywhere goes on where it stood when it is called again, and one that has nothing left to do does nothing. Shards are
-planned once, after every item was hashed or has failed; encoding them is independent work for the executors; the
-manifest is written last, by rename, when every planned shard stands.
+Every stage takes the clips of one status from the catalog and writes the outcome back, so a build
+that was killed anywhere goes on where it stood when it is called again, and one that has nothing
+left to do does nothing. Shards are planned once, after every item was hashed or has failed;
+encoding them is independent work for the executors; the manifest is written last, by rename, when
+every planned shard stands.
 """
 
 import fcntl
@@ -41,11 +42,11 @@ STAGES = ("labels", "filter", "fetch", "probe", "plan", "encode", "report")
 
 
 def build(config: ShardgenConfig, last_stage: str = STAGES[-1], dry_run: bool = False) -> bool:
-    """Build the dataset that `config` describes, up to `last_stage`. With `dry_run` only the labels are read and
-    filtered, and what is to be expected is printed.
+    """Build the dataset that `config` describes, up to `last_stage`. With `dry_run` only the
+    labels are read and filtered, and what is to be expected is printed.
 
-    Returns False if shards are left that couldn't be encoded now, or clips for which the cache had no room: the next
-    build goes on with them. Raises ConfigError, CatalogError, PictureError,
+    Returns False if shards are left that couldn't be encoded now, or clips for which the cache
+    had no room: the next build goes on with them. Raises ConfigError, CatalogError, PictureError,
     ExecutorError or OSError; what was finished then stands.
     """
     check_paths(config)
@@ -56,7 +57,9 @@ def build(config: ShardgenConfig, last_stage: str = STAGES[-1], dry_run: bool = 
     with alone_in(output), Catalog(output / CATALOG_FILE) as catalog:
         remove_leftovers(output)
         recipe = full_recipe(config, catalog.recall, catalog.remember)
-        catalog.adopt_recipe(recipe_id(recipe), f"{config.labels.limit} {config.labels.sample_fraction}")
+        catalog.adopt_recipe(
+            recipe_id(recipe), f"{config.labels.limit} {config.labels.sample_fraction}"
+        )
         write_atomic(output / CONFIG_FILE, dump_toml(config).encode())
         for name in run_stages(catalog, config, recipe, failures):
             if dry_run and name == "filter":
@@ -66,21 +69,34 @@ def build(config: ShardgenConfig, last_stage: str = STAGES[-1], dry_run: bool = 
                 print(f"{name}: {status_line(catalog.buckets())}")
             if name == last_stage:
                 break
-        num_waiting = sum(count for *_, reason, count in catalog.buckets() if reason == "cache_full")
+        num_waiting = sum(
+            count for *_, reason, count in catalog.buckets() if reason == "cache_full"
+        )
     for failure in failures:
         print(f"not encoded: {failure}")
     if num_waiting:
-        print(f"not fetched: {num_waiting} clips wait for room in the cache; run the same command to go on")
+        print(
+            f"not fetched: {num_waiting} clips wait for room in the cache; run the same command to go on"
+        )
     return not failures and not num_waiting
 
 
-def run_stages(catalog: Catalog, config: ShardgenConfig, recipe: dict[str, Any], failures: list[str]) -> Iterator[str]:
-    """All stages in order, each with its bar; yields the name of each when it is done. Shards that can't be encoded
-    now are added to `failures`, a line each, and then no manifest is written."""
+def run_stages(
+    catalog: Catalog, config: ShardgenConfig, recipe: dict[str, Any], failures: list[str]
+) -> Iterator[str]:
+    """All stages in order, each with its bar; yields the name of each when it is done. Shards
+    that can't be encoded now are added to `failures`, a line each, and then no manifest is
+    written.
+    """
     output, root = Path(config.output), Path(config.labels.root)
     with stage("labels", None, "label") as bar:
-        ingest_labels(catalog, root, max_bytes=config.labels.max_bytes, workers=config.labels.workers,
-                      advance=bar.update)
+        ingest_labels(
+            catalog,
+            root,
+            max_bytes=config.labels.max_bytes,
+            workers=config.labels.workers,
+            advance=bar.update,
+        )
     yield "labels"
     with stage("filter", catalog.count(INGESTED)) as bar:
         filter_labels(catalog, config, bar.update)
@@ -104,18 +120,26 @@ def run_stages(catalog: Catalog, config: ShardgenConfig, recipe: dict[str, Any],
     if not failures:
         splits: dict[Split, list[ShardInfo]] = {
             "train": [info for split, info in finished if split == "train"],
-            "val": [info for split, info in finished if split == "val"]}
-        write_atomic(output / MANIFEST_FILE, encode_manifest(Manifest(recipe, recipe_id(recipe), splits)))
+            "val": [info for split, info in finished if split == "val"],
+        }
+        write_atomic(
+            output / MANIFEST_FILE, encode_manifest(Manifest(recipe, recipe_id(recipe), splits))
+        )
     print(summary(report, finished))
     yield "report"
 
 
 def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
-    """Encode every planned shard that does not stand on disk yet; returns what went wrong, a line per shard."""
+    """Encode every planned shard that does not stand on disk yet; returns what went wrong, a line
+    per shard.
+    """
     output = Path(config.output)
     finished = {info.name: info for split, info in catalog.finished_shards()}
-    lost = [info.name for split, info in catalog.finished_shards()
-            if stored_size(output / split, info.name) != info.bytes]
+    lost = [
+        info.name
+        for split, info in catalog.finished_shards()
+        if stored_size(output / split, info.name) != info.bytes
+    ]
     names = sorted(lost + catalog.unfinished_shards())
 
     def jobs() -> Iterator[ShardJob | None]:
@@ -124,8 +148,10 @@ def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
         for name in names:
             plan = catalog.shard_plan(name)
             try:  # whole paths: a worker of a cluster stands in another folder
-                media = {window.media_xxh3: str(catalog.media_path(window.media_xxh3).resolve())
-                         for window in plan.windows}
+                media = {
+                    window.media_xxh3: str(catalog.media_path(window.media_xxh3).resolve())
+                    for window in plan.windows
+                }
             except CatalogError as error:
                 failures.append(f"{name}: {error}")
                 continue
@@ -133,10 +159,13 @@ def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
 
     failures: list[str] = []
     num_samples, begin_s = 0, time.monotonic()
-    work = partial(encode_unit, spec=encode_spec(config), decode_threads=config.executor.decode_threads)
+    work = partial(
+        encode_unit, spec=encode_spec(config), decode_threads=config.executor.decode_threads
+    )
     with stage("encode", len(names), "shard") as bar:
         for job, result in run_units(work, jobs(), config):
-            if isinstance(result, OSError):  # the output can't be written or the model read: no shard will fare better
+            # the output can't be written or the model read: no shard will fare better
+            if isinstance(result, OSError):
                 raise result
             if isinstance(result, ValueError):
                 failures.append(f"{job.plan.name if job else EMPTY_PROMPT_FILE}: {result}")
@@ -150,40 +179,65 @@ def encode_shards(catalog: Catalog, config: ShardgenConfig) -> list[str]:
 
 
 def record_shard(catalog: Catalog, result: ShardResult, before: ShardInfo | None) -> str | None:
-    """Write a finished shard into the catalog. One that stood `before` must be what it was; else says so."""
+    """Write a finished shard into the catalog. One that stood `before` must be what it was; else
+    says so.
+    """
     if before is None:
         lost = [(lost.key, lost.reason, lost.detail) for lost in result.lost]
         catalog.finish_shard(result.name, result.info, lost, result.notes)
         return None
     if result.info == before:
         return None
-    return (f"{result.name}: was lost, and encoding it again gives other bytes than the catalog has (another device or "
-            f"number of threads?); build into a new output folder")
+    return (
+        f"{result.name}: was lost, and encoding it again gives other bytes than the catalog has (another device or "
+        f"number of threads?); build into a new output folder"
+    )
 
 
-def run_units(work: Callable[[ShardJob | None], ShardResult | None], jobs: Iterator[ShardJob | None],
-              config: ShardgenConfig) -> Iterator[tuple[ShardJob | None, ShardResult | Failure | None]]:
+def run_units(
+    work: Callable[[ShardJob | None], ShardResult | None],
+    jobs: Iterator[ShardJob | None],
+    config: ShardgenConfig,
+) -> Iterator[tuple[ShardJob | None, ShardResult | Failure | None]]:
     """The executor that the configuration names."""
     executor, threads = config.executor, config.encode.threads
     if executor.kind == "local":
         return run_local(work, jobs, executor.workers, worker_environments(config))
-    return run_ray(work, jobs, executor.workers, executor.address, thread_environment(threads), threads,
-                   int(config.encode.device == "cuda"))
+    return run_ray(
+        work,
+        jobs,
+        executor.workers,
+        executor.address,
+        thread_environment(threads),
+        threads,
+        int(config.encode.device == "cuda"),
+    )
 
 
 def encode_spec(config: ShardgenConfig) -> EncodeSpec:
     """What every worker is told."""
     encode = config.encode
     return EncodeSpec(
-        output=str(Path(config.output).resolve()), model=str(Path(encode.model).resolve()), device=encode.device,
-        dtype=encode.dtype, threads=encode.threads, text_batch=encode.text_batch, vae_batch=encode.vae_batch,
-        fit=config.windows.fit, zstd_level=encode.zstd_level, jpg_quality=encode.jpg_quality,
-        jpg_for_images=encode.jpg_for_images, mp4=encode.mp4,
-        mp4_encoder="h264_nvenc" if encode.mp4_encoder == "h264_nvenc" else "libx264")
+        output=str(Path(config.output).resolve()),
+        model=str(Path(encode.model).resolve()),
+        device=encode.device,
+        dtype=encode.dtype,
+        threads=encode.threads,
+        text_batch=encode.text_batch,
+        vae_batch=encode.vae_batch,
+        fit=config.windows.fit,
+        zstd_level=encode.zstd_level,
+        jpg_quality=encode.jpg_quality,
+        jpg_for_images=encode.jpg_for_images,
+        mp4=encode.mp4,
+        mp4_encoder="h264_nvenc" if encode.mp4_encoder == "h264_nvenc" else "libx264",
+    )
 
 
 def settle_encoder(config: ShardgenConfig) -> ShardgenConfig:
-    """The configuration with the H.264 encoder by name: from here on it is part of the recipe. Raises PictureError."""
+    """The configuration with the H.264 encoder by name: from here on it is part of the recipe.
+    Raises PictureError.
+    """
     encoder = choose_mp4_encoder(config.encode.mp4_encoder) if config.encode.mp4 else "libx264"
     return replace(config, encode=replace(config.encode, mp4_encoder=encoder))
 
@@ -193,11 +247,17 @@ def worker_environments(config: ShardgenConfig) -> list[dict[str, str]]:
     threads = thread_environment(config.encode.threads)
     if config.encode.device != "cuda":
         return [threads] * config.executor.workers
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(config.executor.workers)))).split(",")
+    visible = os.environ.get(
+        "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(config.executor.workers)))
+    ).split(",")
     if len(visible) < config.executor.workers:
-        raise ConfigError(f"executor.workers = {config.executor.workers}, but CUDA_VISIBLE_DEVICES names {visible}: on "
-                          f"CUDA a worker needs a GPU of its own")
-    return [threads | {"CUDA_VISIBLE_DEVICES": device} for device in visible[:config.executor.workers]]
+        raise ConfigError(
+            f"executor.workers = {config.executor.workers}, but CUDA_VISIBLE_DEVICES names {visible}: on "
+            f"CUDA a worker needs a GPU of its own"
+        )
+    return [
+        threads | {"CUDA_VISIBLE_DEVICES": device} for device in visible[: config.executor.workers]
+    ]
 
 
 def thread_environment(threads: int) -> dict[str, str]:
@@ -207,13 +267,17 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 @contextmanager
 def alone_in(output: Path) -> Iterator[None]:
-    """Hold the output folder's lock; it falls with the process. Raises ConfigError if another build has it."""
+    """Hold the output folder's lock; it falls with the process. Raises ConfigError if another
+    build has it.
+    """
     folder = os.open(output, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"{output}: another build is at work in this folder; wait for it or stop it") from error
+            raise ConfigError(
+                f"{output}: another build is at work in this folder; wait for it or stop it"
+            ) from error
         yield
     finally:
         os.close(folder)
@@ -221,5 +285,9 @@ def alone_in(output: Path) -> Iterator[None]:
 
 def stage(name: str, total: int | None, unit: str = "clip") -> "tqdm[None]":
     """The progress bar of a stage."""
-    return tqdm(desc=f"{STAGES.index(name) + 1}/{len(STAGES)} {name:<6}", total=total, unit=f" {unit}s",
-                dynamic_ncols=True)
+    return tqdm(
+        desc=f"{STAGES.index(name) + 1}/{len(STAGES)} {name:<6}",
+        total=total,
+        unit=f" {unit}s",
+        dynamic_ncols=True,
+    )

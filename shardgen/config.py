@@ -1,7 +1,9 @@
-"""The recipe of a build: one TOML file, decoded strictly into ShardgenConfig and echoed, resolved, into the output.
+"""The recipe of a build: one TOML file, decoded strictly into ShardgenConfig and echoed,
+resolved, into the output.
 
-What decides the bytes of a dataset (windows, prompts, models, number formats) and what merely decides how fast they
-come (workers, connections) stand in one file, because that is what a user edits; `recipe_of` picks the former.
+What decides the bytes of a dataset (windows, prompts, models, number formats) and what merely
+decides how fast they come (workers, connections) stand in one file, because that is what a user
+edits; `recipe_of` picks the former.
 """
 
 import re
@@ -14,7 +16,8 @@ from msgspec import Meta
 from loader.config import ConfigError
 from loader.sample import Bucket
 
-# what would fail late, or do something else in silence (0 windows a batch: all of them), is refused at the start
+# what would fail late, or do something else in silence (0 windows a batch: all of them), is
+# refused at the start
 Some = Annotated[int, Meta(ge=1)]
 Number = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -28,13 +31,16 @@ class LabelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     root: str  # folder of label files, read recursively, never written
     limit: Number = 0  # take the first N label files in path order; 0: all
-    sample_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0  # take this share, chosen by a hash of the clip id
+    # take this share, chosen by a hash of the clip id
+    sample_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
     max_bytes: Some = 1 << 20  # a larger label file is refused unread
     workers: Number = 0  # parser processes; 0: one per CPU
 
 
 class FiltersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Thresholds of quality.py; 0 switches a rule off. Durations are the clip's, captions those of all its shots."""
+    """Thresholds of quality.py; 0 switches a rule off. Durations are the clip's, captions those
+    of all its shots.
+    """
 
     score_only: bool = False  # compute everything, reject nothing that can be encoded
     media_types: tuple[Literal["video", "image"], ...] = ("video", "image")
@@ -44,9 +50,11 @@ class FiltersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_caption_chars: Number = 0
     max_word_run: Number = 9  # the same word ten times in a row is a reason
     max_char_run: Number = 14
-    max_special_share: Share = 0.3  # of the caption's characters: neither letter, digit, space nor .,!?'"()
+    # of the caption's characters: neither letter, digit, space nor .,!?'"()
+    max_special_share: Share = 0.3
     require_resolution: bool = True  # the label must declare a readable resolution
-    wrong_timecodes: Literal["reject", "whole_clip"] = "reject"  # reversed, impossible, or past the probed end
+    # reversed, impossible, or past the probed end
+    wrong_timecodes: Literal["reject", "whole_clip"] = "reject"
     min_short_side_px: Number = 0  # of the probed picture
     max_upscale: Limit = 0  # resize factor from the source to the bucket
 
@@ -65,12 +73,18 @@ class SplitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Programme groups go to val by a hash of (seed, group): stable when data is added."""
 
     val_share: Share = 0.102
-    group_by: tuple[Literal["station", "date", "neighbourhood"], ...] = ("station", "date", "neighbourhood")
+    group_by: tuple[Literal["station", "date", "neighbourhood"], ...] = (
+        "station",
+        "date",
+        "neighbourhood",
+    )
     seed: int = 0
 
 
 class WindowsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which stretches of a clip become samples. A clip takes the bucket of the nearest aspect ratio and most frames."""
+    """Which stretches of a clip become samples. A clip takes the bucket of the nearest aspect
+    ratio and most frames.
+    """
 
     buckets: tuple[str, ...]  # WIDTHxHEIGHTxFRAMES; those of one frame are for images
     fps: Positive = 24.0
@@ -80,7 +94,9 @@ class WindowsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class FetchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Media lie beside their label or behind its URL. Local files are read in place, never copied."""
+    """Media lie beside their label or behind its URL. Local files are read in place, never
+    copied.
+    """
 
     schemes: tuple[Literal["http", "https"], ...] = ("https", "http")
     cache: str = ""  # folder for downloaded media; empty: OUTPUT/cache
@@ -89,7 +105,8 @@ class FetchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     per_host: Some = 8
     timeout_s: Positive = 30.0
     retries: Annotated[int, Meta(ge=0, le=100)] = 4
-    backoff_s: Annotated[float, Meta(ge=0, le=3600)] = 0.5  # before the first retry; doubled each time, with jitter
+    # before the first retry; doubled each time, with jitter
+    backoff_s: Annotated[float, Meta(ge=0, le=3600)] = 0.5
     ask_again: bool = False  # ask also for what a server refused before (404, 403)
     max_file_gib: Positive = 8.0
 
@@ -98,7 +115,8 @@ class EncodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The models and number formats that decide a shard's bytes."""
 
     model: str  # folder of Wan2.2-TI2V-5B in diffusers layout
-    device: str = "cpu"  # "cpu" or "cuda"; with several GPUs the executor starts one process for each
+    # "cpu" or "cuda"; with several GPUs the executor starts one process for each
+    device: str = "cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     threads: Some = 1  # torch threads per process: part of what decides the bytes
     text_batch: Some = 8
@@ -120,7 +138,9 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class TargetsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What each check of the report has to reach: ">= 99.5" or "<= 25", in the check's unit; empty: not set."""
+    """What each check of the report has to reach: ">= 99.5" or "<= 25", in the check's unit;
+    empty: not set.
+    """
 
     file_validity: str = ""
     format_agreement: str = ""
@@ -161,21 +181,34 @@ class ShardgenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     report: ReportConfig = ReportConfig()
 
     def __post_init__(self) -> None:
-        """Raises ValueError (msgspec makes it a ValidationError, load_toml a ConfigError) for impossible values."""
+        """Raises ValueError (msgspec makes it a ValidationError, load_toml a ConfigError) for
+        impossible values.
+        """
         for text in self.windows.buckets:
             Bucket.parse(text)
         if not self.windows.buckets:
-            raise ValueError("windows.buckets is empty: name at least one shape, e.g. \"1280x704x49\"")
+            raise ValueError(
+                'windows.buckets is empty: name at least one shape, e.g. "1280x704x49"'
+            )
         if not self.split.group_by:
-            raise ValueError("split.group_by is empty: all clips would be one group, on one side of the split")
+            raise ValueError(
+                "split.group_by is empty: all clips would be one group, on one side of the split"
+            )
 
 
 def recipe_of(config: ShardgenConfig) -> dict[str, Any]:
-    """What of the configuration decides the bytes of a shard, as plain JSON types, for the manifest."""
+    """What of the configuration decides the bytes of a shard, as plain JSON types, for the
+    manifest.
+    """
     plain = msgspec.to_builtins(config)
     encode = {key: value for key, value in plain["encode"].items() if key != "model"}
-    return {"filters": plain["filters"], "prompt": plain["prompt"], "split": plain["split"],
-            "windows": plain["windows"], "encode": encode}
+    return {
+        "filters": plain["filters"],
+        "prompt": plain["prompt"],
+        "split": plain["split"],
+        "windows": plain["windows"],
+        "encode": encode,
+    }
 
 
 def cache_folder(config: ShardgenConfig) -> Path:
@@ -187,7 +220,11 @@ def check_paths(config: ShardgenConfig) -> None:
     """Raises ConfigError when the label root is no folder, or the output lies inside it."""
     root, output = Path(config.labels.root).resolve(), Path(config.output).resolve()
     if not root.is_dir():
-        raise ConfigError(f"labels.root = {root}: no such folder; it must hold {{image,video}}/batch_NNNN/ID.json")
+        raise ConfigError(
+            f"labels.root = {root}: no such folder; it must hold {{image,video}}/batch_NNNN/ID.json"
+        )
     if output == root or root in output.parents:
-        raise ConfigError(f"output = {output} lies inside labels.root = {root}: choose a folder outside, the label "
-                          f"tree is never written")
+        raise ConfigError(
+            f"output = {output} lies inside labels.root = {root}: choose a folder outside, the label "
+            f"tree is never written"
+        )

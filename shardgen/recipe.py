@@ -1,7 +1,9 @@
-"""What decides the bytes of a dataset, as data: the rules, the models by their content, and the packages by version.
+"""What decides the bytes of a dataset, as data: the rules, the models by their content, and the
+packages by version.
 
-It goes into the manifest, and its hash, the recipe_id, ties a dataset to one way of making it: shards of two recipes
-never share a folder. Left out: how many workers there were and where the files lay, because these decide nothing.
+It goes into the manifest, and its hash, the recipe_id, ties a dataset to one way of making it:
+shards of two recipes never share a folder. Left out: how many workers there were and where the
+files lay, because these decide nothing.
 """
 
 from collections.abc import Callable
@@ -19,22 +21,34 @@ PACKAGES = ("av", "ftfy", "numpy", "pillow", "tokenizers", "torch", "transformer
 MODEL_PARTS = ("text_encoder", "tokenizer", "vae")  # the transformer takes no part in a dataset
 
 
-def full_recipe(config: ShardgenConfig, recall: Callable[[str], str],
-                remember: Callable[[str, str], None]) -> dict[str, Any]:
-    """The recipe as plain JSON types. `recall` and `remember` keep hashes of model files from run to run.
+def full_recipe(
+    config: ShardgenConfig, recall: Callable[[str], str], remember: Callable[[str, str], None]
+) -> dict[str, Any]:
+    """The recipe as plain JSON types. `recall` and `remember` keep hashes of model files from run
+    to run.
 
     Raises ConfigError if the model folder lacks a part.
     """
-    models = {part: _folder_xxh3(Path(config.encode.model) / part, recall, remember) for part in MODEL_PARTS}
-    return recipe_of(config) | {"models": models, "packages": {name: version(name) for name in PACKAGES}}
+    models = {
+        part: _folder_xxh3(Path(config.encode.model) / part, recall, remember)
+        for part in MODEL_PARTS
+    }
+    return recipe_of(config) | {
+        "models": models,
+        "packages": {name: version(name) for name in PACKAGES},
+    }
 
 
-def _folder_xxh3(folder: Path, recall: Callable[[str], str], remember: Callable[[str, str], None]) -> str:
+def _folder_xxh3(
+    folder: Path, recall: Callable[[str], str], remember: Callable[[str, str], None]
+) -> str:
     """xxh3_128 hex over the names and contents of all files in `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     if not files:
-        raise ConfigError(f"encode.model: {folder} is missing or empty; give the folder of Wan2.2-TI2V-5B in diffusers "
-                          f"layout, with {', '.join(MODEL_PARTS)}")
+        raise ConfigError(
+            f"encode.model: {folder} is missing or empty; give the folder of Wan2.2-TI2V-5B in diffusers "
+            f"layout, with {', '.join(MODEL_PARTS)}"
+        )
     digest = xxhash.xxh3_128()
     for path in files:
         status = path.stat()

@@ -1,11 +1,14 @@
-"""Is a dataset whole? Every byte of it is looked at, and every fault is told with the shard and the member it is in.
+"""Is a dataset whole? Every byte of it is looked at, and every fault is told with the shard and
+the member it is in.
 
-Three layers, from cheap to dear: the files against the manifest's hashes; the tar itself (headers, padding, order,
-index) against the bytes that write.py would have made; and what the members hold (metadata, tensors, pictures)
-against the format. The layers don't stop each other, so that one flipped bit is traced to its member.
+Three layers, from cheap to dear: the files against the manifest's hashes; the tar itself
+(headers, padding, order, index) against the bytes that write.py would have made; and what the
+members hold (metadata, tensors, pictures) against the format. The layers don't stop each other,
+so that one flipped bit is traced to its member.
 
-Of an index of foreign tars (tools/index.py) the shards are checked like this, but for latents and first frames, which
-it lacks; the foreign tar against its hash, and each of its clips. What else lies in that tar is not ours to judge.
+Of an index of foreign tars (tools/index.py) the shards are checked like this, but for latents and
+first frames, which it lacks; the foreign tar against its hash, and each of its clips. What else
+lies in that tar is not ours to judge.
 """
 
 import mmap
@@ -68,7 +71,9 @@ Opened = tuple[mmap.mmap, list[list[Member]], dict[str, str]]
 
 
 def check_shard(shard: tuple[str, ShardInfo, ShardInfo | None], dataset: Path) -> Checked:
-    """Check one (split, shard, shard of foreign media) of `dataset` completely. Faults are returned, not raised."""
+    """Check one (split, shard, shard of foreign media) of `dataset` completely. Faults are
+    returned, not raised.
+    """
     split, info, media = shard
     checked = Checked([], [], set(), set())
     stem = dataset / split / info.name
@@ -76,56 +81,80 @@ def check_shard(shard: tuple[str, ShardInfo, ShardInfo | None], dataset: Path) -
         with _opened(stem, info, checked.faults) as (data, index, hashes):
             checked.faults.extend(_tar_faults(data, index, hashes, info))
             for members in index:
-                checked.faults.extend(_sample_faults(data, members, split, info, checked, media is not None))
+                checked.faults.extend(
+                    _sample_faults(data, members, split, info, checked, media is not None)
+                )
         if media is not None:
             stem = stem.with_name(media.name)
             with _opened(stem, media, checked.faults) as (data, index, hashes):
                 checked.faults.extend(_media_faults(data, index, hashes, media, checked.keys))
-    except (OSError, DatasetError, ValueError) as error:  # ValueError: an empty file can't be mapped
-        advice = "" if stem.name == info.name else "; if its tar was moved or changed, index it again: tools.index"
+    except (
+        OSError,
+        DatasetError,
+        ValueError,
+    ) as error:  # ValueError: an empty file can't be mapped
+        advice = (
+            ""
+            if stem.name == info.name
+            else "; if its tar was moved or changed, index it again: tools.index"
+        )
         checked.faults.append(f"{stem}: {error}{advice}")
     return checked
 
 
 @contextmanager
 def _opened(stem: Path, info: ShardInfo, faults: list[str]) -> Iterator[Opened]:
-    """A shard's tar, index and hashes; `faults` hears where its files are not those of the manifest."""
+    """A shard's tar, index and hashes; `faults` hears where its files are not those of the
+    manifest.
+    """
     for suffix, digest in (IDX, info.idx_xxh3), (XXH3, info.xxh3_xxh3), (TAR, info.tar_xxh3):
         path = stem.with_name(info.name + suffix)
         if (found := file_xxh3(path)) != digest:
             faults.append(f"{path}: xxh3_128 is {found}, the manifest says {digest}")
-    with stem.with_name(info.name + TAR).open("rb") as file, \
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with (
+        stem.with_name(info.name + TAR).open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
         if len(data) != info.bytes:
             faults.append(f"{info.name}.tar: {len(data)} bytes, the manifest says {info.bytes}")
         index = decode_index(stem.with_name(info.name + IDX).read_bytes(), f"{info.name}.idx")
-        yield data, index, decode_hashes(stem.with_name(info.name + XXH3).read_bytes(), f"{info.name}.xxh3")
+        yield (
+            data,
+            index,
+            decode_hashes(stem.with_name(info.name + XXH3).read_bytes(), f"{info.name}.xxh3"),
+        )
 
 
-def _media_faults(data: mmap.mmap, index: list[list[Member]], hashes: dict[str, str], media: ShardInfo,
-                  keys: list[str]) -> Iterator[str]:
+def _media_faults(
+    data: mmap.mmap,
+    index: list[list[Member]],
+    hashes: dict[str, str],
+    media: ShardInfo,
+    keys: list[str],
+) -> Iterator[str]:
     """The clips in a foreign tar: line i of its index is one clip, of sample i."""
     clips = [[split_member_name(member.name) for member in members] for members in index]
     if [[key] for key in keys] != [[key for key, _ in names] for names in clips]:
         yield f"{media.name}.idx: its {len(index)} clips are not those of the {len(keys)} samples, one each"
     for member in (member for members in index for member in members):
-        with memoryview(data) as view, view[member.offset:member.offset + member.size] as stored:
+        with memoryview(data) as view, view[member.offset : member.offset + member.size] as stored:
             if xxhash.xxh3_64_hexdigest(stored) != hashes.get(member.name):
                 yield f"{media.name}.tar: {member.name}: its bytes don't match {media.name}.xxh3"
 
 
-def _tar_faults(data: mmap.mmap, index: list[list[Member]], hashes: dict[str, str],
-                info: ShardInfo) -> Iterator[str]:
+def _tar_faults(
+    data: mmap.mmap, index: list[list[Member]], hashes: dict[str, str], info: ShardInfo
+) -> Iterator[str]:
     """The tar, byte for byte, as write.py makes it from these members."""
     offset = 0
     for member in (member for members in index for member in members):
         header, padding = tar_header(member.name, member.size), bytes(-member.size % BLOCK_BYTES)
-        if member.offset != offset + BLOCK_BYTES or data[offset:offset + BLOCK_BYTES] != header:
+        if member.offset != offset + BLOCK_BYTES or data[offset : offset + BLOCK_BYTES] != header:
             yield f"{info.name}.tar: {member.name}: the header at byte {offset} is not that of this member"
         end = member.offset + member.size
-        if data[end:end + len(padding)] != padding:
+        if data[end : end + len(padding)] != padding:
             yield f"{info.name}.tar: {member.name}: the padding after it is not zero"
-        with memoryview(data) as view, view[member.offset:end] as stored:
+        with memoryview(data) as view, view[member.offset : end] as stored:
             if xxhash.xxh3_64_hexdigest(stored) != hashes.get(member.name):
                 yield f"{info.name}.tar: {member.name}: its bytes don't match {info.name}.xxh3"
         offset = end + len(padding)
@@ -138,8 +167,14 @@ def _tar_faults(data: mmap.mmap, index: list[list[Member]], hashes: dict[str, st
         yield f"{info.name}.idx: {len(index)} samples, the manifest says {info.num_samples}"
 
 
-def _sample_faults(data: mmap.mmap, members: list[Member], split: str, info: ShardInfo,
-                   checked: Checked, foreign: bool) -> Iterator[str]:
+def _sample_faults(
+    data: mmap.mmap,
+    members: list[Member],
+    split: str,
+    info: ShardInfo,
+    checked: Checked,
+    foreign: bool,
+) -> Iterator[str]:
     """One sample against the format; a `foreign` one has its media elsewhere, and no latent."""
     key = split_member_name(members[0].name)[0]
     place = f"{info.name}.tar: {key}"
@@ -148,7 +183,7 @@ def _sample_faults(data: mmap.mmap, members: list[Member], split: str, info: Sha
         member_key, extension = split_member_name(member.name)
         if member_key != key or extension not in MEMBERS or extension in stored:
             yield f"{place}: {member.name} does not belong into this sample"
-        stored[extension] = data[member.offset:member.offset + member.size]
+        stored[extension] = data[member.offset : member.offset + member.size]
     if checked.keys and checked.keys[-1] >= key:
         yield f"{place}: comes after {checked.keys[-1]}, keys must ascend"
     checked.keys.append(key)
@@ -156,7 +191,9 @@ def _sample_faults(data: mmap.mmap, members: list[Member], split: str, info: Sha
         meta = decode_meta(stored[JSON])
         checked.programmes.add(meta.programme)
         bucket = Bucket.parse(info.bucket)
-        expected = sample_key(meta.media_xxh3, meta.clip_id, meta.shot, meta.start_ms, meta.bucket, meta.fps)
+        expected = sample_key(
+            meta.media_xxh3, meta.clip_id, meta.shot, meta.start_ms, meta.bucket, meta.fps
+        )
         if not key == meta.key == expected:
             yield f"{place}: its metadata say key {meta.key} and belong to key {expected}"
         if (meta.split, meta.bucket) != (split, bucket):
@@ -201,13 +238,23 @@ def _picture_faults(stored: dict[str, bytes], place: str, meta: SampleMeta) -> I
             yield f"{place}.{MP4}: {shape} at {found.fps} fps, expected {meta.bucket} at {meta.fps}"
 
 
-def verify_dataset(dataset: Path, num_workers: int, advance: Callable[[int], None]) -> Iterator[str]:
-    """Yield every fault of `dataset`; `advance` hears of shards done. Raises DatasetError without a manifest."""
+def verify_dataset(
+    dataset: Path, num_workers: int, advance: Callable[[int], None]
+) -> Iterator[str]:
+    """Yield every fault of `dataset`; `advance` hears of shards done. Raises DatasetError without
+    a manifest.
+    """
     manifest = read_manifest(dataset)
     media = media_shards(manifest)
-    shards = [(split, info, media.get(info.name)) for split, infos in manifest.splits.items() for info in infos]
+    shards = [
+        (split, info, media.get(info.name))
+        for split, infos in manifest.splits.items()
+        for info in infos
+    ]
     checked: dict[str, Checked] = {}
-    for (_, info, _), result in run_local(partial(check_shard, dataset=dataset), shards, num_workers):
+    for (_, info, _), result in run_local(
+        partial(check_shard, dataset=dataset), shards, num_workers
+    ):
         if isinstance(result, Failure):
             yield f"{info.name}: {result}"
             continue
@@ -218,14 +265,20 @@ def verify_dataset(dataset: Path, num_workers: int, advance: Callable[[int], Non
 
 
 def check_across(dataset: Path, manifest: Manifest, checked: dict[str, Checked]) -> Iterator[str]:
-    """What only the whole shows: repeated keys, programmes on both sides, stray files, the empty prompt."""
+    """What only the whole shows: repeated keys, programmes on both sides, stray files, the empty
+    prompt.
+    """
     home: dict[str, str] = {}
     for name, shard in checked.items():
         for key in shard.keys:
             if home.setdefault(key, name) != name:
                 yield f"key {key} is in {home[key]} and in {name}"
-    sides = {split: set().union(*(checked[info.name].programmes for info in shards if info.name in checked))
-             for split, shards in manifest.splits.items()}
+    sides = {
+        split: set().union(
+            *(checked[info.name].programmes for info in shards if info.name in checked)
+        )
+        for split, shards in manifest.splits.items()
+    }
     for programme in sorted(sides.get("train", set()) & sides.get("val", set())):
         yield f"programme {programme!r} is on both sides of the split"
     dims = set().union(*(shard.text_dims for shard in checked.values()))
@@ -233,8 +286,12 @@ def check_across(dataset: Path, manifest: Manifest, checked: dict[str, Checked])
         yield f"text rows of different dimensions: {sorted(dims)}"
     media = media_shards(manifest)
     for split, shards in manifest.splits.items():
-        known = {one.name + suffix for info in shards for one in (info, media.get(info.name, info))
-                 for suffix in (TAR, IDX, XXH3)}
+        known = {
+            one.name + suffix
+            for info in shards
+            for one in (info, media.get(info.name, info))
+            for suffix in (TAR, IDX, XXH3)
+        }
         for path in sorted((dataset / split).glob("*")):
             if path.name not in known:
                 yield f"{path}: is not in {MANIFEST_FILE}"
@@ -244,4 +301,3 @@ def check_across(dataset: Path, manifest: Manifest, checked: dict[str, Checked])
             decode_tensor(data, TensorInfo("float16", (1, dim)))
     except (OSError, SampleError) as error:
         yield f"{dataset / EMPTY_PROMPT_FILE}: {error}"
-

@@ -1,9 +1,12 @@
-"""What several test files share: one tiny checkpoint and one sample corpus per session, both read-only by agreement."""
+"""What several test files share: one tiny checkpoint and one sample corpus per session, both
+read-only by agreement.
+"""
 
 import os
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads this once, when it is first imported
+# kernels run on the CPU; triton reads this once, when it is first imported
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 
@@ -43,16 +46,22 @@ model = "{checkpoint}"
 
 
 @pytest.fixture(scope="session")
-def tiny_recipe(tiny_checkpoint: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_recipe(
+    tiny_checkpoint: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The configuration that tiny_dataset was built with, by one worker."""
     folder = tmp_path_factory.mktemp("dataset")
     path = folder / "tiny.toml"
-    path.write_text(TINY_RECIPE.format(output=folder / "tiny", corpus=tiny_corpus, checkpoint=tiny_checkpoint))
+    path.write_text(
+        TINY_RECIPE.format(output=folder / "tiny", corpus=tiny_corpus, checkpoint=tiny_checkpoint)
+    )
     return path
 
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tiny_recipe: Path) -> Path:
-    """The sample corpus as shards: 160x96x9 and 96x160x9 video and images, train and val, read-only by agreement."""
+    """The sample corpus as shards: 160x96x9 and 96x160x9 video and images, train and val,
+    read-only by agreement.
+    """
     assert shardgen(["build", str(tiny_recipe)]) == 0
     return tiny_recipe.parent / "tiny"

@@ -1,4 +1,6 @@
-"""The tensor codec: what is merged anywhere, with or without zstd's checksum, are the numbers that were packed."""
+"""The tensor codec: what is merged anywhere, with or without zstd's checksum, are the numbers
+that were packed.
+"""
 
 import numpy as np
 import torch
@@ -11,7 +13,9 @@ from loader.sample import TensorInfo, decode_planes, decode_tensor, encode_tenso
 def test_merged_planes_are_the_numbers() -> None:
     array = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float16)
     info = TensorInfo("float16", array.shape)
-    planes = torch.frombuffer(decode_planes(encode_tensor(array), info), dtype=torch.uint8).view(2, *array.shape)
+    planes = torch.frombuffer(decode_planes(encode_tensor(array), info), dtype=torch.uint8).view(
+        2, *array.shape
+    )
     merged = torch.empty(array.shape, dtype=torch.float16)
     merge_planes(planes, merged)
     assert (merged.numpy() == array).all()

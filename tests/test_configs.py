@@ -1,4 +1,6 @@
-"""Every configuration in configs/ decodes strictly, and every constraint file pins what its machine needs."""
+"""Every configuration in configs/ decodes strictly, and every constraint file pins what its
+machine needs.
+"""
 
 import re
 import tomllib
@@ -42,8 +44,16 @@ def test_v100_pins_the_last_wheels_that_contain_sm_70() -> None:
 def test_cpu_pins_every_direct_dependency() -> None:
     root = CONFIGS.parent
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {name: needs for name, needs in project["optional-dependencies"].items()
-              if name not in ("dali-cuda13", "flash4")}  # they need a GPU
-    names = {re.split(r"[^\w-]", need)[0] for need in sum(extras.values(), project["dependencies"])} - {"newsreel"}
-    pinned = {line.partition("==")[0] for line in (CONFIGS / "env/cpu.txt").read_text(encoding="utf-8").splitlines()}
+    extras = {
+        name: needs
+        for name, needs in project["optional-dependencies"].items()
+        if name not in ("dali-cuda13", "flash4")
+    }  # they need a GPU
+    names = {
+        re.split(r"[^\w-]", need)[0] for need in sum(extras.values(), project["dependencies"])
+    } - {"newsreel"}
+    pinned = {
+        line.partition("==")[0]
+        for line in (CONFIGS / "env/cpu.txt").read_text(encoding="utf-8").splitlines()
+    }
     assert names - pinned == set()

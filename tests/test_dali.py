@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 def jpeg(seed: int, width: int = 96, height: int = 64) -> bytes:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     file = io.BytesIO()
-    PIL.Image.fromarray(coarse).resize((width, height), PIL.Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    PIL.Image.fromarray(coarse).resize((width, height), PIL.Image.Resampling.BICUBIC).save(
+        file, "JPEG", quality=95
+    )
     return file.getvalue()
 
 
@@ -39,17 +41,26 @@ def test_decodes_to_normalised_pixels(dtype: torch.dtype) -> None:
     decoder = FrameDecoder("jpg", CPU, dtype, max_batch=4)
     for seeds in ([1, 2, 3], [4], [5, 6, 7, 8]):
         for seed, frame in zip(seeds, decoder.decode([jpeg(seed) for seed in seeds]), strict=True):
-            assert isinstance(frame, torch.Tensor) and frame.dtype == dtype and frame.shape == (3, 1, 64, 96)
-            assert (frame - pixels(jpeg(seed))).abs().max() <= 1 / 127.5 + 1e-3  # decoders may round differently
+            assert (
+                isinstance(frame, torch.Tensor)
+                and frame.dtype == dtype
+                and frame.shape == (3, 1, 64, 96)
+            )
+            # decoders may round differently
+            assert (frame - pixels(jpeg(seed))).abs().max() <= 1 / 127.5 + 1e-3
 
 
 def test_sizes_may_differ_within_a_batch() -> None:
-    frames = FrameDecoder("jpg", CPU, torch.float32, max_batch=2).decode([jpeg(1, 96, 64), jpeg(2, 32, 128)])
+    frames = FrameDecoder("jpg", CPU, torch.float32, max_batch=2).decode(
+        [jpeg(1, 96, 64), jpeg(2, 32, 128)]
+    )
     shapes = [tuple(frame.shape) for frame in frames if isinstance(frame, torch.Tensor)]
     assert shapes == [(3, 1, 64, 96), (3, 1, 128, 32)]
 
 
-@pytest.mark.parametrize("bad", [b"no image", jpeg(9)[:100], b"\xff\xd8\xff"], ids=["text", "truncated", "marker"])
+@pytest.mark.parametrize(
+    "bad", [b"no image", jpeg(9)[:100], b"\xff\xd8\xff"], ids=["text", "truncated", "marker"]
+)
 def test_a_bad_file_fails_alone_and_the_pipeline_goes_on(bad: bytes) -> None:
     decoder = FrameDecoder("jpg", CPU, torch.float32, max_batch=3)
     first, broken, last = decoder.decode([jpeg(1), bad, jpeg(2)])
@@ -62,7 +73,11 @@ def test_a_bad_file_fails_alone_and_the_pipeline_goes_on(bad: bytes) -> None:
 def test_h264_without_a_gpu_is_refused_with_the_way_out() -> None:
     h264 = encode_mp4(np.zeros((5, 64, 96, 3), np.uint8), 24.0)
     (error,) = FrameDecoder("mp4", CPU, torch.float32, max_batch=1).decode([h264])
-    assert isinstance(error, DecodeError) and "H.264 on a GPU only" in str(error) and "KEY.jpg" in str(error)
+    assert (
+        isinstance(error, DecodeError)
+        and "H.264 on a GPU only" in str(error)
+        and "KEY.jpg" in str(error)
+    )
 
 
 def motion_jpeg(frames: list[PIL.Image.Image], matrix: int) -> bytes:
@@ -73,7 +88,9 @@ def motion_jpeg(frames: list[PIL.Image.Image], matrix: int) -> bytes:
         stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuvj420p"
         stream.codec_context.qmin = stream.codec_context.qmax = 2
         for t, picture in enumerate(frames):
-            frame = av.VideoFrame.from_image(picture).reformat(format="yuvj420p", dst_colorspace=matrix)
+            frame = av.VideoFrame.from_image(picture).reformat(
+                format="yuvj420p", dst_colorspace=matrix
+            )
             frame.pts = t
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -93,22 +110,39 @@ def test_the_colours_of_a_video_are_those_of_its_matrix(matrix: int, bt709: bool
     assert errors[0] < 2 < 3 < errors[1], errors
 
 
-def test_dalis_arithmetic_gives_ffmpegs_frame_but_for_colours_that_bt601_clips(tmp_path: Path) -> None:
+def test_dalis_arithmetic_gives_ffmpegs_frame_but_for_colours_that_bt601_clips(
+    tmp_path: Path,
+) -> None:
     make_clips(tmp_path, Bucket(640, 352, 5))
     frame, held = dali_frame(tmp_path / "0-planes.png")
     errors = (frame - pixels((tmp_path / "0-709.png").read_bytes())).movedim(0, -1) * 127.5
     assert errors.abs().max() > 20 and held.double().mean() > 0.9
     assert errors[held].mean(0).abs().max() < 0.1  # no tint, though DALI's kernel has one
-    assert errors[held].abs().max() < 8  # H.264's and DALI's chroma lie a quarter of a chroma pixel apart
+    # H.264's and DALI's chroma lie a quarter of a chroma pixel apart
+    assert errors[held].abs().max() < 8
 
 
-def test_the_raw_feed_takes_the_first_frame_of_a_clip(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_raw_feed_takes_the_first_frame_of_a_clip(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     clip = motion_jpeg([PIL.Image.open(io.BytesIO(jpeg(seed))) for seed in range(5)], BT709)
     write_synthetic_dataset(tmp_path, {"96x64x5": 4}, clips=[clip])
     vae = load_vae_encoder(tiny_checkpoint, CPU, torch.float32)
     expected = [vae.encode(pixels(jpeg(seed)).unsqueeze(0))[0] for seed in range(5)]
-    with Feed([tmp_path], split="train", global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0, i2v_share=1.0,
-              caption_dropout=0.0, condition="raw", device="cpu", vae=vae) as feed:
+    with Feed(
+        [tmp_path],
+        split="train",
+        global_batch=4,
+        micro_batch=4,
+        rank=0,
+        world_size=1,
+        seed=0,
+        i2v_share=1.0,
+        caption_dropout=0.0,
+        condition="raw",
+        device="cpu",
+        vae=vae,
+    ) as feed:
         batch, _ = next(feed)
         assert batch.condition_BC1HW is not None and feed.damages == []
     for latent in batch.condition_BC1HW.float():

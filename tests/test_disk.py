@@ -1,4 +1,6 @@
-"""An output folder that may not be written, and a full disk: one clear line, exit code 2, and the next run ends it."""
+"""An output folder that may not be written, and a full disk: one clear line, exit code 2, and the
+next run ends it.
+"""
 
 import shutil
 import subprocess
@@ -14,9 +16,12 @@ from PIL import Image
 from bench.label_tree import label_bytes, make_label
 
 NOBODY = 65534
-# root may write anywhere, so it becomes somebody else, once everything is imported that only root may be able to read
-RUN = (f"import os, sys\nimport shardgen.cli\nif os.getuid() == 0: os.setuid({NOBODY})\n"
-       "sys.exit(shardgen.cli.main(sys.argv[1:]))")
+# root may write anywhere, so it becomes somebody else, once everything is imported that only root
+# may be able to read
+RUN = (
+    f"import os, sys\nimport shardgen.cli\nif os.getuid() == 0: os.setuid({NOBODY})\n"
+    "sys.exit(shardgen.cli.main(sys.argv[1:]))"
+)
 RECIPE = """
 output = "{folder}/out"
 [labels]
@@ -30,7 +35,9 @@ model = "{folder}/model"
 
 @pytest.fixture
 def folder(tiny_checkpoint: Path) -> Iterator[Path]:
-    """A folder that everybody may enter (pytest's own are the owner's alone) with labels, a model and a recipe."""
+    """A folder that everybody may enter (pytest's own are the owner's alone) with labels, a model
+    and a recipe.
+    """
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
         path.chmod(0o755)
@@ -38,7 +45,9 @@ def folder(tiny_checkpoint: Path) -> Iterator[Path]:
         for number in range(3):
             label = make_label(f"200000{number}", shots=(("", ""),), media_type="image")
             (path / f"labels/200000{number}.json").write_bytes(label_bytes(label))
-            Image.new("RGB", (64, 32), (90 * number, 200, 30)).save(path / f"labels/200000{number}.png")
+            Image.new("RGB", (64, 32), (90 * number, 200, 30)).save(
+                path / f"labels/200000{number}.png"
+            )
         shutil.copytree(tiny_checkpoint, path / "model")
         (path / "recipe.toml").write_text(RECIPE.format(folder=path))
         yield path
@@ -47,10 +56,16 @@ def folder(tiny_checkpoint: Path) -> Iterator[Path]:
                 each.chmod(0o755)
 
 
-def build(recipe: Path, *more: str, program: tuple[str, ...] = ("-m", "shardgen.cli")) -> tuple[int, str]:
+def build(
+    recipe: Path, *more: str, program: tuple[str, ...] = ("-m", "shardgen.cli")
+) -> tuple[int, str]:
     """Exit code and what was said last on stderr, which is never a traceback."""
-    done = subprocess.run([sys.executable, *program, "build", str(recipe), *more], text=True, capture_output=True,
-                          cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, *program, "build", str(recipe), *more],
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stderr.strip().splitlines()[-1]
 
@@ -84,8 +99,9 @@ def test_a_read_only_output_folder_is_one_clear_line_and_the_next_run_goes_on(fo
 
 
 @pytest.mark.soak
-def test_a_disk_that_grows_from_full_to_large_enough_ends_with_the_same_bytes(tiny_recipe: Path, tiny_dataset: Path,
-                                                                              tmp_path: Path) -> None:
+def test_a_disk_that_grows_from_full_to_large_enough_ends_with_the_same_bytes(
+    tiny_recipe: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
@@ -99,7 +115,9 @@ def test_a_disk_that_grows_from_full_to_large_enough_ends_with_the_same_bytes(ti
             assert code == 0 or (code == 2 and ("No space left" in said or "disk" in said)), said
             codes.append(code)
             for name, digest in shard_hashes(disk / "out").items():
-                assert shard_hashes(tiny_dataset)[name] == digest, f"{name} is wrong on a disk of {size}"
+                assert shard_hashes(tiny_dataset)[name] == digest, (
+                    f"{name} is wrong on a disk of {size}"
+                )
         assert codes[0] == 2 and codes[-1] == 0
         assert shard_hashes(disk / "out") == shard_hashes(tiny_dataset)
     finally:
@@ -108,5 +126,8 @@ def test_a_disk_that_grows_from_full_to_large_enough_ends_with_the_same_bytes(ti
 
 def shard_hashes(dataset: Path) -> dict[str, str]:
     """Every file of a shard that stands under its name."""
-    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in dataset.glob("*/*-0*.*")
-            if path.suffix in (".tar", ".idx", ".xxh3")}
+    return {
+        path.name: xxhash.xxh3_128_hexdigest(path.read_bytes())
+        for path in dataset.glob("*/*-0*.*")
+        if path.suffix in (".tar", ".idx", ".xxh3")
+    }

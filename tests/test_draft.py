@@ -1,4 +1,6 @@
-"""What waits between two steps waits on disk, in order, and leaves nothing behind. (Draft: test_plan.py.)"""
+"""What waits between two steps waits on disk, in order, and leaves nothing behind. (Draft:
+test_plan.py.)
+"""
 
 import tracemalloc
 from pathlib import Path
@@ -7,7 +9,9 @@ from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.drafts import Urls
 
 
-def test_each_url_comes_once_in_the_order_of_its_first_coming_while_the_catalog_is_written(tmp_path: Path) -> None:
+def test_each_url_comes_once_in_the_order_of_its_first_coming_while_the_catalog_is_written(
+    tmp_path: Path,
+) -> None:
     with Catalog(tmp_path / "catalog.sqlite") as catalog:
         with Urls(catalog.db) as urls:
             for clip in range(6000):
@@ -17,8 +21,12 @@ def test_each_url_comes_once_in_the_order_of_its_first_coming_while_the_catalog_
                 got.append((url, clips))
                 catalog.remember("last", url)
                 if len(got) == 2500:  # raises, or is busy, where a cursor stands open
-                    assert tuple(catalog.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()) == (0, 0, 0)
-        assert got == [(f"https://host/{clip * 7 % 3000:05}", [clip, clip + 3000]) for clip in range(3000)]
+                    assert tuple(
+                        catalog.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                    ) == (0, 0, 0)
+        assert got == [
+            (f"https://host/{clip * 7 % 3000:05}", [clip, clip + 3000]) for clip in range(3000)
+        ]
         assert not catalog.db.execute("SELECT 1 FROM temp.sqlite_master").fetchone()
 
 

@@ -1,4 +1,6 @@
-"""executors.py: every unit's outcome comes back, whoever runs it; workers never outlive their program."""
+"""executors.py: every unit's outcome comes back, whoever runs it; workers never outlive their
+program.
+"""
 
 import os
 import signal
@@ -31,7 +33,9 @@ def test_each_unit_comes_back_with_its_result_or_its_failure() -> None:
     assert isinstance(outcomes[3], ValueError) and isinstance(outcomes[4], FileNotFoundError)
     done = [outcome for outcome in outcomes.values() if isinstance(outcome, tuple)]
     assert sorted(outcome[0] for outcome in done) == sorted(set(range(40)) - {3, 4})
-    assert {outcome[1] for outcome in done} <= {"a", "b"} and os.getpid() not in {outcome[2] for outcome in done}
+    assert {outcome[1] for outcome in done} <= {"a", "b"} and os.getpid() not in {
+        outcome[2] for outcome in done
+    }
 
 
 def test_units_are_taken_lazily() -> None:
@@ -49,8 +53,10 @@ def test_units_are_taken_lazily() -> None:
 
 
 def test_ray_is_not_started_for_nothing() -> None:
-    script = ("import sys\nfrom shardgen.encode.executors import run_ray\n"
-              "assert list(run_ray(print, iter([]), 2, '', {}, 1, 0)) == [] and 'ray' not in sys.modules")
+    script = (
+        "import sys\nfrom shardgen.encode.executors import run_ray\n"
+        "assert list(run_ray(print, iter([]), 2, '', {}, 1, 0)) == [] and 'ray' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
@@ -60,15 +66,21 @@ def test_a_dead_worker_is_a_clear_error() -> None:
 
 
 def test_workers_end_with_a_killed_program(tmp_path: Path) -> None:
-    script = ("import sys\nsys.path.insert(0, sys.argv[1])\nfrom test_executors import work\n"
-              "from shardgen.encode.executors import run_local\n"
-              "if __name__ == '__main__':\n"
-              "    for unit, result in run_local(work, [1, 2, 1000, 1000], 2):\n"
-              "        print(result[2], flush=True)\n")
+    script = (
+        "import sys\nsys.path.insert(0, sys.argv[1])\nfrom test_executors import work\n"
+        "from shardgen.encode.executors import run_local\n"
+        "if __name__ == '__main__':\n"
+        "    for unit, result in run_local(work, [1, 2, 1000, 1000], 2):\n"
+        "        print(result[2], flush=True)\n"
+    )
     (tmp_path / "program.py").write_text(script)
     here = Path(__file__).parent
-    process = subprocess.Popen([sys.executable, tmp_path / "program.py", here], stdout=subprocess.PIPE, text=True,
-                               cwd=here.parent)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py", here],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=here.parent,
+    )
     assert process.stdout is not None
     workers = {int(process.stdout.readline()) for _ in range(2)}
     assert all(Path(f"/proc/{pid}").exists() for pid in workers)

@@ -1,4 +1,6 @@
-"""The feed hands out each global batch once, in order, whatever the world size, the threads and the interruptions."""
+"""The feed hands out each global batch once, in order, whatever the world size, the threads and
+the interruptions.
+"""
 
 import io
 import json
@@ -22,7 +24,16 @@ from loader.feed import Batch, Feed
 from loader.manifest import MANIFEST_FILE, DatasetError, Manifest, encode_manifest, recipe_id
 from loader.order import OrderError, is_i2v, sample_seed
 from loader.read import TooManyDamagedError
-from loader.sample import JPG, JSON, LATENT, TEXT, SampleMeta, TensorInfo, encode_meta, encode_tensor
+from loader.sample import (
+    JPG,
+    JSON,
+    LATENT,
+    TEXT,
+    SampleMeta,
+    TensorInfo,
+    encode_meta,
+    encode_tensor,
+)
 from loader.vae.encoder import load_vae_encoder
 from shardgen.encode.write import write_shard
 from tools.fake.batch import write_synthetic_dataset
@@ -34,14 +45,27 @@ RawDataset = tuple[Path, dict[str, torch.Tensor]]
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
-    write_synthetic_dataset(folder, {"64x32x5": 70, "32x64x5": 30, "64x32x1": 30}, samples_per_shard=8, text_dim=8)
+    write_synthetic_dataset(
+        folder, {"64x32x5": 70, "32x64x5": 30, "64x32x1": 30}, samples_per_shard=8, text_dim=8
+    )
     return folder
 
 
 def make(*datasets: Path, **changes: Any) -> Feed:
     arguments: dict[str, Any] = dict(
-        split="train", global_batch=G, micro_batch=1, rank=0, world_size=1, seed=3, i2v_share=0.4, caption_dropout=0.1,
-        condition="latent", device="cpu", num_threads=2, max_ahead=4)
+        split="train",
+        global_batch=G,
+        micro_batch=1,
+        rank=0,
+        world_size=1,
+        seed=3,
+        i2v_share=0.4,
+        caption_dropout=0.1,
+        condition="latent",
+        device="cpu",
+        num_threads=2,
+        max_ahead=4,
+    )
     return Feed(datasets, **(arguments | changes))
 
 
@@ -49,15 +73,18 @@ def take(feed: Feed, num: int) -> list[tuple[Batch, dict[str, Any]]]:
     return [next(feed) for _ in range(num)]
 
 
-def global_keys(dataset: Path, world_size: int, micro_batch: int, num: int, state: dict[str, Any] | None = None
-                ) -> list[str]:
+def global_keys(
+    dataset: Path, world_size: int, micro_batch: int, num: int, state: dict[str, Any] | None = None
+) -> list[str]:
     """Keys of `num` global batches, in their order, as all ranks together see them."""
     ranks = []
     for rank in range(world_size):
         with make(dataset, rank=rank, world_size=world_size, micro_batch=micro_batch) as feed:
             if state:
                 feed.load_state_dict(state)
-            ranks.append([batch.keys for batch, _ in take(feed, num * G // (world_size * micro_batch))])
+            ranks.append(
+                [batch.keys for batch, _ in take(feed, num * G // (world_size * micro_batch))]
+            )
     return [key for micro_step in zip(*ranks, strict=True) for keys in micro_step for key in keys]
 
 
@@ -80,16 +107,28 @@ def test_an_epoch_holds_each_sample_once(dataset: Path) -> None:
 def test_a_batch_holds_what_its_samples_hold(dataset: Path) -> None:
     with make(dataset, micro_batch=4, caption_dropout=0.3) as feed:
         for batch, _ in take(feed, 12):
-            assert batch.latent_BCTHW.shape == (4, *batch.bucket.latent_shape) and batch.text_BSD.shape == (4, 512, 8)
-            assert batch.latent_BCTHW.dtype == batch.text_BSD.dtype == torch.float16 and batch.condition_BC1HW is None
+            assert batch.latent_BCTHW.shape == (
+                4,
+                *batch.bucket.latent_shape,
+            ) and batch.text_BSD.shape == (4, 512, 8)
+            assert (
+                batch.latent_BCTHW.dtype == batch.text_BSD.dtype == torch.float16
+                and batch.condition_BC1HW is None
+            )
             for i, key in enumerate(batch.keys):
                 rng = np.random.default_rng(int(key, 16))  # as tools/fake/batch.py draws
-                latent = rng.standard_normal(batch.bucket.latent_shape, np.float32).astype(np.float16)
-                text = rng.standard_normal((int(rng.integers(60, 260)), 8), np.float32).astype(np.float16)
+                latent = rng.standard_normal(batch.bucket.latent_shape, np.float32).astype(
+                    np.float16
+                )
+                text = rng.standard_normal((int(rng.integers(60, 260)), 8), np.float32).astype(
+                    np.float16
+                )
                 if batch.caption_dropped[i]:
                     text = np.full((1, 8), 0.5, np.float16)
                 assert (batch.latent_BCTHW[i].numpy() == latent).all()
-                assert (batch.text_BSD[i, :len(text)].numpy() == text).all() and not batch.text_BSD[i, len(text):].any()
+                assert (
+                    batch.text_BSD[i, : len(text)].numpy() == text
+                ).all() and not batch.text_BSD[i, len(text) :].any()
                 assert batch.seeds[i] == sample_seed(3, batch.epoch, key)
                 assert batch.is_i2v[i] == is_i2v(3, batch.epoch, key, batch.bucket.num_frames, 0.4)
 
@@ -111,7 +150,9 @@ def test_resume_in_the_middle_of_an_epoch_and_of_the_next(dataset: Path) -> None
         _, state = whole[2 * done - 1]
         with make(dataset, micro_batch=12) as feed:
             feed.load_state_dict(json.loads(json.dumps(state)))  # a handful of numbers and strings
-            assert [batch.keys for batch, _ in take(feed, 20 - 2 * done)] == [keys for keys, _ in whole[2 * done:]]
+            assert [batch.keys for batch, _ in take(feed, 20 - 2 * done)] == [
+                keys for keys, _ in whole[2 * done :]
+            ]
 
 
 def test_what_was_prefetched_or_half_consumed_does_not_count(dataset: Path) -> None:
@@ -128,9 +169,15 @@ def test_a_state_of_other_data_is_refused(dataset: Path, tmp_path: Path) -> None
     write_synthetic_dataset(tmp_path, {"64x32x5": 48}, samples_per_shard=8, text_dim=8)
     with make(dataset) as feed:
         state = feed.state_dict()
-    with make(tmp_path) as feed, pytest.raises(OrderError, match=r"datasets.*'num_samples': 130.*'num_samples': 48"):
+    with (
+        make(tmp_path) as feed,
+        pytest.raises(OrderError, match=r"datasets.*'num_samples': 130.*'num_samples': 48"),
+    ):
         feed.load_state_dict(state)
-    with make(dataset, seed=4) as feed, pytest.raises(OrderError, match="seed: 3 in the state, 4 now"):
+    with (
+        make(dataset, seed=4) as feed,
+        pytest.raises(OrderError, match="seed: 3 in the state, 4 now"),
+    ):
         feed.load_state_dict(state)
 
 
@@ -140,16 +187,30 @@ def test_sizes_that_do_not_divide_are_refused(dataset: Path) -> None:
 
 
 def kill_and_resume(dataset: Path, folder: Path, rounds: int, seed: int) -> None:
-    """Consumers are killed at random and resumed with another world size; the keys they saw must be the sequence."""
-    choose, state_file, keys_file, seen = random.Random(seed), folder / "state.json", folder / "keys.txt", []
-    processes = multiprocessing.get_context("forkserver")  # a fork of a process without threads, torch imported once
+    """Consumers are killed at random and resumed with another world size; the keys they saw must
+    be the sequence.
+    """
+    choose, state_file, keys_file, seen = (
+        random.Random(seed),
+        folder / "state.json",
+        folder / "keys.txt",
+        [],
+    )
+    # a fork of a process without threads, torch imported once
+    processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["loader.feed", __name__])
     for _ in range(rounds):
         keys_file.write_text("")
-        process = processes.Process(target=consume, args=(dataset, folder, choose.choice([1, 2, 3, 4, 8])))
+        process = processes.Process(
+            target=consume, args=(dataset, folder, choose.choice([1, 2, 3, 4, 8]))
+        )
         process.start()
         num_lines, deadline_s = choose.randrange(1, 30), time.monotonic() + 60
-        while keys_file.read_text().count("\n") < num_lines and process.is_alive() and time.monotonic() < deadline_s:
+        while (
+            keys_file.read_text().count("\n") < num_lines
+            and process.is_alive()
+            and time.monotonic() < deadline_s
+        ):
             time.sleep(0.002)
         process.kill()
         process.join()
@@ -162,21 +223,33 @@ def kill_and_resume(dataset: Path, folder: Path, rounds: int, seed: int) -> None
 
 
 def consume(dataset: Path, folder: Path, world_size: int) -> None:
-    """What a killed run does: all ranks in one process; log the keys of a batch, then save the state by rename."""
+    """What a killed run does: all ranks in one process; log the keys of a batch, then save the
+    state by rename.
+    """
     state_file = folder / "state.json"
-    feeds = [make(dataset, rank=rank, world_size=world_size, micro_batch=G // world_size) for rank in range(world_size)]
+    feeds = [
+        make(dataset, rank=rank, world_size=world_size, micro_batch=G // world_size)
+        for rank in range(world_size)
+    ]
     for feed in feeds:
         if state_file.exists():
             feed.load_state_dict(json.loads(state_file.read_text()))
     with open(folder / "keys.txt", "a", buffering=1) as log:
         while True:
             parts = [next(feed) for feed in feeds]
-            log.write(" ".join([str(parts[0][0].index), *(key for batch, _ in parts for key in batch.keys)]) + "\n")
+            log.write(
+                " ".join(
+                    [str(parts[0][0].index), *(key for batch, _ in parts for key in batch.keys)]
+                )
+                + "\n"
+            )
             (folder / "state.tmp").write_text(json.dumps(parts[0][1]))
             os.replace(folder / "state.tmp", state_file)
 
 
-def test_killed_and_resumed_at_other_world_sizes_nothing_is_lost_or_repeated(dataset: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_at_other_world_sizes_nothing_is_lost_or_repeated(
+    dataset: Path, tmp_path: Path
+) -> None:
     kill_and_resume(dataset, tmp_path, rounds=3, seed=1)
 
 
@@ -185,8 +258,9 @@ def test_two_hundred_kills(dataset: Path, tmp_path: Path) -> None:
     kill_and_resume(dataset, tmp_path, rounds=200, seed=2)
 
 
-def test_damaged_samples_are_replaced_alike_in_every_world_and_reported(dataset: Path, tmp_path: Path,
-                                                                       caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_samples_are_replaced_alike_in_every_world_and_reported(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
     tar = next((copy / "train").glob("train-64x32x5-*.tar"))
     data = bytearray(tar.read_bytes())
@@ -198,20 +272,32 @@ def test_damaged_samples_are_replaced_alike_in_every_world_and_reported(dataset:
         damages = []
         for rank in range(world_size):
             with make(copy, rank=rank, world_size=world_size, num_threads=threads) as feed:
-                keys.append([key for batch, _ in take(feed, 4 * G // world_size) for key in batch.keys])
+                keys.append(
+                    [key for batch, _ in take(feed, 4 * G // world_size) for key in batch.keys]
+                )
                 damages += feed.damages
         runs.append([key for step in zip(*keys, strict=True) for key in step])
-        assert len(damages) == 1 and damages[0].shard == tar.stem and damages[0].member.endswith(".json")
+        assert (
+            len(damages) == 1
+            and damages[0].shard == tar.stem
+            and damages[0].member.endswith(".json")
+        )
     assert runs[0] == runs[1] == runs[2]
     assert tar.stem in caplog.text and damages[0].key in caplog.text
 
 
-def test_a_threads_exception_reaches_the_consumer_with_shard_and_key(dataset: Path, tmp_path: Path) -> None:
+def test_a_threads_exception_reaches_the_consumer_with_shard_and_key(
+    dataset: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
     for tar in (copy / "train").glob("train-64x32x5-*.tar"):
         os.truncate(tar, 700)
-    with make(copy, max_damaged=2) as feed, \
-            pytest.raises(TooManyDamagedError, match=r"shard train-64x32x5-\d+, key [0-9a-f]{32}, member.*short"):
+    with (
+        make(copy, max_damaged=2) as feed,
+        pytest.raises(
+            TooManyDamagedError, match=r"shard train-64x32x5-\d+, key [0-9a-f]{32}, member.*short"
+        ),
+    ):
         take(feed, 200)
 
 
@@ -244,13 +330,19 @@ def test_several_datasets_are_mixed_and_never_within_a_batch(dataset: Path, tmp_
     assert not own[0] & own[1] and len(own[1]) == 48
     assert 20 <= sum(batch.dataset for batch in batches) <= 38
     assert max(batch.epoch for batch in batches if batch.dataset == 1) > max(
-        batch.epoch for batch in batches if batch.dataset == 0)
+        batch.epoch for batch in batches if batch.dataset == 0
+    )
 
 
 @pytest.fixture(scope="module")
 def raw_dataset(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> RawDataset:
-    """Eight clips whose latents are the tiny VAE's; also, by key, the latent of frame 0 after its JPEG (by Pillow)."""
-    folder, vae = tmp_path_factory.mktemp("raw"), load_vae_encoder(tiny_checkpoint, "cpu", torch.float32)
+    """Eight clips whose latents are the tiny VAE's; also, by key, the latent of frame 0 after its
+    JPEG (by Pillow).
+    """
+    folder, vae = (
+        tmp_path_factory.mktemp("raw"),
+        load_vae_encoder(tiny_checkpoint, "cpu", torch.float32),
+    )
     samples, after_jpeg = [], {}
     for i in range(8):
         key = f"{i:032x}"
@@ -258,20 +350,48 @@ def raw_dataset(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         image = PIL.Image.fromarray(coarse).resize((96, 64), PIL.Image.Resampling.BICUBIC)
         file = io.BytesIO()
         image.save(file, "JPEG", quality=95)
-        frame, again = (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
-                        for picture in (image, PIL.Image.open(file)))
+        frame, again = (
+            torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+            for picture in (image, PIL.Image.open(file))
+        )
         video = torch.stack([frame * (1 - 0.1 * t) for t in range(5)], 1)
         latent = vae.encode(video.unsqueeze(0))[0].half().numpy()
         after_jpeg[key] = vae.encode(again[None, :, None])[0]
-        meta = SampleMeta(key=key, clip_id="1", label="l.json", media_type="video", category="", programme="",
-                          split="train", prompt="", width_px=96, height_px=64, num_frames=5, fps=24.0, start_ms=0,
-                          shot=0, media_xxh3=key, latent=TensorInfo("float16", latent.shape),
-                          text=TensorInfo("float16", (2, 8)))
-        samples.append((key, {JSON: encode_meta(meta), LATENT: encode_tensor(latent), JPG: file.getvalue(),
-                              TEXT: encode_tensor(np.ones((2, 8), np.float16))}))
+        meta = SampleMeta(
+            key=key,
+            clip_id="1",
+            label="l.json",
+            media_type="video",
+            category="",
+            programme="",
+            split="train",
+            prompt="",
+            width_px=96,
+            height_px=64,
+            num_frames=5,
+            fps=24.0,
+            start_ms=0,
+            shot=0,
+            media_xxh3=key,
+            latent=TensorInfo("float16", latent.shape),
+            text=TensorInfo("float16", (2, 8)),
+        )
+        samples.append(
+            (
+                key,
+                {
+                    JSON: encode_meta(meta),
+                    LATENT: encode_tensor(latent),
+                    JPG: file.getvalue(),
+                    TEXT: encode_tensor(np.ones((2, 8), np.float16)),
+                },
+            )
+        )
     shard = write_shard(folder / "train", "train-96x64x5-000000", "96x64x5", samples)
     (folder / "empty_prompt.text.zst").write_bytes(encode_tensor(np.ones((1, 8), np.float16)))
-    (folder / MANIFEST_FILE).write_bytes(encode_manifest(Manifest({}, recipe_id({}), {"train": [shard]})))
+    (folder / MANIFEST_FILE).write_bytes(
+        encode_manifest(Manifest({}, recipe_id({}), {"train": [shard]}))
+    )
     return folder, after_jpeg
 
 
@@ -280,15 +400,20 @@ def test_a_missing_or_damaged_empty_prompt_is_named_with_its_dataset(tmp_path: P
     file = tmp_path / "empty_prompt.text.zst"
     for change in (lambda: file.write_bytes(file.read_bytes()[:-9]), file.unlink):
         change()
-        with pytest.raises(DatasetError, match=f"{tmp_path}: {file.name} is missing or damaged .*; copy it anew"):
+        with pytest.raises(
+            DatasetError, match=f"{tmp_path}: {file.name} is missing or damaged .*; copy it anew"
+        ):
             make(tmp_path, global_batch=8, micro_batch=4)
 
 
 def test_the_raw_latent_agrees_with_the_stored_one_within_the_jpegs_loss(
-        raw_dataset: RawDataset, tiny_checkpoint: Path) -> None:
+    raw_dataset: RawDataset, tiny_checkpoint: Path
+) -> None:
     folder, after_jpeg = raw_dataset
     vae = load_vae_encoder(tiny_checkpoint, "cpu", torch.float32)
-    with make(folder, global_batch=8, micro_batch=4, condition="raw", vae=vae, i2v_share=0.6) as feed:
+    with make(
+        folder, global_batch=8, micro_batch=4, condition="raw", vae=vae, i2v_share=0.6
+    ) as feed:
         batches = [batch for batch, _ in take(feed, 4)]
         assert feed.damages == []
     assert 0 < sum(sum(batch.is_i2v) for batch in batches) < 16
@@ -299,32 +424,72 @@ def test_the_raw_latent_agrees_with_the_stored_one_within_the_jpegs_loss(
             if not batch.is_i2v[i]:
                 assert torch.equal(raw, stored)
                 continue
-            loss = (after_jpeg[key] - stored).norm()  # of the JPEG, against the same frame uncompressed
-            assert 0 < (raw - stored).norm() < 1.1 * loss  # another decoder may round a pixel the other way
+            # of the JPEG, against the same frame uncompressed
+            loss = (after_jpeg[key] - stored).norm()
+            # another decoder may round a pixel the other way
+            assert 0 < (raw - stored).norm() < 1.1 * loss
             assert (raw - after_jpeg[key]).norm() < 0.2 * loss
 
 
 def test_a_frame_that_can_not_be_decoded_is_reported_and_the_stored_latent_used(
-        raw_dataset: RawDataset, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    raw_dataset: RawDataset, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     source, _ = raw_dataset
     folder = Path(shutil.copytree(source, tmp_path / "copy"))
-    metas = [SampleMeta(key=f"{i:032x}", clip_id="1", label="l.json", media_type="video", category="", programme="",
-                        split="train", prompt="", width_px=96, height_px=64, num_frames=5, fps=24.0, start_ms=0, shot=0,
-                        media_xxh3="", latent=TensorInfo("float16", (48, 2, 4, 6)), text=TensorInfo("float16", (2, 8)))
-             for i in range(8)]
-    samples = [(meta.key, {JSON: encode_meta(meta), TEXT: encode_tensor(np.ones((2, 8), np.float16)),
-                           LATENT: encode_tensor(np.full((48, 2, 4, 6), 0.25, np.float16)),
-                           JPG: b"not a picture" if i == 3 else jpeg()}) for i, meta in enumerate(metas)]
+    metas = [
+        SampleMeta(
+            key=f"{i:032x}",
+            clip_id="1",
+            label="l.json",
+            media_type="video",
+            category="",
+            programme="",
+            split="train",
+            prompt="",
+            width_px=96,
+            height_px=64,
+            num_frames=5,
+            fps=24.0,
+            start_ms=0,
+            shot=0,
+            media_xxh3="",
+            latent=TensorInfo("float16", (48, 2, 4, 6)),
+            text=TensorInfo("float16", (2, 8)),
+        )
+        for i in range(8)
+    ]
+    samples = [
+        (
+            meta.key,
+            {
+                JSON: encode_meta(meta),
+                TEXT: encode_tensor(np.ones((2, 8), np.float16)),
+                LATENT: encode_tensor(np.full((48, 2, 4, 6), 0.25, np.float16)),
+                JPG: b"not a picture" if i == 3 else jpeg(),
+            },
+        )
+        for i, meta in enumerate(metas)
+    ]
     shard = write_shard(folder / "train", "train-96x64x5-000000", "96x64x5", samples)
-    (folder / MANIFEST_FILE).write_bytes(encode_manifest(Manifest({}, recipe_id({}), {"train": [shard]})))
+    (folder / MANIFEST_FILE).write_bytes(
+        encode_manifest(Manifest({}, recipe_id({}), {"train": [shard]}))
+    )
     vae = load_vae_encoder(tiny_checkpoint, "cpu", torch.float32)
-    with make(folder, global_batch=8, micro_batch=8, condition="raw", vae=vae, i2v_share=1.0) as feed:
+    with make(
+        folder, global_batch=8, micro_batch=8, condition="raw", vae=vae, i2v_share=1.0
+    ) as feed:
         batch, _ = next(feed)
         (damage,) = feed.damages
     assert batch.condition_BC1HW is not None
-    assert damage.key == f"{3:032x}" and damage.member.endswith(".jpg") and "stored latent frame" in damage.reason
+    assert (
+        damage.key == f"{3:032x}"
+        and damage.member.endswith(".jpg")
+        and "stored latent frame" in damage.reason
+    )
     is_stored = [bool((batch.condition_BC1HW[i] == 0.25).all()) for i in range(8)]
-    assert [key for key, stored in zip(batch.keys, is_stored, strict=True) if stored] == [damage.key]
+    assert [key for key, stored in zip(batch.keys, is_stored, strict=True) if stored] == [
+        damage.key
+    ]
 
 
 def jpeg() -> bytes:
@@ -336,4 +501,3 @@ def jpeg() -> bytes:
 def test_raw_without_a_vae_is_refused(dataset: Path) -> None:
     with pytest.raises(ValueError, match="VAE"):
         make(dataset, condition="raw")
-

@@ -1,4 +1,6 @@
-"""What can be had is had, whatever the server does; the rest is named; and nothing is fetched that may not be."""
+"""What can be had is had, whatever the server does; the rest is named; and nothing is fetched
+that may not be.
+"""
 
 import errno
 import os
@@ -64,8 +66,12 @@ class Flaky(BaseHTTPRequestHandler):
         start = 0
         if (wanted := self.headers.get("Range")) and self.headers.get("If-Range") == '"v1"':
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
-            self.head(206, Content_Length=len(BODY) - start, ETag='"v1"',
-                      Content_Range=f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
+            self.head(
+                206,
+                Content_Length=len(BODY) - start,
+                ETag='"v1"',
+                Content_Range=f"bytes {start}-{len(BODY) - 1}/{len(BODY)}",
+            )
         else:
             self.head(200, Content_Length=len(BODY), ETag='"v1"')
         self.wfile.write(BODY[start:])
@@ -164,9 +170,24 @@ def fetch(server: FaultServer, path: str, cache: Path, patience: Patience = FAST
     return download(server.url + path, cache, ("http",), patience).path
 
 
-@pytest.mark.parametrize("path", ["/sound", "/error500/2", "/busy/1", "/reset/2", "/stall/1", "/drip/1", "/truncated/2",
-                                  "/unversioned/2", "/lying/1", "/moved", "/countless", "/sound?sig=a%2Fb&expires=1",
-                                  "/sound?이름=영상"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/sound",
+        "/error500/2",
+        "/busy/1",
+        "/reset/2",
+        "/stall/1",
+        "/drip/1",
+        "/truncated/2",
+        "/unversioned/2",
+        "/lying/1",
+        "/moved",
+        "/countless",
+        "/sound?sig=a%2Fb&expires=1",
+        "/sound?이름=영상",
+    ],
+)
 def test_what_can_be_had_is_had(server: FaultServer, tmp_path: Path, path: str) -> None:
     got = download(server.url + path, tmp_path, ("http",), FAST)
     assert got.path == tmp_path / DIGEST[:2] / DIGEST and got.path.read_bytes() == BODY
@@ -174,13 +195,25 @@ def test_what_can_be_had_is_had(server: FaultServer, tmp_path: Path, path: str) 
     assert not list((tmp_path / "part").iterdir())
 
 
-@pytest.mark.parametrize(("path", "reason", "num_requests"), [
-    ("/missing", "http_404", 1), ("/forbidden", "http_403", 1), ("/error500", "http_500", 4),
-    ("/reset", "http_connection", 4), ("/stall", "http_timeout", 4), ("/drip", "http_slow", 4),
-    ("/unversioned", "http_truncated", 4), ("/huge", "http_too_large", 1), ("/moved_to_file", "http_redirect", 1),
-    ("/moved_to_nothing", "http_redirect", 1), ("/loop", "http_redirect", 5)])
+@pytest.mark.parametrize(
+    ("path", "reason", "num_requests"),
+    [
+        ("/missing", "http_404", 1),
+        ("/forbidden", "http_403", 1),
+        ("/error500", "http_500", 4),
+        ("/reset", "http_connection", 4),
+        ("/stall", "http_timeout", 4),
+        ("/drip", "http_slow", 4),
+        ("/unversioned", "http_truncated", 4),
+        ("/huge", "http_too_large", 1),
+        ("/moved_to_file", "http_redirect", 1),
+        ("/moved_to_nothing", "http_redirect", 1),
+        ("/loop", "http_redirect", 5),
+    ],
+)
 def test_what_cannot_be_had_is_named_and_asked_for_no_oftener_than_helps(
-        server: FaultServer, tmp_path: Path, path: str, reason: str, num_requests: int) -> None:
+    server: FaultServer, tmp_path: Path, path: str, reason: str, num_requests: int
+) -> None:
     with pytest.raises(FetchError) as caught:
         fetch(server, path, tmp_path)
     assert caught.value.reason == reason
@@ -193,16 +226,20 @@ def test_an_endless_body_ends_at_the_limit(server: FaultServer, tmp_path: Path) 
         fetch(server, "/endless", tmp_path, FAST._replace(max_bytes=1 << 20))
 
 
-@pytest.mark.parametrize(("path", "kept"), [("/endless", 0), ("/unversioned", 0), ("/truncated", 2)])
-def test_half_a_file_stays_only_if_the_next_run_may_go_on_with_it(server: FaultServer, tmp_path: Path, path: str,
-                                                                  kept: int) -> None:
+@pytest.mark.parametrize(
+    ("path", "kept"), [("/endless", 0), ("/unversioned", 0), ("/truncated", 2)]
+)
+def test_half_a_file_stays_only_if_the_next_run_may_go_on_with_it(
+    server: FaultServer, tmp_path: Path, path: str, kept: int
+) -> None:
     with pytest.raises(FetchError):
         fetch(server, path, tmp_path, FAST._replace(max_bytes=2 << 20, retries=0))
     assert len(list((tmp_path / "part").iterdir())) == kept
 
 
 def test_a_file_that_just_arrived_is_not_evicted_as_the_unused_one_whose_name_it_got(
-        server: FaultServer, tmp_path: Path) -> None:
+    server: FaultServer, tmp_path: Path
+) -> None:
     room = Room(tmp_path, 1)
     download(server.url + "/sound", tmp_path, ("http",), FAST, arriving=room.hold)
     assert room.evict({DIGEST}) == [] and room.full
@@ -210,7 +247,9 @@ def test_a_file_that_just_arrived_is_not_evicted_as_the_unused_one_whose_name_it
     assert [path.name for path in room.evict({DIGEST})] == [DIGEST]
 
 
-def test_a_half_fetched_file_is_resumed_not_fetched_again(server: FaultServer, tmp_path: Path) -> None:
+def test_a_half_fetched_file_is_resumed_not_fetched_again(
+    server: FaultServer, tmp_path: Path
+) -> None:
     with pytest.raises(FetchError):
         fetch(server, "/truncated/1", tmp_path, FAST._replace(retries=0))
     fetch(server, "/truncated/1", tmp_path, FAST._replace(retries=0))  # the next run
@@ -225,19 +264,42 @@ def test_a_retry_after_is_waited_for(server: FaultServer, tmp_path: Path) -> Non
 
 def test_a_full_disk_is_no_fault_of_the_clip(server: FaultServer, tmp_path: Path) -> None:
     (tmp_path / "part").mkdir()
-    (tmp_path / "part" / xxhash.xxh3_128_hexdigest(f"{server.url}/sound".encode())).symlink_to("/dev/full")
+    (tmp_path / "part" / xxhash.xxh3_128_hexdigest(f"{server.url}/sound".encode())).symlink_to(
+        "/dev/full"
+    )
     with pytest.raises(OSError, match="No space left"):
         fetch(server, "/sound", tmp_path)
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "data:,x", "", "http://", "//host/x", "http:///x",
-                                 "javascript:alert(1)", "/etc/passwd", "http://[bad", "http://host/a b",
-                                 "http://host/a\r\nX: y", "FILE:///etc/passwd", "https://host:99999/a",
-                                 "https://host:x/a", "http://a..b/x", f"http://{'a' * 64}.org/x",
-                                 "https://user:secret@host/a", "ftp://host/a?sig=secret"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://host/x",
+        "data:,x",
+        "",
+        "http://",
+        "//host/x",
+        "http:///x",
+        "javascript:alert(1)",
+        "/etc/passwd",
+        "http://[bad",
+        "http://host/a b",
+        "http://host/a\r\nX: y",
+        "FILE:///etc/passwd",
+        "https://host:99999/a",
+        "https://host:x/a",
+        "http://a..b/x",
+        f"http://{'a' * 64}.org/x",
+        "https://user:secret@host/a",
+        "ftp://host/a?sig=secret",
+    ],
+)
 def test_only_http_urls_with_a_host_are_asked(url: str, tmp_path: Path) -> None:
-    for attempt in (lambda: check_url(url, ("http", "https")),
-                    lambda: download(url, tmp_path, ("http", "https"), FAST)):
+    for attempt in (
+        lambda: check_url(url, ("http", "https")),
+        lambda: download(url, tmp_path, ("http", "https"), FAST),
+    ):
         with pytest.raises(FetchError) as caught:
             attempt()
         assert caught.value.reason == "url_refused" and not caught.value.may_pass
@@ -248,13 +310,15 @@ def test_only_http_urls_with_a_host_are_asked(url: str, tmp_path: Path) -> None:
 
 def test_what_is_not_ascii_is_sent_as_browsers_send_it_and_the_rest_as_it_is() -> None:
     assert ascii_url("http://방송.kr:81/뉴스/1.mp4?sig=a%2Fb&이름=가") == (
-        "http://xn--vh3b23h.kr:81/%EB%89%B4%EC%8A%A4/1.mp4?sig=a%2Fb&%EC%9D%B4%EB%A6%84=%EA%B0%80")
+        "http://xn--vh3b23h.kr:81/%EB%89%B4%EC%8A%A4/1.mp4?sig=a%2Fb&%EC%9D%B4%EB%A6%84=%EA%B0%80"
+    )
     assert ascii_url("http://host/a?") == "http://host/a?"
 
 
 @pytest.mark.parametrize("read", ["read1", "open"])
-def test_a_network_that_is_gone_is_no_fault_of_the_disk(server: FaultServer, tmp_path: Path, read: str,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_is_gone_is_no_fault_of_the_disk(
+    server: FaultServer, tmp_path: Path, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
 

@@ -12,9 +12,15 @@ def test_shift_moves_the_middle_and_keeps_the_ends() -> None:
     assert flow.shifted_sigma(0.3, 1) == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize(("distribution", "median_share"), [("uniform", 0.1), ("logit_normal", 0.1586)])
-def test_sigmas_follow_their_distribution(distribution: flow.TimestepDistribution, median_share: float) -> None:
-    """u below 0.1, or logit(u) below -1 (u < 0.2689), has this probability; five sigma of 20,000 draws."""
+@pytest.mark.parametrize(
+    ("distribution", "median_share"), [("uniform", 0.1), ("logit_normal", 0.1586)]
+)
+def test_sigmas_follow_their_distribution(
+    distribution: flow.TimestepDistribution, median_share: float
+) -> None:
+    """u below 0.1, or logit(u) below -1 (u < 0.2689), has this probability; five sigma of 20,000
+    draws.
+    """
     bound = 0.1 if distribution == "uniform" else 0.26894
     sigmas = [flow.sample_sigma(seed, distribution, 1.0) for seed in range(20_000)]
     share = sum(sigma < bound for sigma in sigmas) / len(sigmas)
@@ -24,7 +30,9 @@ def test_sigmas_follow_their_distribution(distribution: flow.TimestepDistributio
 
 def test_noise_depends_on_the_seed_alone() -> None:
     both = flow.sample_noise([5, 6], (48, 2, 4, 4), torch.device("cpu"))
-    torch.testing.assert_close(flow.sample_noise([6], (48, 2, 4, 4), torch.device("cpu")), both[1:], atol=0, rtol=0)
+    torch.testing.assert_close(
+        flow.sample_noise([6], (48, 2, 4, 4), torch.device("cpu")), both[1:], atol=0, rtol=0
+    )
     assert not torch.equal(both[0], both[1])
     assert abs(both.mean()) < 0.1 and abs(both.std() - 1) < 0.1
 
@@ -33,9 +41,14 @@ def test_i2v_keeps_the_first_frame_clean_and_out_of_the_loss() -> None:
     latent, noise = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 3, 4, 4)
     noised = flow.noise_latent(latent, noise, [0.4, 0.4], is_i2v=[True, False])
     torch.testing.assert_close(noised.latent_BCThw[0, :, 0], latent[0, :, 0])
-    torch.testing.assert_close(noised.latent_BCThw[0, :, 1:], 0.6 * latent[0, :, 1:] + 0.4 * noise[0, :, 1:])
+    torch.testing.assert_close(
+        noised.latent_BCThw[0, :, 1:], 0.6 * latent[0, :, 1:] + 0.4 * noise[0, :, 1:]
+    )
     torch.testing.assert_close(noised.latent_BCThw[1], 0.6 * latent[1] + 0.4 * noise[1])
-    assert noised.t_BR.tolist() == [[0.0, 400.0], [0.0, 400.0]] and noised.num_clean_frames_B.tolist() == [1, 0]
+    assert noised.t_BR.tolist() == [
+        [0.0, 400.0],
+        [0.0, 400.0],
+    ] and noised.num_clean_frames_B.tolist() == [1, 0]
     wrong = noised.target_BCThw.clone()
     wrong[:, :, 0] += 3
     losses = flow.sample_losses(wrong, noised.target_BCThw, noised.num_clean_frames_B)
@@ -43,7 +56,11 @@ def test_i2v_keeps_the_first_frame_clean_and_out_of_the_loss() -> None:
 
 
 def test_a_raw_condition_replaces_the_first_frame_of_i2v_samples_only() -> None:
-    latent, noise, condition = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 1, 4, 4)
+    latent, noise, condition = (
+        torch.randn(2, 48, 3, 4, 4),
+        torch.randn(2, 48, 3, 4, 4),
+        torch.randn(2, 48, 1, 4, 4),
+    )
     noised = flow.noise_latent(latent, noise, [0.4, 0.4], [True, False], condition)
     torch.testing.assert_close(noised.latent_BCThw[0, :, :1], condition[0])
     torch.testing.assert_close(noised.latent_BCThw[1], 0.6 * latent[1] + 0.4 * noise[1])

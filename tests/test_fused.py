@@ -20,8 +20,7 @@ def adapted(targets: tuple[str, ...], dropout: float, nf4: bool = False) -> LoRA
     base = Projections(16, LAYERS)
     for parameter in (base.weight, base.bias):
         torch.nn.init.normal_(parameter)
-    module = LoRAProjections(base, targets, rank=8, alpha=20.0, dropout=dropout, layer=3,
-                             nf4=nf4)
+    module = LoRAProjections(base, targets, rank=8, alpha=20.0, dropout=dropout, layer=3, nf4=nf4)
     torch.nn.init.normal_(module.a_RK)
     torch.nn.init.normal_(module.b_NR)
     for destination, source, factor in module.copies():
@@ -34,29 +33,52 @@ def eager(module: LoRAProjections, x_BLK: Tensor) -> Tensor:
     b_NR = torch.zeros(sum(LAYERS.values()), module.num_spare)
     row = 0
     for i, (start, end) in enumerate(module.blocks):
-        b_NR[start:end, i * 8:(i + 1) * 8] = module.b_NR[row:row + end - start]
+        b_NR[start:end, i * 8 : (i + 1) * 8] = module.b_NR[row : row + end - start]
         row += end - start
     weight_NKR = module.weight if module.nf4 is None else module.nf4.dense()
-    return lora_linear_eager(x_BLK, weight_NKR[:, :16], module.bias, module.a_RK, b_NR, module.scale,
-                             module.dropout, module.key_B)
+    return lora_linear_eager(
+        x_BLK,
+        weight_NKR[:, :16],
+        module.bias,
+        module.a_RK,
+        b_NR,
+        module.scale,
+        module.dropout,
+        module.key_B,
+    )
 
 
 @pytest.mark.parametrize("targets", [tuple(LAYERS), ("attn1.to_v", "attn1.to_q"), ("attn1.to_k",)])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize(("spare", "gelu", "nf4"), [(True, False, False), (False, False, False), (False, True, False),
-                                                     (True, False, True), (False, True, True)])
-def test_fused_equals_eager_forward_and_gradients(targets: tuple[str, ...], dropout: float, spare: bool, gelu: bool,
-                                                  nf4: bool) -> None:
+@pytest.mark.parametrize(
+    ("spare", "gelu", "nf4"),
+    [
+        (True, False, False),
+        (False, False, False),
+        (False, True, False),
+        (True, False, True),
+        (False, True, True),
+    ],
+)
+def test_fused_equals_eager_forward_and_gradients(
+    targets: tuple[str, ...], dropout: float, spare: bool, gelu: bool, nf4: bool
+) -> None:
     module = adapted(targets, dropout, nf4)
     source_BLK = torch.randn(2, 5, 16, requires_grad=True)
     weights_BLN = torch.randn(2, 5, sum(LAYERS.values()))
     x_BLK = gelu_tanh(source_BLK, module.num_spare if spare else 0)
     assert has_spare_columns(x_BLK, module.num_spare) == spare
     results = []
-    for forward in (lambda u: module(u, gelu=True) if gelu else module(gelu_tanh(u, module.num_spare if spare else 0)),
-                    lambda u: eager(module, gelu_tanh(u))):
+    for forward in (
+        lambda u: (
+            module(u, gelu=True) if gelu else module(gelu_tanh(u, module.num_spare if spare else 0))
+        ),
+        lambda u: eager(module, gelu_tanh(u)),
+    ):
         y_BLN = forward(source_BLK)
-        gradients = torch.autograd.grad((y_BLN * weights_BLN).sum(), [source_BLK, module.a_RK, module.b_NR])
+        gradients = torch.autograd.grad(
+            (y_BLN * weights_BLN).sum(), [source_BLK, module.a_RK, module.b_NR]
+        )
         results.append((y_BLN.detach(), *gradients))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
@@ -81,7 +103,9 @@ def test_gelu_before_an_input_that_needs_no_gradient() -> None:
     """As in block 0 with ffn.net.2 adapted alone."""
     module, u_BLK = adapted(tuple(LAYERS), 0.25), torch.randn(2, 5, 16)
     found = torch.autograd.grad(module(u_BLK, gelu=True).square().sum(), [module.a_RK, module.b_NR])
-    twins = torch.autograd.grad(eager(module, gelu_tanh(u_BLK)).square().sum(), [module.a_RK, module.b_NR])
+    twins = torch.autograd.grad(
+        eager(module, gelu_tanh(u_BLK)).square().sum(), [module.a_RK, module.b_NR]
+    )
     for ours, twin in zip(found, twins, strict=True):
         torch.testing.assert_close(ours, twin, atol=1e-3, rtol=1e-4)
 
@@ -98,10 +122,22 @@ def test_nf4_weights_are_near_the_dense_ones_and_take_a_seventh_of_float32() -> 
 
 def test_gradients_of_adapters_are_float32_in_half_precision() -> None:
     module = adapted(tuple(LAYERS), 0.0)
-    module.weight.data, module.bias.data, module.a = (t.bfloat16() for t in (module.weight, module.bias, module.a))
+    module.weight.data, module.bias.data, module.a = (
+        t.bfloat16() for t in (module.weight, module.bias, module.a)
+    )
     x_BLK = torch.randn(2, 5, 16).bfloat16()
-    y: Tensor = LoRALinear.apply(x_BLK, module.weight, module.bias, module.a, module.a_RK, module.b_NR, module.blocks,
-                                 module.scale, 0.0, None)
+    y: Tensor = LoRALinear.apply(
+        x_BLK,
+        module.weight,
+        module.bias,
+        module.a,
+        module.a_RK,
+        module.b_NR,
+        module.blocks,
+        module.scale,
+        0.0,
+        None,
+    )
     y.sum().backward()
     assert y.dtype == torch.bfloat16
     for parameter in (module.a_RK, module.b_NR):

@@ -1,4 +1,6 @@
-"""Foreign tars, indexed: what is usable trains as it lies there, the rest is counted, and the tars stay untouched."""
+"""Foreign tars, indexed: what is usable trains as it lies there, the rest is counted, and the
+tars stay untouched.
+"""
 
 import io
 import json
@@ -88,25 +90,51 @@ def vae(tiny_checkpoint: Path) -> VAEEncoder:
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("foreign")
-    clips = {f"clip {i}": {"mp4": clip(pictures(i, FRAMES + i)), "json": about(CAPTIONS[i])} for i in range(4)}
-    images = {f"image{i}": {"jpeg": jpeg(pictures(9 + i, 1)[0]), "json": about(f"A picture, {i}.")} for i in range(2)}
-    bad = {"alone": {"mp4": clips["clip 0"]["mp4"]}, "mute": {"jpg": b"", "json": about(None)},
-           "text": {"txt": b"x", "json": about("x")}, "short": {"mp4": clip(pictures(5, 3)), "json": about("x")},
-           "odd": {"mp4": clip(pictures(6, 9), "libx264", BT709), "json": about("x")},
-           "broken": {"mp4": clips["clip 1"]["mp4"][:500], "json": about("x")}, "cut": {"jpg": b"x", "json": b"{"}}
+    clips = {
+        f"clip {i}": {"mp4": clip(pictures(i, FRAMES + i)), "json": about(CAPTIONS[i])}
+        for i in range(4)
+    }
+    images = {
+        f"image{i}": {"jpeg": jpeg(pictures(9 + i, 1)[0]), "json": about(f"A picture, {i}.")}
+        for i in range(2)
+    }
+    bad = {
+        "alone": {"mp4": clips["clip 0"]["mp4"]},
+        "mute": {"jpg": b"", "json": about(None)},
+        "text": {"txt": b"x", "json": about("x")},
+        "short": {"mp4": clip(pictures(5, 3)), "json": about("x")},
+        "odd": {"mp4": clip(pictures(6, 9), "libx264", BT709), "json": about("x")},
+        "broken": {"mp4": clips["clip 1"]["mp4"][:500], "json": about("x")},
+        "cut": {"jpg": b"x", "json": b"{"},
+    }
     return [write_tar(folder / "one.tar", clips), write_tar(folder / "two.tar", bad | images)]
 
 
 @pytest.fixture(scope="module")
-def indexed(tars: list[Path], encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def indexed(
+    tars: list[Path], encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("indexed")
     write_index(tars, folder, encoder, num_frames=FRAMES)
     return folder
 
 
 def feed(dataset: Path, vae: VAEEncoder, **changes: Any) -> Feed:
-    return Feed([dataset], split="train", global_batch=2, micro_batch=2, rank=0, world_size=1, seed=0, i2v_share=0.5,
-                caption_dropout=0.0, condition="raw", device="cpu", vae=vae, **changes)
+    return Feed(
+        [dataset],
+        split="train",
+        global_batch=2,
+        micro_batch=2,
+        rank=0,
+        world_size=1,
+        seed=0,
+        i2v_share=0.5,
+        caption_dropout=0.0,
+        condition="raw",
+        device="cpu",
+        vae=vae,
+        **changes,
+    )
 
 
 def batches(dataset: Path, vae: VAEEncoder, num: int) -> list[Batch]:
@@ -117,21 +145,32 @@ def batches(dataset: Path, vae: VAEEncoder, num: int) -> list[Batch]:
 
 
 def test_every_sample_is_used_or_refused_for_one_reason_and_the_tars_stay_as_they_are(
-        tars: list[Path], encoder: TextEncoder, tmp_path: Path) -> None:
+    tars: list[Path], encoder: TextEncoder, tmp_path: Path
+) -> None:
     before = [tar.read_bytes() for tar in tars]
     manifest, refused = write_index(tars, tmp_path, encoder, num_frames=FRAMES)
     assert [tar.read_bytes() for tar in tars] == before
-    assert {shard.bucket: shard.num_samples for shard in manifest.splits["train"]} == {"96x64x5": 4, "96x64x1": 2}
-    assert refused == {"no json": 1, 'no text under "caption" in its json': 1, "neither mp4 nor jpg": 1,
-                       f"fewer than {FRAMES} frames": 1, "its mp4 does not decode": 1, "its json can't be read": 1,
-                       "the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)": 1}
+    assert {shard.bucket: shard.num_samples for shard in manifest.splits["train"]} == {
+        "96x64x5": 4,
+        "96x64x1": 2,
+    }
+    assert refused == {
+        "no json": 1,
+        'no text under "caption" in its json': 1,
+        "neither mp4 nor jpg": 1,
+        f"fewer than {FRAMES} frames": 1,
+        "its mp4 does not decode": 1,
+        "its json can't be read": 1,
+        "the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)": 1,
+    }
     assert isinstance(read_manifest(tmp_path), Manifest)
     with pytest.raises(ValueError, match="a dataset already"):
         write_index(tars, tmp_path, encoder, num_frames=FRAMES)
 
 
 def test_the_feed_gives_the_latents_of_the_clips_and_the_texts_of_the_captions(
-        indexed: Path, tars: list[Path], vae: VAEEncoder, encoder: TextEncoder) -> None:
+    indexed: Path, tars: list[Path], vae: VAEEncoder, encoder: TextEncoder
+) -> None:
     texts = encoder.encode(CAPTIONS, 16)
     seen = []
     for batch in batches(indexed, vae, 3):
@@ -140,9 +179,13 @@ def test_the_feed_gives_the_latents_of_the_clips_and_the_texts_of_the_captions(
         if batch.bucket.num_frames == 1:
             continue
         for latent, text in zip(batch.latent_BCTHW, batch.text_BSD, strict=True):
-            rows = text[:int(text.any(1).sum())].numpy()
+            rows = text[: int(text.any(1).sum())].numpy()
             (i,) = (i for i in range(4) if np.array_equal(rows, texts[CAPTIONS[i]].rows))
-            frames = torch.from_numpy(np.stack(pictures(i, FRAMES))[:, 3:67, 2:98]).permute(3, 0, 1, 2) / 127.5 - 1
+            frames = (
+                torch.from_numpy(np.stack(pictures(i, FRAMES))[:, 3:67, 2:98]).permute(3, 0, 1, 2)
+                / 127.5
+                - 1
+            )
             expected = vae.encode(frames.unsqueeze(0))[0]
             assert (latent.float() - expected).norm() < 0.1 * expected.norm()  # motion JPEG's loss
             seen.append(i)
@@ -150,22 +193,32 @@ def test_the_feed_gives_the_latents_of_the_clips_and_the_texts_of_the_captions(
 
 
 def test_dali_reads_the_foreign_tar_with_our_index(indexed: Path, tars: list[Path]) -> None:
-    (info,) = (info for info in media_shards(read_manifest(indexed)).values() if info.num_samples == 4)
+    (info,) = (
+        info for info in media_shards(read_manifest(indexed)).values() if info.num_samples == 4
+    )
     tar = indexed / "train" / f"{info.name}.tar"
     assert tar.resolve() == tars[0].resolve()
     pipeline = Pipeline(batch_size=4, num_threads=1, device_id=None)
     with pipeline:
-        pipeline.set_outputs(fn.readers.webdataset(paths=str(tar), index_paths=str(tar.with_suffix(".idx")),
-                                                   ext="mp4"))
+        pipeline.set_outputs(
+            fn.readers.webdataset(
+                paths=str(tar), index_paths=str(tar.with_suffix(".idx")), ext="mp4"
+            )
+        )
     pipeline.build()
     stored = {np.array(data).tobytes() for data in pipeline.run()[0]}
     assert stored == {clip(pictures(i, FRAMES + i)) for i in range(4)}
 
 
 def test_a_clip_that_changed_or_does_not_decode_is_replaced_and_reported(
-        tars: list[Path], encoder: TextEncoder, vae: VAEEncoder, tmp_path: Path) -> None:
-    good = {f"clip {i}": {"mp4": clip(pictures(i, FRAMES)), "json": about(CAPTIONS[i])} for i in range(4)}
-    good["clip 1"]["mp4"] = clip(pictures(1, FRAMES, 96, 64), "libx264")  # a fair clip, but there is no GPU
+    tars: list[Path], encoder: TextEncoder, vae: VAEEncoder, tmp_path: Path
+) -> None:
+    good = {
+        f"clip {i}": {"mp4": clip(pictures(i, FRAMES)), "json": about(CAPTIONS[i])}
+        for i in range(4)
+    }
+    # a fair clip, but there is no GPU
+    good["clip 1"]["mp4"] = clip(pictures(1, FRAMES, 96, 64), "libx264")
     tar = write_tar(tmp_path / "foreign.tar", good)
     write_index([tar], tmp_path / "indexed", encoder, num_frames=FRAMES)
     data = bytearray(tar.read_bytes())
@@ -176,32 +229,55 @@ def test_a_clip_that_changed_or_does_not_decode_is_replaced_and_reported(
         with feed(tmp_path / "indexed", vae, num_threads=threads) as ready:
             runs.append([key for _ in range(8) for key in next(ready)[0].keys])
             reasons = sorted(damage.reason for damage in ready.damages)
-    assert len(reasons) == 2 and "H.264 on a GPU only" in reasons[0] and "differ from the .xxh3" in reasons[1]
+    assert (
+        len(reasons) == 2
+        and "H.264 on a GPU only" in reasons[0]
+        and "differ from the .xxh3" in reasons[1]
+    )
     assert runs[0] == runs[1] and len(set(runs[0])) == 2
-    with feed(tmp_path / "indexed", vae, max_damaged=1) as ready, pytest.raises(TooManyDamagedError):
+    with (
+        feed(tmp_path / "indexed", vae, max_damaged=1) as ready,
+        pytest.raises(TooManyDamagedError),
+    ):
         for _ in range(4):
             next(ready)
 
 
 def test_stored_latents_can_not_be_asked_of_it(indexed: Path) -> None:
     with pytest.raises(DatasetError, match=r'holds no latents; set data.condition = "raw"'):
-        Feed([indexed], split="train", global_batch=2, micro_batch=2, rank=0, world_size=1, seed=0, i2v_share=0.5,
-             caption_dropout=0.0, condition="latent", device="cpu")
+        Feed(
+            [indexed],
+            split="train",
+            global_batch=2,
+            micro_batch=2,
+            rank=0,
+            world_size=1,
+            seed=0,
+            i2v_share=0.5,
+            caption_dropout=0.0,
+            condition="latent",
+            device="cpu",
+        )
 
 
-def test_what_is_no_tar_or_repeats_is_refused_by_name(tars: list[Path], encoder: TextEncoder, tmp_path: Path) -> None:
+def test_what_is_no_tar_or_repeats_is_refused_by_name(
+    tars: list[Path], encoder: TextEncoder, tmp_path: Path
+) -> None:
     cut = tmp_path / "cut.tar"
     cut.write_bytes(tars[0].read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"cut\.tar: not a plain, whole tar"):
         write_index([cut], tmp_path / "a", encoder, num_frames=FRAMES)
     again = tmp_path / "zwei.tar"
     again.write_bytes(tars[0].read_bytes())
-    with pytest.raises(ValueError, match=r"clip 0 in .*zwei.tar is the same sample as .*clip 0 in .*one.tar"):
+    with pytest.raises(
+        ValueError, match=r"clip 0 in .*zwei.tar is the same sample as .*clip 0 in .*one.tar"
+    ):
         write_index([tars[0], again], tmp_path / "b", encoder, num_frames=FRAMES)
 
 
-def test_verify_checks_an_index_and_the_clips_it_links_to(tars: list[Path], encoder: TextEncoder, tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_checks_an_index_and_the_clips_it_links_to(
+    tars: list[Path], encoder: TextEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def faults() -> list[str]:
         return list(verify_dataset(folder, 1, lambda count: None))
 
@@ -211,11 +287,13 @@ def test_verify_checks_an_index_and_the_clips_it_links_to(tars: list[Path], enco
     assert faults() == []
     shard = folder / "train" / "train-96x64x5-000000.tar"
     key = decode_index(shard.with_suffix(".media.idx").read_bytes(), "")[0][0].name[:32]
-    assert shardgen(["inspect", str(shard), key]) == 0 and "text.zst: shape" in capsys.readouterr().out
+    assert (
+        shardgen(["inspect", str(shard), key]) == 0 and "text.zst: shape" in capsys.readouterr().out
+    )
 
     whole = tar.read_bytes()
     member = dict(tar_samples(tar))["./some folder/clip 2"]["mp4"]
-    tar.write_bytes(whole[:member.offset + 9] + b"?" + whole[member.offset + 10:])
+    tar.write_bytes(whole[: member.offset + 9] + b"?" + whole[member.offset + 10 :])
     assert any(".media.tar: xxh3_128 is" in fault for fault in faults())
     assert any(".mp4: its bytes don't match" in fault for fault in faults())
     tar.write_bytes(whole)

@@ -1,4 +1,6 @@
-"""Every label file is in the catalog once; a second run reads only what changed; nothing in the tree stops a run."""
+"""Every label file is in the catalog once; a second run reads only what changed; nothing in the
+tree stops a run.
+"""
 
 import os
 import random
@@ -19,11 +21,16 @@ def ingest(root: Path, workers: int = 1) -> dict[str, tuple[str, str, int | None
     """label -> (status, reason, byte_offset), after an ingest into the catalog beside `root`."""
     with Catalog(root.with_suffix(".sqlite")) as catalog:
         ingest_labels(catalog, root, workers=workers)
-        return {row["label"]: (row["status"], row["reason"], row["byte_offset"]) for row in catalog.clips()}
+        return {
+            row["label"]: (row["status"], row["reason"], row["byte_offset"])
+            for row in catalog.clips()
+        }
 
 
 def reads(root: Path) -> int:
-    """How many label files an ingest opens and parses (by the writes it makes: an unchanged file makes none)."""
+    """How many label files an ingest opens and parses (by the writes it makes: an unchanged file
+    makes none).
+    """
     with Catalog(root.with_suffix(".sqlite")) as catalog:
         before = catalog.db.total_changes
         ingest_labels(catalog, root, workers=1)
@@ -46,12 +53,17 @@ def test_processes_and_one_process_give_the_same_catalog(tmp_path: Path) -> None
 
 
 def test_each_unreadable_label_is_listed_with_its_reason(tree: Path) -> None:
-    defects = {reason: data for reason, data in defective_labels("2400101").items() if reason.startswith("label_")}
+    defects = {
+        reason: data
+        for reason, data in defective_labels("2400101").items()
+        if reason.startswith("label_")
+    }
     for reason, data in defects.items():
         (tree / f"{reason}.json").write_bytes(data)
     rows = ingest(tree)
-    assert {label.removesuffix(".json"): row[1] for label, row in rows.items() if row[0] == "unreadable"} == {
-        reason: reason for reason in defects}
+    assert {
+        label.removesuffix(".json"): row[1] for label, row in rows.items() if row[0] == "unreadable"
+    } == {reason: reason for reason in defects}
     assert len(rows) == 40 + len(defects)
 
 
@@ -65,7 +77,10 @@ def test_odd_things_in_the_tree_stop_nothing(tree: Path) -> None:
         file.write(label_bytes(make_label("2400101")))
     rows = ingest(tree)
     assert {label: row[1] for label, row in rows.items() if row[0] != "ingested"} == {
-        "link.json": "label_unreadable", "pipe.json": "label_unreadable", "\\xb0\\xa1.json": "label_bad_name"}
+        "link.json": "label_unreadable",
+        "pipe.json": "label_unreadable",
+        "\\xb0\\xa1.json": "label_bad_name",
+    }
     assert len(rows) == 43
     assert ingest(tree) == rows
 
@@ -99,18 +114,24 @@ def test_a_folder_that_vanished_and_came_back(tree: Path) -> None:
 def test_no_label_file_is_changed(tree: Path) -> None:
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tree.rglob("*.json")}
     ingest(tree)
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tree.rglob("*.json")} == before
+    assert {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tree.rglob("*.json")
+    } == before
 
 
 def test_killed_at_any_moment_the_next_run_completes_the_catalog(tmp_path: Path) -> None:
     root = tmp_path / "labels"
     write_label_tree(root, 9000)
-    program = ("import sys; from pathlib import Path; from shardgen.catalog.catalog import Catalog; "
-               "from shardgen.stages.ingest import ingest_labels; root = Path(sys.argv[1])\n"
-               "if __name__ == '__main__':\n"
-               "    with Catalog(root.with_suffix('.sqlite')) as catalog: ingest_labels(catalog, root, workers=1)")
+    program = (
+        "import sys; from pathlib import Path; from shardgen.catalog.catalog import Catalog; "
+        "from shardgen.stages.ingest import ingest_labels; root = Path(sys.argv[1])\n"
+        "if __name__ == '__main__':\n"
+        "    with Catalog(root.with_suffix('.sqlite')) as catalog: ingest_labels(catalog, root, workers=1)"
+    )
     for wait_s in (0.3, 0.5, 0.8):
-        process = subprocess.Popen([sys.executable, "-c", program, str(root)], start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(root)], start_new_session=True
+        )
         time.sleep(wait_s * random.Random(wait_s).uniform(0.8, 1.2))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,5 +1,6 @@
-"""The Triton kernels against their eager twins, in Triton's interpreter on the CPU (conftest.py), forward and
-gradients."""
+"""The Triton kernels against their eager twins, in Triton's interpreter on the CPU (conftest.py),
+forward and gradients.
+"""
 
 import os
 import subprocess
@@ -30,7 +31,8 @@ def rows(seed: int, boundary_B: Tensor | None) -> Rows:
     torch.manual_seed(seed)
     if boundary_B is None:
         return Rows(torch.randn(D), None)
-    return Rows(torch.randn(B, 2, 4 + seed, D).unbind(2)[1], boundary_B)  # strided, each in its own way
+    # strided, each in its own way
+    return Rows(torch.randn(B, 2, 4 + seed, D).unbind(2)[1], boundary_B)
 
 
 def compare(results: list[tuple[Tensor, ...]], tolerance: float) -> None:
@@ -40,10 +42,14 @@ def compare(results: list[tuple[Tensor, ...]], tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("has_y", "gated", "per_token"),
-                         [(False, False, True), (True, True, False), (True, False, True), (True, True, True)])
+@pytest.mark.parametrize(
+    ("has_y", "gated", "per_token"),
+    [(False, False, True), (True, True, False), (True, False, True), (True, True, True)],
+)
 @pytest.mark.parametrize("num_spare", [0, 8])
-def test_residual_norm(dtype: torch.dtype, has_y: bool, gated: bool, per_token: bool, num_spare: int) -> None:
+def test_residual_norm(
+    dtype: torch.dtype, has_y: bool, gated: bool, per_token: bool, num_spare: int
+) -> None:
     torch.manual_seed(0)
     boundary_B = torch.tensor([0, 4])
     x_BLD = torch.randn(B, L, D, requires_grad=True)
@@ -56,7 +62,9 @@ def test_residual_norm(dtype: torch.dtype, has_y: bool, gated: bool, per_token: 
         out = norm(x_BLD, y_BLD, gate, shift, scale, 1e-6, dtype, num_spare)
         inputs = [x_BLD] if y_BLD is None else [x_BLD, y_BLD]
         assert out[1].stride(1) == (128 if num_spare else D)
-        results.append((*(o.detach() for o in out), *torch.autograd.grad(out, inputs, (dx_BLD, dh_BLD))))
+        results.append(
+            (*(o.detach() for o in out), *torch.autograd.grad(out, inputs, (dx_BLD, dh_BLD)))
+        )
     compare(results, TOLERANCE[dtype])
 
 
@@ -74,7 +82,9 @@ def test_residual_norm_whose_stream_ends_here() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("num_parts", "num_normed"), [(3, 2), (2, 1), (1, 1)])
 @pytest.mark.parametrize("rotated", [True, False])
-def test_split_norm_rope(dtype: torch.dtype, num_parts: int, num_normed: int, rotated: bool) -> None:
+def test_split_norm_rope(
+    dtype: torch.dtype, num_parts: int, num_normed: int, rotated: bool
+) -> None:
     torch.manual_seed(0)
     x_BLN = torch.randn(B, L, num_parts * D).to(dtype).requires_grad_()
     weights = tuple(torch.randn(D) for _ in range(num_normed))
@@ -88,7 +98,8 @@ def test_split_norm_rope(dtype: torch.dtype, num_parts: int, num_normed: int, ro
     compare(results, TOLERANCE[dtype])
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # e^(-2 z) is inf there, and GELU 0, as it should
+# e^(-2 z) is inf there, and GELU 0, as it should
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_gelu(dtype: torch.dtype) -> None:
     u_BLK = (8 * torch.randn(B, L, 100)).to(dtype).requires_grad_()
@@ -104,7 +115,7 @@ def test_gelu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_gelu_of_every_value_below_10000(dtype: torch.dtype, tolerance: float) -> None:
     """Its slope is a difference times the value's cube."""
-    u = torch.arange(-2**15, 2**15).to(torch.int16).view(dtype)
+    u = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     u_BLK = u[u.abs() < 1e4].view(1, 1, -1).requires_grad_()
     results = []
     for gelu in (kernels.Gelu.apply, elementwise.gelu_tanh):
@@ -114,10 +125,12 @@ def test_gelu_of_every_value_below_10000(dtype: torch.dtype, tolerance: float) -
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # as in test_gelu
-def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: every kernel between the GEMMs and of the adapters, which are written behind their inputs and, with
-    dropout, add two gradients up where they lie; T2V and I2V."""
+def test_the_whole_model_is_the_same_through_the_kernels(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: every kernel between the GEMMs and of the adapters, which are written behind
+    their inputs and, with dropout, add two gradients up where they lie; T2V and I2V.
+    """
     latent, text = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 3, 32)
     _, attention = choose_attention("math", torch.device("cpu"), torch.float32)
 
@@ -126,16 +139,22 @@ def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
         out_BLHE = attention(q, k, v).transpose(1, 2)
         out_BLD = elementwise.with_spare_columns(out_BLHE.flatten(2), num_spare)
         out = out_BLD.unflatten(2, out_BLHE.shape[2:]).transpose(1, 2)
-        assert fused.has_spare_columns(out.transpose(1, 2).flatten(2), num_spare)  # as wan.attend makes it
+        # as wan.attend makes it
+        assert fused.has_spare_columns(out.transpose(1, 2).flatten(2), num_spare)
         return out
 
     results = []
     for through_kernels in (False, True):
         if through_kernels:
-            monkeypatch.setattr(wan, "residual_norm", lambda *inputs: kernels.ResidualNorm.apply(
-                *inputs, *[0] * (8 - len(inputs))))
+            monkeypatch.setattr(
+                wan,
+                "residual_norm",
+                lambda *inputs: kernels.ResidualNorm.apply(*inputs, *[0] * (8 - len(inputs))),
+            )
             monkeypatch.setattr(wan, "split_norm_rope", kernels.NormRope.apply)
-            monkeypatch.setattr(wan, "gelu_tanh", lambda x, num_spare=0: kernels.Gelu.apply(x, num_spare))
+            monkeypatch.setattr(
+                wan, "gelu_tanh", lambda x, num_spare=0: kernels.Gelu.apply(x, num_spare)
+            )
             monkeypatch.setattr(lowrank, "_has_dot", lambda *_: True)
         model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
         adapters = lora.attach(model, lora.TARGETS, 8, 20.0, dropout=0.1, seed=1)
@@ -145,24 +164,39 @@ def test_the_whole_model_is_the_same_through_the_kernels(tiny_checkpoint: Path,
         adapters.refresh()
         adapters.set_seeds(torch.tensor([2**62 + 5, 77]))
         for _ in range(2):
-            velocity = model(latent, torch.tensor([[0.0, 700.0], [0.0, 300.0]]), torch.tensor([0, 1]), text,
-                             with_spare if through_kernels else attention)
+            velocity = model(
+                latent,
+                torch.tensor([[0.0, 700.0], [0.0, 300.0]]),
+                torch.tensor([0, 1]),
+                text,
+                with_spare if through_kernels else attention,
+            )
             velocity.square().mean().backward()
-        results.append((velocity.detach(), *(p.grad for p in adapters.parameters() if p.grad is not None)))
+        results.append(
+            (velocity.detach(), *(p.grad for p in adapters.parameters() if p.grad is not None))
+        )
     assert len(results[0]) == 1 + len(adapters.parameters())
     compare(results, 1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "rank", "nf4"), [(torch.float16, 8, False), (torch.float16, 200, False),
-                                                    (torch.float32, 8, True)])
-def test_refresh_copies_and_scales_every_adapter_in_one_kernel(tiny_checkpoint: Path, dtype: torch.dtype, rank: int,
-                                                               nf4: bool) -> None:
-    """Also after the optimizer has moved the parameters, or someone else one of them; rank 200 takes several blocks."""
+@pytest.mark.parametrize(
+    ("dtype", "rank", "nf4"),
+    [(torch.float16, 8, False), (torch.float16, 200, False), (torch.float32, 8, True)],
+)
+def test_refresh_copies_and_scales_every_adapter_in_one_kernel(
+    tiny_checkpoint: Path, dtype: torch.dtype, rank: int, nf4: bool
+) -> None:
+    """Also after the optimizer has moved the parameters, or someone else one of them; rank 200
+    takes several blocks.
+    """
     model = load_transformer(tiny_checkpoint, torch.device("cpu"), dtype)
     adapters = lora.attach(model, lora.TARGETS, rank, 20.0, dropout=0.0, seed=1, nf4=nf4)
     last = adapters.parameters()[-1]
-    for move in (lambda: None, lambda: optim.flatten(adapters.parameters()),
-                 lambda: setattr(last, "data", last.data.clone())):
+    for move in (
+        lambda: None,
+        lambda: optim.flatten(adapters.parameters()),
+        lambda: setattr(last, "data", last.data.clone()),
+    ):
         move()
         for parameter in adapters.parameters():
             parameter.data.normal_()
@@ -176,7 +210,7 @@ def test_refresh_copies_and_scales_every_adapter_in_one_kernel(tiny_checkpoint: 
             assert torch.equal(destination, twin)
 
 
-COMPILE = '''
+COMPILE = """
 import sys
 
 import triton.language as tl
@@ -203,14 +237,22 @@ for name in ("_residual_norm_forward", "_residual_norm_backward", "_norm_rope_fo
     binary = compile(ASTSource(function, types, constants), target=GPUTarget("cuda", CAPABILITY, 32))
     assert f".target sm_{CAPABILITY}" in binary.asm["ptx"] and binary.asm["cubin"]
     print(name)
-'''
+"""
 
 
-@pytest.mark.parametrize(("capability", "half_type"), [("70", "*fp16"), ("90", "*bf16")], ids=["V100", "Hopper"])
+@pytest.mark.parametrize(
+    ("capability", "half_type"), [("70", "*fp16"), ("90", "*bf16")], ids=["V100", "Hopper"]
+)
 def test_every_kernel_compiles_for(capability: str, half_type: str) -> None:
     """To machine code, by the compiler in triton's wheel: no GPU is needed for that."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE, capability, half_type], cwd=Path(__file__).parent.parent,
-                         capture_output=True, text=True, env=environment, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, capability, half_type],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.split()) == 6

@@ -7,26 +7,41 @@ from typing import Any
 import pytest
 
 from bench.label_tree import defective_labels, label_bytes, make_label
-from shardgen.labels.parse import LabelError, TimecodeError, iso_date, length_s, parse_label, timecode_frame
+from shardgen.labels.parse import (
+    LabelError,
+    TimecodeError,
+    iso_date,
+    length_s,
+    parse_label,
+    timecode_frame,
+)
 
 
 def parse(label: dict[str, Any]) -> Any:
     return parse_label(label_bytes(label))
 
 
-@pytest.mark.parametrize("raw", [
-    {"source_media_info": {"resolution": "1920, 1080"}},
-    {"source_media_info": {"details": {"resolution": "1920,1080"}}},
-    {"source_media_info": {}, "basic_info": {"resolution": "1920 x 1080"}},
-    {"raw_data_info": {"basic_info": {"resolution": " 1920, 1080 "}}},
-    {"source_media_info": {"resolution": "unknown"}, "basic_info": {"resolution": "1920, 1080"}},
-])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"source_media_info": {"resolution": "1920, 1080"}},
+        {"source_media_info": {"details": {"resolution": "1920,1080"}}},
+        {"source_media_info": {}, "basic_info": {"resolution": "1920 x 1080"}},
+        {"raw_data_info": {"basic_info": {"resolution": " 1920, 1080 "}}},
+        {
+            "source_media_info": {"resolution": "unknown"},
+            "basic_info": {"resolution": "1920, 1080"},
+        },
+    ],
+)
 def test_the_resolution_is_read_from_each_of_its_four_places(raw: dict[str, Any]) -> None:
     label = parse(make_label("2400101") | {"raw_data_info": raw})
     assert (label.width_px, label.height_px) == (1920, 1080)
 
 
-@pytest.mark.parametrize("text", ["unknown", "", None, "0, 1080", "1920", "1920, 1080, 3", "-1920, 1080"])
+@pytest.mark.parametrize(
+    "text", ["unknown", "", None, "0, 1080", "1920", "1920, 1080, 3", "-1920, 1080"]
+)
 def test_what_is_no_resolution_is_unknown(text: str | None) -> None:
     assert parse(make_label("2400101", resolution=text)).width_px is None
 
@@ -39,10 +54,10 @@ def test_fields_that_the_users_leave_out_read_as_empty() -> None:
 
 
 def test_nulls_newlines_and_quotes_survive() -> None:
-    made = make_label("2400101", keyword=None, stt_script="그는 \"네\"라고\n말했다")
+    made = make_label("2400101", keyword=None, stt_script='그는 "네"라고\n말했다')
     made["labeling_data_info"]["caption_info"]["application_level"] = None
     label = parse(made)
-    assert (label.keyword, label.stt_script, label.application) == ("", "그는 \"네\"라고\n말했다", [])
+    assert (label.keyword, label.stt_script, label.application) == ("", '그는 "네"라고\n말했다', [])
 
 
 def test_dates_and_lengths() -> None:
@@ -69,15 +84,23 @@ def test_timecodes_count_every_frame_of_an_hour_once() -> None:
     assert skipped == 54 * 2
 
 
-@pytest.mark.parametrize("text", ["00:00:00:00", "00:00:00;30", "00:60:00;00", "0:00:00;00", "٠٠:00:00;00", "x" * 10**6,
-                                  ""])
+@pytest.mark.parametrize(
+    "text",
+    ["00:00:00:00", "00:00:00;30", "00:60:00;00", "0:00:00;00", "٠٠:00:00;00", "x" * 10**6, ""],
+)
 def test_what_is_no_timecode_is_refused(text: str) -> None:
     with pytest.raises(TimecodeError):
         timecode_frame(text)
 
 
-@pytest.mark.parametrize("reason", [reason for reason in defective_labels("2400101")
-                                    if reason.startswith("label_") and reason != "label_too_large"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        reason
+        for reason in defective_labels("2400101")
+        if reason.startswith("label_") and reason != "label_too_large"
+    ],
+)
 def test_a_label_that_cannot_be_read_says_why(reason: str) -> None:
     with pytest.raises(LabelError) as caught:
         parse_label(defective_labels("2400101")[reason])
@@ -87,10 +110,12 @@ def test_a_label_that_cannot_be_read_says_why(reason: str) -> None:
 
 def test_the_byte_offset_points_at_the_fault() -> None:
     data = label_bytes(make_label("2400101"))
-    for bad, at in [(data.replace(b'"token"', b'"text": 5, "token"', 1), b"5, "),
-                    (data.replace(b'"source_mbc": ', b'"source_mbc": {"x": 1}, "y": '), b'{"x"'),
-                    (data.replace("충북".encode(), b"\xff"), b"\xff"),
-                    (data.replace(b'"keyword":', b'"keyword"'), '"어시장"'.encode())]:
+    for bad, at in [
+        (data.replace(b'"token"', b'"text": 5, "token"', 1), b"5, "),
+        (data.replace(b'"source_mbc": ', b'"source_mbc": {"x": 1}, "y": '), b'{"x"'),
+        (data.replace("충북".encode(), b"\xff"), b"\xff"),
+        (data.replace(b'"keyword":', b'"keyword"'), '"어시장"'.encode()),
+    ]:
         with pytest.raises(LabelError) as caught:
             parse_label(bad)
         assert caught.value.byte_offset == bad.index(at)
@@ -103,7 +128,11 @@ def test_long_texts_of_hostile_labels_are_not_kept_in_memory() -> None:
     def parse_long(number: int) -> None:
         long = f"{number}" + "9" * 500_000
         parsed = parse(make_label("2400101", length=long, resolution=long, shots=((long, long),)))
-        assert (parsed.duration_s, parsed.width_px, len(parsed.objects[0].tc_in)) == (None, None, 500_002)
+        assert (parsed.duration_s, parsed.width_px, len(parsed.objects[0].tc_in)) == (
+            None,
+            None,
+            500_002,
+        )
         with pytest.raises(TimecodeError):
             timecode_frame(parsed.objects[0].tc_in)
 
@@ -116,7 +145,9 @@ def test_long_texts_of_hostile_labels_are_not_kept_in_memory() -> None:
     assert held_bytes < 1_000_000
 
 
-@pytest.mark.parametrize("clip_id", ["", "../x", "a/b", "a\\b", ".hidden", "x" * 65, "a\0b", "a b", "-rf"])
+@pytest.mark.parametrize(
+    "clip_id", ["", "../x", "a/b", "a\\b", ".hidden", "x" * 65, "a\0b", "a b", "-rf"]
+)
 def test_an_id_that_could_leave_its_folder_is_refused(clip_id: str) -> None:
     with pytest.raises(LabelError) as caught:
         parse(make_label(clip_id))
@@ -124,7 +155,8 @@ def test_an_id_that_could_leave_its_folder_is_refused(clip_id: str) -> None:
 
 
 def test_two_faults_in_one_label_are_one_reason() -> None:
-    data = label_bytes(make_label("../x")).replace(b"{", b'{"\xb4\xba": 1, ', 1)  # CP949; and an id that leaves
+    # CP949; and an id that leaves
+    data = label_bytes(make_label("../x")).replace(b"{", b'{"\xb4\xba": 1, ', 1)
     with pytest.raises(LabelError) as caught:
         parse_label(data)
     assert (caught.value.reason, caught.value.byte_offset) == ("label_unsafe_id", None)
@@ -134,16 +166,24 @@ def test_names_stand_in_tables_so_they_are_short_and_on_one_line() -> None:
     label = parse(make_label("2400101", mid_category=" 생활\u3000문화\n\x1b[31m\0"))
     assert label.category == "생활 문화 [31m"
     for field in ("source_mbc", "media_type"):
-        hostile = json.dumps(make_label("2400101")).replace(f'"{field}": "', f'"{field}": "{"가" * 201}')
+        hostile = json.dumps(make_label("2400101")).replace(
+            f'"{field}": "', f'"{field}": "{"가" * 201}'
+        )
         with pytest.raises(LabelError, match=field) as caught:
             parse_label(hostile.encode())
         assert caught.value.reason == "label_long_field" and caught.value.byte_offset is not None
-        assert hostile.encode()[caught.value.byte_offset:].decode().startswith('"가가')
+        assert hostile.encode()[caught.value.byte_offset :].decode().startswith('"가가')
 
 
 def test_wrong_types_anywhere_are_refused_and_never_crash() -> None:
     def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        inner = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, list)
+            else ()
+        )
         return [path, *(place for key, each in inner for place in places(each, (*path, key)))]
 
     refused = 0

@@ -1,4 +1,6 @@
-"""The LoRA files: diffusers and ComfyUI get the effect that training had, with alpha other than the rank."""
+"""The LoRA files: diffusers and ComfyUI get the effect that training had, with alpha other than
+the rank.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -31,15 +33,23 @@ def trained(checkpoint: Path, targets: tuple[str, ...] = lora.TARGETS) -> tuple[
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return (torch.randn(1, 48, 2, 6, 8, generator=generator), torch.tensor([[700.0, 700.0]]),
-            torch.randn(1, 512, 32, generator=generator))
+    return (
+        torch.randn(1, 48, 2, 6, 8, generator=generator),
+        torch.tensor([[700.0, 700.0]]),
+        torch.randn(1, 512, 32, generator=generator),
+    )
 
 
 @torch.no_grad()
 def ours(model: Wan) -> Tensor:
     latent, t_BR, text = inputs()
-    out: Tensor = model(latent, t_BR, torch.tensor([0]), text,
-                        choose_attention("math", torch.device("cpu"), torch.float32)[1])
+    out: Tensor = model(
+        latent,
+        t_BR,
+        torch.tensor([0]),
+        text,
+        choose_attention("math", torch.device("cpu"), torch.float32)[1],
+    )
     return out
 
 
@@ -50,9 +60,12 @@ def theirs(transformer: Any) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("targets", [lora.TARGETS, ("attn1.to_q", "attn2.to_v")], ids=["all", "two"])
-def test_diffusers_loads_the_file_and_moves_as_we_do(tiny_checkpoint: Path, tmp_path: Path,
-                                                     targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "targets", [lora.TARGETS, ("attn1.to_q", "attn2.to_v")], ids=["all", "two"]
+)
+def test_diffusers_loads_the_file_and_moves_as_we_do(
+    tiny_checkpoint: Path, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
     model, adapters = trained(tiny_checkpoint, targets)
     lora.save_both(adapters, tmp_path)
     pipe = WanPipeline.from_pretrained(tiny_checkpoint)
@@ -66,14 +79,21 @@ def test_diffusers_loads_the_file_and_moves_as_we_do(tiny_checkpoint: Path, tmp_
 def test_comfyui_file_holds_the_scaled_update_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
     _, adapters = trained(tiny_checkpoint)
     lora.save_both(adapters, tmp_path)
-    converted = _convert_non_diffusers_wan_lora_to_diffusers(load_file(tmp_path / lora.COMFYUI_FILE))
+    converted = _convert_non_diffusers_wan_lora_to_diffusers(
+        load_file(tmp_path / lora.COMFYUI_FILE)
+    )
     for name, (a, b) in adapters.tensors().items():
-        update = converted[f"transformer.{name}.lora_B.weight"] @ converted[f"transformer.{name}.lora_A.weight"]
+        update = (
+            converted[f"transformer.{name}.lora_B.weight"]
+            @ converted[f"transformer.{name}.lora_A.weight"]
+        )
         torch.testing.assert_close(update, ALPHA / RANK * (b @ a), atol=1e-5, rtol=1e-5)
     assert len(converted) == 2 * len(adapters.tensors())
 
 
-def test_diffusers_loads_the_comfyui_file_to_the_same_effect(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_diffusers_loads_the_comfyui_file_to_the_same_effect(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     model, adapters = trained(tiny_checkpoint)
     lora.save_both(adapters, tmp_path)
     pipe = WanPipeline.from_pretrained(tiny_checkpoint)
@@ -93,7 +113,10 @@ def test_a_saved_lora_fills_fresh_adapters(tiny_checkpoint: Path, tmp_path: Path
 def test_another_alpha_or_other_targets_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     _, adapters = trained(tiny_checkpoint, ("attn1.to_q",))
     lora.save_both(adapters, tmp_path)
-    for targets, alpha, message in [(("attn1.to_q",), 8.0, "make them equal"), (("attn1.to_k",), ALPHA, "differ")]:
+    for targets, alpha, message in [
+        (("attn1.to_q",), 8.0, "make them equal"),
+        (("attn1.to_k",), ALPHA, "differ"),
+    ]:
         model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
         other = lora.attach(model, targets, RANK, alpha, dropout=0.0, seed=1)
         with pytest.raises(lora.LoRAError, match=message):
@@ -112,8 +135,14 @@ def test_fresh_adapters_do_nothing_and_depend_on_the_seed_alone(tiny_checkpoint:
     before = ours(model)
     first = lora.attach(model, lora.TARGETS, RANK, ALPHA, dropout=0.0, seed=4)
     torch.testing.assert_close(ours(model), before, atol=1e-6, rtol=0)
-    again = lora.attach(load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32), lora.TARGETS, RANK,
-                        ALPHA, dropout=0.0, seed=4)
+    again = lora.attach(
+        load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32),
+        lora.TARGETS,
+        RANK,
+        ALPHA,
+        dropout=0.0,
+        seed=4,
+    )
     for name, (a, _) in first.tensors().items():
         assert torch.equal(a, again.tensors()[name][0])
-        assert 0.9 / a.shape[1]**0.5 < a.abs().max() <= 1 / a.shape[1]**0.5
+        assert 0.9 / a.shape[1] ** 0.5 < a.abs().max() <= 1 / a.shape[1] ** 0.5

@@ -1,4 +1,6 @@
-"""The low-rank products with dropout: Triton kernels, in the interpreter, against their eager twins."""
+"""The low-rank products with dropout: Triton kernels, in the interpreter, against their eager
+twins.
+"""
 
 import os
 import subprocess
@@ -30,12 +32,22 @@ def many_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank_kernels, "THROUGH_B", ((16, 64, 4, 1, 60),) * 2)
 
 
-@pytest.mark.parametrize(("num_low", "p", "dtype", "length", "K"), [
-    (8, 0.1, torch.float32, 37, 200), (24, 0.6, torch.float32, 37, 200), (24, 0.0, torch.float32, 37, 200),
-    (8, 0.1, torch.float16, 37, 200), (24, 0.6, torch.float16, 37, 200), (24, 0.1, torch.float32, 150, 200),
-    (32, 0.1, torch.float32, 150, 256), (32, 0.1, torch.float32, 150, 320)])
-def test_kernels_equal_their_twins(num_low: int, p: float, dtype: torch.dtype, length: int, K: int,
-                                   monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("num_low", "p", "dtype", "length", "K"),
+    [
+        (8, 0.1, torch.float32, 37, 200),
+        (24, 0.6, torch.float32, 37, 200),
+        (24, 0.0, torch.float32, 37, 200),
+        (8, 0.1, torch.float16, 37, 200),
+        (24, 0.6, torch.float16, 37, 200),
+        (24, 0.1, torch.float32, 150, 200),
+        (32, 0.1, torch.float32, 150, 256),
+        (32, 0.1, torch.float32, 150, 320),
+    ],
+)
+def test_kernels_equal_their_twins(
+    num_low: int, p: float, dtype: torch.dtype, length: int, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """K = 256 is made up of whole tiles and parts, 320 of whole tiles alone, 200 of neither."""
     if length == 150:
         many_small_tiles(monkeypatch)
@@ -43,11 +55,15 @@ def test_kernels_equal_their_twins(num_low: int, p: float, dtype: torch.dtype, l
     x_BLK, a_RK = strided(K, num_low, dtype, length), torch.randn(num_low, K).to(dtype)
     dlow_MR = torch.randn(B * length, num_low + 5).to(dtype)[:, :num_low]
     atol, rtol = (1e-4, 1e-5) if dtype == torch.float32 else (0.05, 5e-3)
-    torch.testing.assert_close(lowrank_kernels.drop(x_BLK, p, KEY_B), lowrank.dropped(x_BLK, p, KEY_B))
+    torch.testing.assert_close(
+        lowrank_kernels.drop(x_BLK, p, KEY_B), lowrank.dropped(x_BLK, p, KEY_B)
+    )
     for into, gelu in ((False, False), (True, False), (True, True)):
         low, twin = (torch.zeros(B * length, num_low + 3).to(dtype)[:, :num_low] for _ in range(2))
         copy, twin_copy = (strided(K, num_low, dtype, length) if into else None for _ in range(2))
-        kept, twin_kept = (torch.zeros(B * length, num_low).to(dtype) if gelu else None for _ in range(2))
+        kept, twin_kept = (
+            torch.zeros(B * length, num_low).to(dtype) if gelu else None for _ in range(2)
+        )
         lowrank_kernels.down(x_BLK, a_RK, p, KEY_B, low, copy, gelu, kept)
         lowrank.project_down(x_BLK, a_RK, p, KEY_B, twin, twin_copy, gelu, twin_kept)
         torch.testing.assert_close(low, twin, atol=atol, rtol=rtol)
@@ -57,12 +73,20 @@ def test_kernels_equal_their_twins(num_low: int, p: float, dtype: torch.dtype, l
             torch.testing.assert_close(copy, twin_copy)
     up_BLK = torch.zeros(B, length, K, dtype=dtype)
     lowrank_kernels.up(dlow_MR, a_RK, p, KEY_B, up_BLK)
-    torch.testing.assert_close(up_BLK, lowrank.project_up(dlow_MR, a_RK, p, KEY_B, x_BLK.shape), atol=atol, rtol=rtol)
+    torch.testing.assert_close(
+        up_BLK, lowrank.project_up(dlow_MR, a_RK, p, KEY_B, x_BLK.shape), atol=atol, rtol=rtol
+    )
     for gelu in (False, True):
-        grad, twin_grad = (torch.ones(B, length, K, dtype=dtype) if gelu else None for _ in range(2))
-        da, added = lowrank_kernels.gradient(dlow_MR, x_BLK, p, KEY_B, 2.5, grad, None), torch.ones(num_low, K)
-        torch.testing.assert_close(da, lowrank.gradient_a(dlow_MR, x_BLK, p, KEY_B, 2.5, twin_grad), atol=atol,
-                                   rtol=rtol)
+        grad, twin_grad = (
+            torch.ones(B, length, K, dtype=dtype) if gelu else None for _ in range(2)
+        )
+        da, added = (
+            lowrank_kernels.gradient(dlow_MR, x_BLK, p, KEY_B, 2.5, grad, None),
+            torch.ones(num_low, K),
+        )
+        torch.testing.assert_close(
+            da, lowrank.gradient_a(dlow_MR, x_BLK, p, KEY_B, 2.5, twin_grad), atol=atol, rtol=rtol
+        )
         if grad is not None and twin_grad is not None:
             torch.testing.assert_close(grad, twin_grad)
         assert lowrank_kernels.gradient(dlow_MR, x_BLK, p, KEY_B, 2.5, grad, added) is None
@@ -73,21 +97,35 @@ def test_kernels_equal_their_twins(num_low: int, p: float, dtype: torch.dtype, l
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("adapted", [(0, 1, 2), (0, 2), (1,)])
-def test_dlow_and_db_of_one_reading_of_dy_equal_their_twins(dtype: torch.dtype, adapted: tuple[int, ...], small: bool,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dlow_and_db_of_one_reading_of_dy_equal_their_twins(
+    dtype: torch.dtype, adapted: tuple[int, ...], small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Layers of 300 outputs, more than one tile."""
     if small:
         many_small_tiles(monkeypatch)
     torch.manual_seed(0)
     rank, width, num_rows = 8, 300, 150
     num_low, blocks = rank * len(adapted), tuple((i * width, (i + 1) * width) for i in adapted)
-    dy_MN, low_MR = (strided(n, 4, dtype).flatten(0, 1).repeat(3, 1)[:num_rows] for n in (3 * width, num_low))
+    dy_MN, low_MR = (
+        strided(n, 4, dtype).flatten(0, 1).repeat(3, 1)[:num_rows] for n in (3 * width, num_low)
+    )
     b_NR = torch.zeros(3 * width, num_low + 3).to(dtype)[:, :num_low]
     for i, (first, end) in enumerate(blocks):
-        b_NR[first:end, i * rank:(i + 1) * rank] = torch.randn(width, rank).to(dtype)
+        b_NR[first:end, i * rank : (i + 1) * rank] = torch.randn(width, rank).to(dtype)
     added = torch.ones(len(adapted) * width, rank)
-    ours, again = (lowrank_kernels.through_b(dy_MN, low_MR, b_NR, blocks[0][0], 2 * width if len(adapted) == 2 else
-                                             width, width, len(adapted), grad) for grad in (None, added))
+    ours, again = (
+        lowrank_kernels.through_b(
+            dy_MN,
+            low_MR,
+            b_NR,
+            blocks[0][0],
+            2 * width if len(adapted) == 2 else width,
+            width,
+            len(adapted),
+            grad,
+        )
+        for grad in (None, added)
+    )
     assert ours[1] is not None and again[1] is None
     torch.testing.assert_close(added, 1 + ours[1])
     atol, rtol = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 5e-3)
@@ -98,9 +136,12 @@ def test_dlow_and_db_of_one_reading_of_dy_equal_their_twins(dtype: torch.dtype, 
 def test_small_float16_gradients_are_not_lost_between_the_parts_of_dlow() -> None:
     torch.manual_seed(0)
     dy_MN, b_NR = 1e-6 * torch.randn(64, 4096), torch.randn(4096, 8)
-    dlow_MR, _ = lowrank_kernels.through_b(dy_MN.half(), torch.zeros(64, 8).half(), b_NR.half(), 0, 0, 4096, 1, None)
+    dlow_MR, _ = lowrank_kernels.through_b(
+        dy_MN.half(), torch.zeros(64, 8).half(), b_NR.half(), 0, 0, 4096, 1, None
+    )
     once_MR = (dy_MN.half().float() @ b_NR.half().float()).half()
-    torch.testing.assert_close(dlow_MR, once_MR, atol=1.2e-7, rtol=2e-3)  # two of float16's smallest steps
+    # two of float16's smallest steps
+    torch.testing.assert_close(dlow_MR, once_MR, atol=1.2e-7, rtol=2e-3)
 
 
 def test_adapted_layers_of_several_widths_go_through_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,14 +149,17 @@ def test_adapted_layers_of_several_widths_go_through_gemms(monkeypatch: pytest.M
     torch.manual_seed(0)
     blocks, b_NR = ((0, 24), (24, 64)), torch.zeros(64, 16)
     for i, (first, end) in enumerate(blocks):
-        b_NR[first:end, i * 8:(i + 1) * 8].normal_()
+        b_NR[first:end, i * 8 : (i + 1) * 8].normal_()
     dy_MN, low_MR = torch.randn(50, 64), torch.randn(50, 16)
-    for found, twin in zip(lowrank.through_b(dy_MN, low_MR, b_NR, blocks),
-                           lowrank.through_b(dy_MN, low_MR, b_NR, blocks, kernels=False), strict=True):
+    for found, twin in zip(
+        lowrank.through_b(dy_MN, low_MR, b_NR, blocks),
+        lowrank.through_b(dy_MN, low_MR, b_NR, blocks, kernels=False),
+        strict=True,
+    ):
         torch.testing.assert_close(found, twin)
 
 
-COMPILE = '''
+COMPILE = """
 import sys
 
 from triton.backends.compiler import GPUTarget
@@ -156,17 +200,26 @@ if NUM_LOW:
         print(name + " gelu", shared_bytes(name, NUM_LOW, *tile[:4], gelu=True))
     for rank, tile in zip((32, 64), kernels.THROUGH_B):
         print("_through_b", shared_bytes("_through_b", rank, *tile[:4]))
-'''
+"""
 
 
-@pytest.mark.parametrize(("capability", "num_low", "limit_kib"), [(70, 0, 96), (80, 256, 163), (89, 128, 99),
-                                                                 (90, 256, 227)])
-def test_every_kernel_compiles_and_fits_into_shared_memory_at_the_largest_rank(capability: int, num_low: int,
-                                                                               limit_kib: int) -> None:
+@pytest.mark.parametrize(
+    ("capability", "num_low", "limit_kib"),
+    [(70, 0, 96), (80, 256, 163), (89, 128, 99), (90, 256, 227)],
+)
+def test_every_kernel_compiles_and_fits_into_shared_memory_at_the_largest_rank(
+    capability: int, num_low: int, limit_kib: int
+) -> None:
     """Up to the R that `_has_dot` allows; the limits are those of CUDA's programming guide."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE, str(capability), str(num_low)], capture_output=True, text=True,
-                         cwd=Path(__file__).parent.parent, env=environment, timeout=200)
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability), str(num_low)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        timeout=200,
+    )
     assert run.returncode == 0, run.stderr
     sizes = [int(line.split()[-1]) for line in run.stdout.splitlines()]
     assert len(sizes) == (14 if num_low else 4) and max(sizes) <= limit_kib * 1024, run.stdout

@@ -11,11 +11,20 @@ from train.metrics import METRICS_FILE, Metrics, Record, Stopwatch, lap_seconds
 
 
 def record(step: int) -> Record:
-    return {"step": step, "loss": 1.0 / step, "tokens_per_s": 10.0, "data_wait_share": 0.0, "memory_gib": None}
+    return {
+        "step": step,
+        "loss": 1.0 / step,
+        "tokens_per_s": 10.0,
+        "data_wait_share": 0.0,
+        "memory_gib": None,
+    }
 
 
 def steps(output: Path) -> list[int]:
-    return [msgspec.json.decode(line)["step"] for line in (output / METRICS_FILE).read_bytes().splitlines()]
+    return [
+        msgspec.json.decode(line)["step"]
+        for line in (output / METRICS_FILE).read_bytes().splitlines()
+    ]
 
 
 def test_a_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path) -> None:

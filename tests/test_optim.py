@@ -28,19 +28,31 @@ def test_parameters_and_gradients_are_views_of_one_vector() -> None:
     assert all(not p.any() for p in parameters)
 
 
-@pytest.mark.parametrize("step, expected", [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (60, 0.5), (110, 0.0)])
+@pytest.mark.parametrize(
+    "step, expected", [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (60, 0.5), (110, 0.0)]
+)
 def test_warm_up_is_linear_and_the_cosine_ends_at_zero(step: int, expected: float) -> None:
     assert optim.learning_rate(step, 1.0, "cosine", 10, 110) == pytest.approx(expected)
     if step >= 10:
         assert optim.learning_rate(step, 1.0, "constant", 10, 110) == 1.0
 
 
-@pytest.mark.parametrize(("loss", "grad_norm", "loss_scale", "scaling", "lost"), [
-    (1.0, 1.0, 1.0, False, False), (math.nan, 1.0, 1.0, False, True), (1.0, math.inf, 1.0, False, True),
-    (1.0, math.inf, 2.0**20, True, False), (1.0, math.nan, 2.0**-11, True, True), (1.0, math.nan, 0.0, True, True),
-    (math.inf, 1.0, 2.0**20, True, True), (1.0, 1.0, 2.0**-11, True, False)])
-def test_an_overflow_is_a_step_skipped_until_no_scale_helps(loss: float, grad_norm: float, loss_scale: float,
-                                                            scaling: bool, lost: bool) -> None:
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "loss_scale", "scaling", "lost"),
+    [
+        (1.0, 1.0, 1.0, False, False),
+        (math.nan, 1.0, 1.0, False, True),
+        (1.0, math.inf, 1.0, False, True),
+        (1.0, math.inf, 2.0**20, True, False),
+        (1.0, math.nan, 2.0**-11, True, True),
+        (1.0, math.nan, 0.0, True, True),
+        (math.inf, 1.0, 2.0**20, True, True),
+        (1.0, 1.0, 2.0**-11, True, False),
+    ],
+)
+def test_an_overflow_is_a_step_skipped_until_no_scale_helps(
+    loss: float, grad_norm: float, loss_scale: float, scaling: bool, lost: bool
+) -> None:
     assert optim.is_lost(loss, grad_norm, loss_scale, scaling) is lost
 
 

@@ -1,4 +1,6 @@
-"""The sequence of samples: every sample once an epoch, whatever the world size, and resumed at any step."""
+"""The sequence of samples: every sample once an epoch, whatever the world size, and resumed at
+any step.
+"""
 
 import subprocess
 import sys
@@ -10,22 +12,39 @@ import numpy as np
 import pytest
 
 from loader.manifest import ShardInfo
-from loader.order import MIX_BLOCK, Order, OrderError, is_i2v, keyed_uniform, micro_slice, permutation, sample_seed
+from loader.order import (
+    MIX_BLOCK,
+    Order,
+    OrderError,
+    is_i2v,
+    keyed_uniform,
+    micro_slice,
+    permutation,
+    sample_seed,
+)
 
 G = 24
 
 
 def shards(sizes: dict[str, list[int]], tag: str = "") -> list[ShardInfo]:
-    return [ShardInfo(f"train-{bucket}-{i:06d}", bucket, size, 512, tag, "", "")
-            for bucket, bucket_sizes in sizes.items() for i, size in enumerate(bucket_sizes)]
+    return [
+        ShardInfo(f"train-{bucket}-{i:06d}", bucket, size, 512, tag, "", "")
+        for bucket, bucket_sizes in sizes.items()
+        for i, size in enumerate(bucket_sizes)
+    ]
 
 
-SHARDS = shards({"160x96x9": [40] * 21 + [7], "160x96x1": [31, 30, 29], "96x160x9": [100], "96x160x1": [11]})
+SHARDS = shards(
+    {"160x96x9": [40] * 21 + [7], "160x96x1": [31, 30, 29], "96x160x9": [100], "96x160x1": [11]}
+)
 
 
 def sequence(order: Order, start: int, stop: int) -> list[tuple[int, int, int]]:
-    return [(batch.dataset, int(shard), int(position)) for batch in map(order.batch, range(start, stop))
-            for shard, position in zip(batch.shard_G, batch.position_G, strict=True)]
+    return [
+        (batch.dataset, int(shard), int(position))
+        for batch in map(order.batch, range(start, stop))
+        for shard, position in zip(batch.shard_G, batch.position_G, strict=True)
+    ]
 
 
 def test_every_sample_once_an_epoch_but_for_a_counted_tail_that_changes() -> None:
@@ -56,8 +75,11 @@ def test_world_sizes_only_share_the_batch_out() -> None:
     for world_size in (1, 2, 3, 4, 8):
         for micro_batch in (1, G // world_size):
             steps = G // (world_size * micro_batch)
-            parts = [whole[micro_slice(step, rank, world_size, micro_batch)]
-                     for step in range(steps) for rank in range(world_size)]
+            parts = [
+                whole[micro_slice(step, rank, world_size, micro_batch)]
+                for step in range(steps)
+                for rank in range(world_size)
+            ]
             assert [sample for part in parts for sample in part] == whole
 
 
@@ -68,18 +90,23 @@ def test_resumed_at_any_step_the_sequence_goes_on() -> None:
     for step in range(stop):
         again = Order([SHARDS], seed=3, global_batch=G)
         assert again.resume(first.state(step)) == step
-        assert sequence(again, step, min(step + 2, stop)) == whole[step * G:(step + 2) * G]
+        assert sequence(again, step, min(step + 2, stop)) == whole[step * G : (step + 2) * G]
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"seed": 4}, "seed: 3 in the state, 4 now"),
-    ({"global_batch": 12}, "global_batch: 24 in the state, 12 now"),
-    ({"window_shards": 2}, "window_shards"),
-    ({"datasets": [SHARDS[:-1]]}, "datasets.*num_shards"),
-    ({"datasets": [shards({"160x96x9": [40] * 21})]}, "datasets.*num_samples"),
-    ({"datasets": [SHARDS, SHARDS]}, "mix.*datasets"),
-])
-def test_a_state_of_another_sequence_is_refused_and_the_difference_named(change: dict[str, object], named: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 4}, "seed: 3 in the state, 4 now"),
+        ({"global_batch": 12}, "global_batch: 24 in the state, 12 now"),
+        ({"window_shards": 2}, "window_shards"),
+        ({"datasets": [SHARDS[:-1]]}, "datasets.*num_shards"),
+        ({"datasets": [shards({"160x96x9": [40] * 21})]}, "datasets.*num_samples"),
+        ({"datasets": [SHARDS, SHARDS]}, "mix.*datasets"),
+    ],
+)
+def test_a_state_of_another_sequence_is_refused_and_the_difference_named(
+    change: dict[str, object], named: str
+) -> None:
     state = Order([SHARDS], seed=3, global_batch=G).state(7)
     arguments: dict[str, object] = {"datasets": [SHARDS], "seed": 3, "global_batch": G} | change
     datasets = arguments.pop("datasets")
@@ -127,18 +154,27 @@ def test_buckets_are_interleaved() -> None:
 
 
 def test_datasets_are_mixed_by_weight_each_with_its_own_epochs() -> None:
-    datasets = [shards({"160x96x9": [48] * 10}), shards({"160x96x9": [48]}), shards({"96x160x9": [48] * 2})]
+    datasets = [
+        shards({"160x96x9": [48] * 10}),
+        shards({"160x96x9": [48]}),
+        shards({"96x160x9": [48] * 2}),
+    ]
     order = Order(datasets, seed=5, global_batch=G, weights=[0.5, 0.3, 0.2])
     batches = [order.batch(n) for n in range(2 * MIX_BLOCK + 10)]
     for block in range(2):
-        counts = Counter(batch.dataset for batch in batches[block * MIX_BLOCK:(block + 1) * MIX_BLOCK])
+        counts = Counter(
+            batch.dataset for batch in batches[block * MIX_BLOCK : (block + 1) * MIX_BLOCK]
+        )
         assert counts == {0: 500, 1: 300, 2: 200}
-    for dataset, per_epoch in enumerate(order.batches_per_epoch):  # no batch of a dataset is skipped or repeated
+    # no batch of a dataset is skipped or repeated
+    for dataset, per_epoch in enumerate(order.batches_per_epoch):
         own = [batch for batch in batches if batch.dataset == dataset]
         assert [batch.epoch for batch in own] == [i // per_epoch for i in range(len(own))]
     again = Order(datasets, seed=5, global_batch=G, weights=[50, 30, 20])
     for n in (1500, 3, 999):
-        assert (again.batch(n).shard_G == batches[n].shard_G).all() and again.batch(n).dataset == batches[n].dataset
+        assert (again.batch(n).shard_G == batches[n].shard_G).all() and again.batch(
+            n
+        ).dataset == batches[n].dataset
 
 
 def test_weights_that_can_not_be_kept_are_refused() -> None:
@@ -162,7 +198,12 @@ def test_seeds_and_draws_are_functions_of_seed_epoch_and_key() -> None:
     assert 0 <= draws.min() and draws.max() < 1 and draws.mean() == pytest.approx(0.5, abs=0.02)
     others = [keyed_uniform(1, 0, f"{i:032x}", "caption") for i in range(4000)]
     assert abs(np.corrcoef(draws, others)[0, 1]) < 0.05
-    seeds = {sample_seed(seed, epoch, key) for seed in range(3) for epoch in range(3) for key in ("a", "b")}
+    seeds = {
+        sample_seed(seed, epoch, key)
+        for seed in range(3)
+        for epoch in range(3)
+        for key in ("a", "b")
+    }
     assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
     share = sum(is_i2v(1, 0, f"{i:032x}", 9, 0.4) for i in range(4000)) / 4000
     assert share == pytest.approx(0.4, abs=0.03)
@@ -170,16 +211,23 @@ def test_seeds_and_draws_are_functions_of_seed_epoch_and_key() -> None:
 
 
 def test_the_sequence_is_pinned_down() -> None:
-    """A change of these numbers changes the meaning of every saved state: raise ORDER_VERSION with it."""
+    """A change of these numbers changes the meaning of every saved state: raise ORDER_VERSION
+    with it.
+    """
     assert permutation(8, 12345).tolist() == [2, 6, 0, 3, 1, 5, 7, 4]
     batch = Order([SHARDS], seed=3, global_batch=G).batch(100)
     assert (batch.epoch, str(batch.bucket)) == (2, "96x160x9")
-    assert (batch.shard_G[:4].tolist(), batch.position_G[:4].tolist()) == ([25, 25, 25, 25], [66, 18, 39, 17])
+    assert (batch.shard_G[:4].tolist(), batch.position_G[:4].tolist()) == (
+        [25, 25, 25, 25],
+        [66, 18, 39, 17],
+    )
     assert sample_seed(1, 2, "a" * 32) == 702871570179589446
 
 
 def test_a_million_samples_start_and_resume_within_a_second() -> None:
-    million = shards({"1280x704x49": [100] * 6000, "832x480x9": [100] * 3000, "832x480x1": [100] * 1000})
+    million = shards(
+        {"1280x704x49": [100] * 6000, "832x480x9": [100] * 3000, "832x480x1": [100] * 1000}
+    )
     for start in (0, 70_000):
         begin = time.perf_counter()
         Order([million], seed=3, global_batch=8).batch(start)

@@ -1,4 +1,6 @@
-"""pictures.py: JPEG and MP4 as the format asks, one encoder for a whole build, and faults a viewer would see."""
+"""pictures.py: JPEG and MP4 as the format asks, one encoder for a whole build, and faults a
+viewer would see.
+"""
 
 from pathlib import Path
 
@@ -9,12 +11,20 @@ from PIL import Image
 
 from loader.sample import Bucket
 from shardgen.media.footage import decode_window, probe
-from shardgen.media.pictures import PictureError, choose_mp4_encoder, encode_jpeg, encode_mp4, window_faults
+from shardgen.media.pictures import (
+    PictureError,
+    choose_mp4_encoder,
+    encode_jpeg,
+    encode_mp4,
+    window_faults,
+)
 
 
 def test_jpeg_is_close_and_mp4_is_constant_rate_with_closed_short_gops(tmp_path: Path) -> None:
     y, x = np.mgrid[0:96, 0:160].astype(np.uint8)
-    frames = np.stack([np.stack([x + np.uint8(3 * i), y * 2, np.full_like(x, 40)], -1) for i in range(29)])
+    frames = np.stack(
+        [np.stack([x + np.uint8(3 * i), y * 2, np.full_like(x, 40)], -1) for i in range(29)]
+    )
     (tmp_path / "a.jpg").write_bytes(encode_jpeg(frames[0]))
     assert np.abs(np.asarray(Image.open(tmp_path / "a.jpg")).astype(int) - frames[0]).mean() < 1.5
     data = encode_mp4(frames, 24.0)
@@ -24,8 +34,17 @@ def test_jpeg_is_close_and_mp4_is_constant_rate_with_closed_short_gops(tmp_path:
         assert data == encode_mp4(frames, 24.0)
     (tmp_path / "a.mp4").write_bytes(data)
     found = probe(tmp_path / "a.mp4")
-    assert (found.codec, found.pix_fmt, found.num_frames, found.fps) == ("h264", "yuv420p", 29, 24.0)
-    assert (found.color_matrix, found.color_range, found.variable_frame_rate) == ("bt709", "tv", False)
+    assert (found.codec, found.pix_fmt, found.num_frames, found.fps) == (
+        "h264",
+        "yuv420p",
+        29,
+        24.0,
+    )
+    assert (found.color_matrix, found.color_range, found.variable_frame_rate) == (
+        "bt709",
+        "tv",
+        False,
+    )
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.profile == "High"
@@ -55,10 +74,19 @@ def test_each_file_names_its_encoder(tmp_path: Path) -> None:
         assert container.metadata["comment"] == "libx264"
 
 
-@pytest.mark.parametrize(("level", "noise", "moving", "expected"), [
-    (4, 2, True, ["black"]), (4, 2, False, ["black", "frozen"]), (28, 6, True, ["dark"]), (120, 20, True, []),
-    (120, 20, False, ["frozen"])])
-def test_faults_of_a_letterboxed_window(level: int, noise: int, moving: bool, expected: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("level", "noise", "moving", "expected"),
+    [
+        (4, 2, True, ["black"]),
+        (4, 2, False, ["black", "frozen"]),
+        (28, 6, True, ["dark"]),
+        (120, 20, True, []),
+        (120, 20, False, ["frozen"]),
+    ],
+)
+def test_faults_of_a_letterboxed_window(
+    level: int, noise: int, moving: bool, expected: list[str]
+) -> None:
     rng = np.random.default_rng(0)
     frames = np.zeros((9, 96, 160, 3), np.uint8)
     for i in range(9):

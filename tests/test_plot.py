@@ -17,7 +17,9 @@ def test_running_mean_counts_only_what_is_there() -> None:
 
 def test_null_and_absent_values_are_gaps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0, "memory_gib": null}\n{"step": 2, "loss": 1.0, "lr": 1e-4}\n')
+    path.write_text(
+        '{"step": 1, "loss": 2.0, "memory_gib": null}\n{"step": 2, "loss": 1.0, "lr": 1e-4}\n'
+    )
     metrics = read_metrics(path)
     np.testing.assert_array_equal(metrics["loss"], [2.0, 1.0])
     np.testing.assert_array_equal(metrics["lr"], [np.nan, 1e-4])
@@ -26,7 +28,9 @@ def test_null_and_absent_values_are_gaps(tmp_path: Path) -> None:
         assert image.size == (1080, 960)
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "no step"), ('{"step": 1}\n{"st', "line 2"), ("[1]\n", "line 1")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "no step"), ('{"step": 1}\n{"st', "line 2"), ("[1]\n", "line 1")]
+)
 def test_unreadable_metrics_name_the_line(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)

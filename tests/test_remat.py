@@ -35,8 +35,12 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients(checkpoint: Path, budget_bytes: float, offload: bool = False, targets: tuple[str, ...] = lora.TARGETS
-              ) -> tuple[list[Tensor], Counter[Any], Wan]:
+def gradients(
+    checkpoint: Path,
+    budget_bytes: float,
+    offload: bool = False,
+    targets: tuple[str, ...] = lora.TARGETS,
+) -> tuple[list[Tensor], Counter[Any], Wan]:
     model = load_transformer(checkpoint, CPU, torch.float32)
     adapters = lora.attach(model, targets, 8, 20.0, dropout=0.1, seed=1)
     adapters.set_seeds(torch.tensor([7, 8]))
@@ -44,17 +48,27 @@ def gradients(checkpoint: Path, budget_bytes: float, offload: bool = False, targ
         b.normal_(generator=torch.Generator().manual_seed(0))
     adapters.refresh()
     generator = torch.Generator().manual_seed(3)
-    latent, text = (torch.randn(2, *shape, generator=generator) for shape in ((48, 2, 6, 8), (TEXT_TOKENS, 32)))
+    latent, text = (
+        torch.randn(2, *shape, generator=generator) for shape in ((48, 2, 6, 8), (TEXT_TOKENS, 32))
+    )
     _, attention = choose_attention("auto", CPU, torch.float32)
     plans = remat.plan_run(model.config, [SHAPE], targets, 4, budget_bytes, 0.0, 0, offload=offload)
     with Count() as count:
-        velocity = model(latent, torch.tensor([[0.0, 700.0]] * 2), torch.tensor([0, 1]), text, attention,
-                         remat.block_runner(model, plans))
+        velocity = model(
+            latent,
+            torch.tensor([[0.0, 700.0]] * 2),
+            torch.tensor([0, 1]),
+            text,
+            attention,
+            remat.block_runner(model, plans),
+        )
         velocity.square().mean().backward()
     return [p.grad for p in adapters.parameters() if p.grad is not None], count.operations, model
 
 
-def test_every_budget_gives_the_same_bits_and_a_larger_one_computes_less_again(tiny_checkpoint: Path) -> None:
+def test_every_budget_gives_the_same_bits_and_a_larger_one_computes_less_again(
+    tiny_checkpoint: Path,
+) -> None:
     expected, operations, model = gradients(tiny_checkpoint, float("inf"))
     sizes = remat.output_bytes(model.config, TOKENS, TEXT_TOKENS, 4)
     everything = 2 * 2 * sum(sizes.values())  # two samples, two blocks
@@ -66,22 +80,34 @@ def test_every_budget_gives_the_same_bits_and_a_larger_one_computes_less_again(t
             assert torch.equal(ours, twin)
         num_gemms.append(operations[torch.ops.aten.addmm.default])
         num_attentions.append(sum(operations[op] for op in remat._ATTENTION))
-    assert num_attentions[:3] == [8, 7, 6] and num_attentions[4] == 4  # two blocks, self and cross, once or twice
+    # two blocks, self and cross, once or twice
+    assert num_attentions[:3] == [8, 7, 6] and num_attentions[4] == 4
     assert num_gemms[0] == num_gemms[2] > num_gemms[3] > num_gemms[4]
 
 
 @pytest.mark.parametrize(("targets", "num_parked"), [(lora.TARGETS, 1), (lora.TARGETS[:3], 2)])
 def test_inputs_that_wait_in_the_hosts_memory_give_the_same_bits(
-        targets: tuple[str, ...], num_parked: int, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block 1's stay; block 0's, from which what was left before it is missing, are on their way before they are asked
-    for. What the block before left is parked too, unless an adapted ffn.down keeps it as its output."""
+    targets: tuple[str, ...],
+    num_parked: int,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Block 1's stay; block 0's, from which what was left before it is missing, are on their way
+    before they are asked for. What the block before left is parked too, unless an adapted
+    ffn.down keeps it as its output.
+    """
     moved, back, park = [], HostInputs._back, HostInputs._park
     last: list[int] = []
 
     def counted(self: HostInputs, parked: Any) -> Tensor:
         tensor = back(self, parked)
-        moved.append((parked.block, parked.stays is None, [before.coming is not None for before in
-                                                           self._parked.get(parked.block - 1, ())]))
+        moved.append(
+            (
+                parked.block,
+                parked.stays is None,
+                [before.coming is not None for before in self._parked.get(parked.block - 1, ())],
+            )
+        )
         return tensor
 
     def numbered(self: HostInputs, block: int, number: int, tensor: Tensor) -> Any:
@@ -92,9 +118,13 @@ def test_inputs_that_wait_in_the_hosts_memory_give_the_same_bits(
     monkeypatch.setattr(HostInputs, "_park", numbered)
     for budget_bytes in (0.0, 1e5):
         expected, operations, _ = gradients(tiny_checkpoint, budget_bytes, targets=targets)
-        found, with_offload, _ = gradients(tiny_checkpoint, budget_bytes, offload=True, targets=targets)
+        found, with_offload, _ = gradients(
+            tiny_checkpoint, budget_bytes, offload=True, targets=targets
+        )
         assert all(map(torch.equal, found, expected))
-        assert with_offload[torch.ops.aten.addmm.default] == operations[torch.ops.aten.addmm.default]
+        assert (
+            with_offload[torch.ops.aten.addmm.default] == operations[torch.ops.aten.addmm.default]
+        )
     assert moved == 2 * [*[(1, False, [True])] * num_parked, (0, True, [])]
     assert last == 2 * [0, *range(num_parked)]
 
@@ -106,30 +136,43 @@ def test_the_plan_fills_the_budget_and_never_exceeds_it(budget_gib: float) -> No
     used = sum(sizes[name] for block in kept for name in block)
     assert used <= budget_gib * 2**30
     assert used > 0.9 * budget_gib * 2**30
-    assert all("attn1" in block for block in kept) or not any(block - {"attn1"} for block in kept[-1:])
+    assert all("attn1" in block for block in kept) or not any(
+        block - {"attn1"} for block in kept[-1:]
+    )
 
 
 def test_cross_attention_is_kept_before_the_gemms_where_attention_is_slow() -> None:
     sizes = remat.output_bytes(TI2V_5B, 11_440, 512, 2)
     for cross_first in (False, True):
-        kept = remat.choose_kept(sizes, 30, 3.0 * 2**30, cross_first)  # self-attention takes 2.0 of them
+        # self-attention takes 2.0 of them
+        kept = remat.choose_kept(sizes, 30, 3.0 * 2**30, cross_first)
         assert all("attn1" in block for block in kept)
-        assert any("attn2" in block for block in kept) == cross_first == (not any("attn1.out" in b for b in kept))
+        assert (
+            any("attn2" in block for block in kept)
+            == cross_first
+            == (not any("attn1.out" in b for b in kept))
+        )
 
 
 def test_a_wrong_budget_is_named() -> None:
     assert remat.parse_activation_memory("6.5GiB") == 6.5 * 2**30
-    with pytest.raises(ValueError, match=r'activation_memory = "6GB": use "auto", "all", "block" or'):
+    with pytest.raises(
+        ValueError, match=r'activation_memory = "6GB": use "auto", "all", "block" or'
+    ):
         remat.parse_activation_memory("6GB")
 
 
 def test_what_waits_in_the_hosts_memory_comes_back_whoever_has_its_place_since() -> None:
-    """Four blocks, two shapes in turn; nobody overwrites what has not left yet, and block 3's stay."""
+    """Four blocks, two shapes in turn; nobody overwrites what has not left yet, and block 3's
+    stay.
+    """
     host = HostInputs(4, [4 * 30, 2 * 30], CPU)
     for num_tokens in (5, 10, 5):
         packed = []
         for block in range(4):
-            inputs = [torch.randn(num_tokens, 3), torch.randn(num_tokens, 3).half()][:1 if block == 0 else 2]
+            inputs = [torch.randn(num_tokens, 3), torch.randn(num_tokens, 3).half()][
+                : 1 if block == 0 else 2
+            ]
             pack, unpack = host.hooks(block, inputs)
             expected, other = [tensor.clone() for tensor in inputs], torch.randn(2)
             packed.append((unpack, [pack(tensor) for tensor in inputs], expected))
@@ -145,7 +188,9 @@ def test_what_waits_in_the_hosts_memory_comes_back_whoever_has_its_place_since()
 
 
 class LateCopies(HostInputs):
-    """As if the second stream did nothing until somebody waits for it: then all up to that event, in order."""
+    """As if the second stream did nothing until somebody waits for it: then all up to that event,
+    in order.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -153,7 +198,8 @@ class LateCopies(HostInputs):
         self.num_done = 0
 
     def _copy(self, to: Tensor, source: Tensor) -> Any:
-        self.queue.append((to.data.view(-1), source.data.view(-1)))  # the memory, whoever has it by then
+        # the memory, whoever has it by then
+        self.queue.append((to.data.view(-1), source.data.view(-1)))
         return len(self.queue)
 
     def _wait_for(self, event: Any) -> None:
@@ -170,7 +216,8 @@ def test_no_memory_is_let_go_of_before_its_copy_was_waited_for() -> None:
         for block in range(6):
             inputs = [torch.randn(10, 3), torch.randn(10, 3).half()]
             if block < 5:  # block 5's stay
-                lent += [(weakref.ref(tensor), tensor.data.view(-1)) for tensor in inputs]  # .data does not hold it
+                # .data does not hold it
+                lent += [(weakref.ref(tensor), tensor.data.view(-1)) for tensor in inputs]
             expected = [tensor.clone() for tensor in inputs]
             pack, unpack = host.hooks(block, inputs)
             packed.append((unpack, [pack(tensor) for tensor in inputs], expected))
@@ -189,25 +236,36 @@ def test_memory_that_cannot_be_pinned_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch, "empty", fail)
-    with pytest.raises(ValueError, match=r"activation_offload: 5\.0 GiB .* can't be pinned .*set it to false"):
+    with pytest.raises(
+        ValueError, match=r"activation_offload: 5\.0 GiB .* can't be pinned .*set it to false"
+    ):
         HostInputs(6, [2**30], CPU)
 
 
 def test_pinned_memory_is_counted_as_torch_takes_it() -> None:
     """9.05 and 4.53 GiB at 121 frames, each as the next power of two."""
-    kept = remat.plan_shape(TI2V_5B, remat.Shape(1, 27_280, 512), lora.TARGETS[:3], 2, 0.0, offload=True)
+    kept = remat.plan_shape(
+        TI2V_5B, remat.Shape(1, 27_280, 512), lora.TARGETS[:3], 2, 0.0, offload=True
+    )
     assert kept.host_bytes == (16 + 8) * 2**30
-    assert remat.plan_shape(TI2V_5B, remat.Shape(1, 27_280, 512), lora.TARGETS[:3], 2, 0.0).host_bytes == 0
+    assert (
+        remat.plan_shape(TI2V_5B, remat.Shape(1, 27_280, 512), lora.TARGETS[:3], 2, 0.0).host_bytes
+        == 0
+    )
 
 
 def test_offloaded_inputs_leave_room_to_keep_more() -> None:
     shape, num_bytes = remat.Shape(1, 11_440, 512), 20.0 * 2**30
-    plans = [remat.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, num_bytes, "efficient", offload)
-             for offload in (False, True)]
+    plans = [
+        remat.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, num_bytes, "efficient", offload)
+        for offload in (False, True)
+    ]
     assert all(0.95 * num_bytes < plan.num_bytes <= num_bytes for plan in plans)
     without, with_offload = (sum(len(block) for block in plan.blocks or []) for plan in plans)
     assert with_offload > without + 10
-    large = remat.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, 100.0 * 2**30, "efficient", True)
+    large = remat.plan_shape(
+        TI2V_5B, shape, lora.TARGETS[:3], 2, None, 100.0 * 2**30, "efficient", True
+    )
     assert large.blocks is None and large.host_bytes == 0  # where all fits, nothing has to move
 
 
@@ -216,13 +274,18 @@ def test_auto_fills_the_room_and_keeps_everything_where_it_fits(room_gib: float)
     large, small = remat.Shape(1, 11_440, 512), remat.Shape(1, 1_170, 512)
     room_bytes = room_gib * 2**30
     for shapes in ([large], [small], [large, small]):
-        plans = remat.plan_run(TI2V_5B, shapes, lora.TARGETS[:3], 2, None, room_bytes, max_graph_tokens=4096)
-        total = sum(plan.num_bytes for plan in plans.values())  # a graph's memory stays while the other shape runs
+        plans = remat.plan_run(
+            TI2V_5B, shapes, lora.TARGETS[:3], 2, None, room_bytes, max_graph_tokens=4096
+        )
+        # a graph's memory stays while the other shape runs
+        total = sum(plan.num_bytes for plan in plans.values())
         assert total <= room_bytes
         if any(plan.blocks is not None for plan in plans.values()):
             assert total > 0.9 * room_bytes or (shapes == [small])
     assert (plans[large].blocks is None) == (room_gib == 100.0)
-    graph_alone = remat.plan_run(TI2V_5B, [small], lora.TARGETS[:3], 2, None, room_bytes, max_graph_tokens=4096)
+    graph_alone = remat.plan_run(
+        TI2V_5B, [small], lora.TARGETS[:3], 2, None, room_bytes, max_graph_tokens=4096
+    )
     assert graph_alone[small].blocks is None  # nobody else needs the room
 
 

@@ -1,4 +1,6 @@
-"""Datasets over HTTP and S3: the same bytes as locally, through dying servers, killed readers and a bounded cache."""
+"""Datasets over HTTP and S3: the same bytes as locally, through dying servers, killed readers and
+a bounded cache.
+"""
 
 import multiprocessing
 import os
@@ -27,7 +29,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         assert isinstance(server, Server)
-        server.requests.append((self.path, self.headers.get("Range", ""), self.headers.get("Authorization", "")))
+        server.requests.append(
+            (self.path, self.headers.get("Range", ""), self.headers.get("Authorization", ""))
+        )
         path = server.folder / self.path.lstrip("/")
         if server.status != 200 or not path.is_file():
             return self._answer(server.status if server.status != 200 else 404, b"")
@@ -60,7 +64,12 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, port: int = 0):
         super().__init__(("127.0.0.1", port), Handler)
-        self.folder, self.requests, self.status, self.takes_ranges = folder, list[tuple[str, str, str]](), 200, True
+        self.folder, self.requests, self.status, self.takes_ranges = (
+            folder,
+            list[tuple[str, str, str]](),
+            200,
+            True,
+        )
         self.url = f"http://127.0.0.1:{self.server_port}"
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
@@ -85,15 +94,33 @@ def server(dataset: Path) -> Iterator[Server]:
     server.stop()
 
 
-def make(location: Path | str, cache_dir: Path | None = None, cache_bytes: int = 10**9, rank: int = 0) -> Feed:
-    return Feed([location], split="train", global_batch=8, micro_batch=4, rank=rank, world_size=2, seed=1,
-                i2v_share=0.4, caption_dropout=0.1, condition="latent", device="cpu", num_threads=2, max_ahead=4,
-                cache_dir=cache_dir, cache_bytes=cache_bytes)
+def make(
+    location: Path | str, cache_dir: Path | None = None, cache_bytes: int = 10**9, rank: int = 0
+) -> Feed:
+    return Feed(
+        [location],
+        split="train",
+        global_batch=8,
+        micro_batch=4,
+        rank=rank,
+        world_size=2,
+        seed=1,
+        i2v_share=0.4,
+        caption_dropout=0.1,
+        condition="latent",
+        device="cpu",
+        num_threads=2,
+        max_ahead=4,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+    )
 
 
 def take(feed: Feed, num: int) -> list[tuple[list[str], float]]:
-    return [(batch.keys, batch.latent_BCTHW.float().sum().item() + batch.text_BSD.float().sum().item())
-            for batch, _ in (next(feed) for _ in range(num))]
+    return [
+        (batch.keys, batch.latent_BCTHW.float().sum().item() + batch.text_BSD.float().sum().item())
+        for batch, _ in (next(feed) for _ in range(num))
+    ]
 
 
 def test_over_http_it_reads_the_same_batches_by_ranges(dataset: Path, server: Server) -> None:
@@ -102,24 +129,35 @@ def test_over_http_it_reads_the_same_batches_by_ranges(dataset: Path, server: Se
     assert not [path for path, span, _ in server.requests if path.endswith(".tar") and not span]
 
 
-def test_over_s3_requests_are_signed(dataset: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret",
-                        "AWS_REGION": "us-east-1"}.items():
+def test_over_s3_requests_are_signed(
+    dataset: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(name, value)
     with make(dataset) as local, make("s3://data") as remote:  # path-style: /bucket/key
         assert take(remote, 4) == take(local, 4)
-    assert all(authorization.startswith("AWS4-HMAC-SHA256") for _, _, authorization in server.requests)
+    assert all(
+        authorization.startswith("AWS4-HMAC-SHA256") for _, _, authorization in server.requests
+    )
 
 
-def test_a_server_that_dies_and_returns_in_mid_epoch_costs_time_only(dataset: Path, caplog: pytest.LogCaptureFixture
-                                                                     ) -> None:
+def test_a_server_that_dies_and_returns_in_mid_epoch_costs_time_only(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     server = Server(dataset.parent)
     with make(dataset) as local, make(f"{server.url}/data") as remote:
         expected = take(local, 12)
         got = take(remote, 2)
         server.stop()
         back: list[Server] = []
-        timer = threading.Timer(0.7, lambda: back.append(Server(dataset.parent, server.server_port)))
+        timer = threading.Timer(
+            0.7, lambda: back.append(Server(dataset.parent, server.server_port))
+        )
         timer.start()
         got += take(remote, 10)
         timer.join()
@@ -175,17 +213,24 @@ def test_what_will_not_get_better_is_not_retried(server: Server) -> None:
         read_dataset("ftp://x/y")
 
 
-def test_what_was_read_once_comes_from_the_cache(server: Server, dataset: Path, tmp_path: Path) -> None:
+def test_what_was_read_once_comes_from_the_cache(
+    server: Server, dataset: Path, tmp_path: Path
+) -> None:
     with make(f"{server.url}/data", tmp_path) as first, make(dataset) as local:
         expected = take(local, 14)
         assert take(first, 14) == expected
     server.requests.clear()
     with make(f"{server.url}/data", tmp_path) as again:
         assert take(again, 7) == expected[:7]
-    assert {path for path, _, _ in server.requests} == {"/data/manifest.json", "/data/empty_prompt.text.zst"}
+    assert {path for path, _, _ in server.requests} == {
+        "/data/manifest.json",
+        "/data/empty_prompt.text.zst",
+    }
 
 
-def test_a_damaged_cache_entry_is_fetched_anew(server: Server, dataset: Path, tmp_path: Path) -> None:
+def test_a_damaged_cache_entry_is_fetched_anew(
+    server: Server, dataset: Path, tmp_path: Path
+) -> None:
     with make(f"{server.url}/data", tmp_path) as feed:
         expected = take(feed, 4)
     for path in tmp_path.glob("*/*"):
@@ -196,7 +241,9 @@ def test_a_damaged_cache_entry_is_fetched_anew(server: Server, dataset: Path, tm
         assert take(feed, 4) == expected and feed.damages == []
 
 
-def test_a_damaged_sample_on_the_server_is_found(server: Server, dataset: Path, tmp_path: Path) -> None:
+def test_a_damaged_sample_on_the_server_is_found(
+    server: Server, dataset: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(dataset, dataset.parent / "damaged"))
     for tar in (copy / "train").glob("*.tar"):
         data = bytearray(tar.read_bytes())
@@ -218,11 +265,24 @@ def cut(path: Path) -> None:
     os.truncate(path, 1000)
 
 
-@pytest.mark.parametrize(("fault", "suffix", "member"), [
-    (flip, ".tar", ".json"), (cut, ".tar", ".json"), (Path.unlink, ".tar", ".tar"), (cut, ".idx", ".idx"),
-], ids=["bit flip", "truncated", "gone", "index"])
+@pytest.mark.parametrize(
+    ("fault", "suffix", "member"),
+    [
+        (flip, ".tar", ".json"),
+        (cut, ".tar", ".json"),
+        (Path.unlink, ".tar", ".tar"),
+        (cut, ".idx", ".idx"),
+    ],
+    ids=["bit flip", "truncated", "gone", "index"],
+)
 def test_a_lost_or_damaged_shard_on_the_server_is_as_a_local_one_and_once_restored_it_is_read(
-        server: Server, dataset: Path, tmp_path: Path, fault: Callable[[Path], None], suffix: str, member: str) -> None:
+    server: Server,
+    dataset: Path,
+    tmp_path: Path,
+    fault: Callable[[Path], None],
+    suffix: str,
+    member: str,
+) -> None:
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
     server.folder = tmp_path
     broken = next((copy / "train").glob(f"train-64x32x5-*{suffix}"))
@@ -258,9 +318,13 @@ def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path:
     assert cache_size(tmp_path) > 500_000
 
 
-def test_processes_share_the_bound_and_a_killed_one_leaves_nothing_in_the_way(tmp_path: Path) -> None:
-    processes = [multiprocessing.get_context("spawn").Process(target=fill, args=(tmp_path, 1_000_000, seed))
-                 for seed in range(2)]
+def test_processes_share_the_bound_and_a_killed_one_leaves_nothing_in_the_way(
+    tmp_path: Path,
+) -> None:
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=fill, args=(tmp_path, 1_000_000, seed))
+        for seed in range(2)
+    ]
     for process in processes:
         process.start()
     deadline_s = time.monotonic() + 60

@@ -1,4 +1,6 @@
-"""tools.generate never shows base pictures under the name of a LoRA: what is not loaded or has no effect is an error."""
+"""tools.generate never shows base pictures under the name of a LoRA: what is not loaded or has no
+effect is an error.
+"""
 
 import json
 from collections.abc import Iterable
@@ -18,36 +20,51 @@ PROMPT = "커다란 토끼가 풀밭에 서 있다."
 RANK, ALPHA = 4, 8.0
 
 
-def _write_lora(path: Path, b_scale: float, blocks: Iterable[int] = (0, 1), keys: str = "diffusers") -> Path:
+def _write_lora(
+    path: Path, b_scale: float, blocks: Iterable[int] = (0, 1), keys: str = "diffusers"
+) -> Path:
     generator = torch.Generator().manual_seed(0)
     tensors, layers = {}, {"to_q": "q", "to_v": "v"}
     for block in blocks:
         for layer, comfyui in layers.items():
-            name = (f"transformer.blocks.{block}.attn1.{layer}" if keys == "diffusers"
-                    else f"diffusion_model.blocks.{block}.self_attn.{comfyui}")
+            name = (
+                f"transformer.blocks.{block}.attn1.{layer}"
+                if keys == "diffusers"
+                else f"diffusion_model.blocks.{block}.self_attn.{comfyui}"
+            )
             tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, 32, generator=generator)
             tensors[f"{name}.lora_B.weight"] = torch.randn(32, RANK, generator=generator) * b_scale
             if keys == "comfyui":
                 tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
-    adapter = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA,
-               "transformer.target_modules": [f"attn1.{layer}" for layer in layers]}
-    metadata = {"format": "pt"} | ({"lora_adapter_metadata": json.dumps(adapter)} if keys == "diffusers" else {})
+    adapter = {
+        "transformer.r": RANK,
+        "transformer.lora_alpha": ALPHA,
+        "transformer.target_modules": [f"attn1.{layer}" for layer in layers],
+    }
+    metadata = {"format": "pt"} | (
+        {"lora_adapter_metadata": json.dumps(adapter)} if keys == "diffusers" else {}
+    )
     save_file(tensors, path, metadata)
     return path
 
 
 def _run(checkpoint: Path, lora: Path, output: Path, image: Image.Image | None = None) -> None:
-    options = Options(Bucket(64, 64, 5), num_steps=2, guidance=5.0, seed=0, negative_prompt="", image=image)
+    options = Options(
+        Bucket(64, 64, 5), num_steps=2, guidance=5.0, seed=0, negative_prompt="", image=image
+    )
     sample(checkpoint, lora, output, [PROMPT], options, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("image", [None, Image.new("RGB", (80, 50), "grey")], ids=["t2v", "i2v"])
-def test_base_and_lora_are_written_with_what_was_measured(tiny_checkpoint: Path, tmp_path: Path,
-                                                          image: Image.Image | None) -> None:
+def test_base_and_lora_are_written_with_what_was_measured(
+    tiny_checkpoint: Path, tmp_path: Path, image: Image.Image | None
+) -> None:
     _run(tiny_checkpoint, _write_lora(tmp_path / "lora.safetensors", 0.5), tmp_path / "out", image)
     report = json.loads((tmp_path / "out/samples.json").read_text(encoding="utf-8"))
     assert report["num_lora_tensors"] == 8 and report["scales"] == [ALPHA / RANK]
-    assert report["clips"][0]["prompt"] == PROMPT and report["clips"][0]["mean_difference_levels"] > 0
+    assert (
+        report["clips"][0]["prompt"] == PROMPT and report["clips"][0]["mean_difference_levels"] > 0
+    )
     for name in ("01-base.mp4", "01-lora.mp4"):
         with av.open(str(tmp_path / "out" / name)) as container:
             assert sum(1 for _ in container.decode(video=0)) == 5
@@ -58,12 +75,18 @@ def test_base_and_lora_are_written_with_what_was_measured(tiny_checkpoint: Path,
 def test_both_key_styles_have_the_same_effect(tiny_checkpoint: Path, tmp_path: Path) -> None:
     reports = []
     for keys in ("diffusers", "comfyui"):
-        _run(tiny_checkpoint, _write_lora(tmp_path / f"{keys}.safetensors", 0.5, keys=keys), tmp_path / keys)
+        _run(
+            tiny_checkpoint,
+            _write_lora(tmp_path / f"{keys}.safetensors", 0.5, keys=keys),
+            tmp_path / keys,
+        )
         reports.append(json.loads((tmp_path / keys / "samples.json").read_text(encoding="utf-8")))
     assert reports[0]["clips"] == reports[1]["clips"] and reports[0]["num_lora_tensors"] == 8
 
 
-def test_an_untrained_lora_is_an_error_and_writes_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_untrained_lora_is_an_error_and_writes_nothing(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     with pytest.raises(NotAppliedError, match="lora_B are zero"):
         _run(tiny_checkpoint, _write_lora(tmp_path / "zero.safetensors", 0.0), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -72,7 +95,11 @@ def test_an_untrained_lora_is_an_error_and_writes_nothing(tiny_checkpoint: Path,
 def test_keys_of_another_model_are_an_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Blocks that the model does not have are dropped by diffusers without an exception."""
     with pytest.raises(NotAppliedError, match="12 LoRA tensors, 8 are"):
-        _run(tiny_checkpoint, _write_lora(tmp_path / "deep.safetensors", 0.5, blocks=(0, 1, 2)), tmp_path / "out")
+        _run(
+            tiny_checkpoint,
+            _write_lora(tmp_path / "deep.safetensors", 0.5, blocks=(0, 1, 2)),
+            tmp_path / "out",
+        )
 
 
 def test_contact_sheet_has_base_above_lora() -> None:
@@ -81,8 +108,21 @@ def test_contact_sheet_has_base_above_lora() -> None:
     assert (sheet[10, -10] == 10).all() and (sheet[-10, -10] == 200).all()
 
 
-def test_a_wrong_shape_ends_with_advice_and_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    arguments = ["--model", "m", "--lora", "l", "--output", str(tmp_path), "--prompt", "p", "--shape", "1280x720x49"]
+def test_a_wrong_shape_ends_with_advice_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = [
+        "--model",
+        "m",
+        "--lora",
+        "l",
+        "--output",
+        str(tmp_path),
+        "--prompt",
+        "p",
+        "--shape",
+        "1280x720x49",
+    ]
     monkeypatch.setattr("sys.argv", ["sample", *arguments])
     with pytest.raises(SystemExit, match="the next smaller shape is 1280x704x49"):
         main()

@@ -42,10 +42,16 @@ Ends = dict[str, tuple[str, str]]
 
 
 def config_of(root: Path, **changes: Any) -> ShardgenConfig:
-    return msgspec.structs.replace(ShardgenConfig(
-        output=str(root.parent), labels=LabelsConfig(root=str(root), workers=1), encode=EncodeConfig(model=""),
-        windows=WindowsConfig(buckets=("64x32x5", "64x32x1"), samples_per_shard=4),
-        fetch=FetchConfig(retries=0, timeout_s=2.0)), **changes)
+    return msgspec.structs.replace(
+        ShardgenConfig(
+            output=str(root.parent),
+            labels=LabelsConfig(root=str(root), workers=1),
+            encode=EncodeConfig(model=""),
+            windows=WindowsConfig(buckets=("64x32x5", "64x32x1"), samples_per_shard=4),
+            fetch=FetchConfig(retries=0, timeout_s=2.0),
+        ),
+        **changes,
+    )
 
 
 def open_catalog(config: ShardgenConfig) -> Catalog:
@@ -54,11 +60,16 @@ def open_catalog(config: ShardgenConfig) -> Catalog:
 
 def run(config: ShardgenConfig) -> Ends:
     """All stages up to the plan; label -> (status, reason)."""
+
     def advance(_: int) -> None: ...
 
     with open_catalog(config) as catalog:
-        catalog.adopt_recipe(recipe_id(recipe_of(config)), f"{config.labels.limit}/{config.labels.sample_fraction}")
-        ingest_labels(catalog, Path(config.labels.root), max_bytes=config.labels.max_bytes, workers=1)
+        catalog.adopt_recipe(
+            recipe_id(recipe_of(config)), f"{config.labels.limit}/{config.labels.sample_fraction}"
+        )
+        ingest_labels(
+            catalog, Path(config.labels.root), max_bytes=config.labels.max_bytes, workers=1
+        )
         for stage in (stages.filter_labels, fetch_media, stages.probe_media):
             stage(catalog, config, advance)
         stages.settle_duplicates(catalog)
@@ -71,8 +82,10 @@ def run(config: ShardgenConfig) -> Ends:
 def shards(config: ShardgenConfig) -> dict[str, list[str]]:
     """Shard name -> its labels."""
     with open_catalog(config) as catalog:
-        return {name: [window.label for window in catalog.shard_plan(name).windows]
-                for name in catalog.unfinished_shards()}
+        return {
+            name: [window.label for window in catalog.shard_plan(name).windows]
+            for name in catalog.unfinished_shards()
+        }
 
 
 def row(config: ShardgenConfig, label: str) -> dict[str, Any]:
@@ -107,16 +120,27 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "labels"
 
 
-def test_every_item_of_the_sample_corpus_ends_as_it_should(tiny_corpus: Path, tmp_path: Path) -> None:
+def test_every_item_of_the_sample_corpus_ends_as_it_should(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
     def tree() -> dict[Path, tuple[bytes, int]]:
-        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tiny_corpus.rglob("*") if path.is_file()}
+        return {
+            path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in tiny_corpus.rglob("*")
+            if path.is_file()
+        }
 
     before = tree()
     expected = json.loads(tiny_corpus.with_name(tiny_corpus.name + ".expected.json").read_text())
     demo = load_toml(Path(__file__).parents[1] / "configs/shardgen/demo.toml", ShardgenConfig)
-    config = config_of(tiny_corpus, output=str(tmp_path), windows=demo.windows, filters=demo.filters)
+    config = config_of(
+        tiny_corpus, output=str(tmp_path), windows=demo.windows, filters=demo.filters
+    )
     ends = run(config)
-    assert {label: "kept" if status == "accepted" else reason for label, (status, reason) in ends.items()} == expected
+    assert {
+        label: "kept" if status == "accepted" else reason
+        for label, (status, reason) in ends.items()
+    } == expected
     planned = shards(config)
     assert run(config) == ends and shards(config) == planned
     assert tree() == before
@@ -153,10 +177,15 @@ def check_totals(root: Path, num_labels: int) -> None:
     assert len(ends) == num_labels
 
 
-def test_of_equal_media_the_smallest_id_is_kept_and_later_the_one_catalogued_first(root: Path) -> None:
+def test_of_equal_media_the_smallest_id_is_kept_and_later_the_one_catalogued_first(
+    root: Path,
+) -> None:
     add_image(root, "2000003", png(1))
     add_image(root, "2000002", png(1))
-    assert run(config_of(root)) == {"2000002.json": ("accepted", ""), "2000003.json": ("duplicate", "duplicate_media")}
+    assert run(config_of(root)) == {
+        "2000002.json": ("accepted", ""),
+        "2000003.json": ("duplicate", "duplicate_media"),
+    }
     add_image(root, "2000001", png(1))
     assert run(config_of(root))["2000001.json"] == ("duplicate", "duplicate_media")
     assert row(config_of(root), "2000001.json")["detail"] == "the same bytes as 2000002.json"
@@ -166,8 +195,11 @@ def test_an_id_in_two_label_files_is_a_reason_but_not_if_one_cannot_be_read(root
     add_image(root, "2000001", png(1))
     (root / "a.json").write_bytes((root / "2000001.json").read_bytes())
     (root / "b.json").write_bytes((root / "2000001.json").read_bytes()[:300])
-    assert run(config_of(root)) == {"2000001.json": ("accepted", ""), "a.json": ("rejected", "clip_id_repeated"),
-                                    "b.json": ("unreadable", "label_not_json")}
+    assert run(config_of(root)) == {
+        "2000001.json": ("accepted", ""),
+        "a.json": ("rejected", "clip_id_repeated"),
+        "b.json": ("unreadable", "label_not_json"),
+    }
     assert "2000001.json" in row(config_of(root), "a.json")["detail"]
 
 
@@ -194,7 +226,11 @@ def test_a_planned_clip_stays_when_its_label_changes_or_goes(root: Path) -> None
     add_image(root, "2000000", png(0), resolution="unknown")
     (root / "2000001.json").unlink()
     assert set(run(config).values()) == {("accepted", "")} and shards(config) == planned
-    assert [row(config, f"200000{i}.json")["flags"] for i in range(3)] == ["label_changed", "label_changed", ""]
+    assert [row(config, f"200000{i}.json")["flags"] for i in range(3)] == [
+        "label_changed",
+        "label_changed",
+        "",
+    ]
 
 
 def test_media_can_reject_what_the_label_passed_and_both_values_are_recorded(root: Path) -> None:
@@ -203,19 +239,28 @@ def test_media_can_reject_what_the_label_passed_and_both_values_are_recorded(roo
     (root / "2000001.mp4").write_bytes(mp4(24))
     config = config_of(root)
     assert run(config) == {"2000001.json": ("rejected", "duration_short")}
-    assert {name: row(config, "2000001.json")[name] for name in ("declared", "probed", "declared_width_px")} == {
-        "declared": "11.97 s", "probed": "1.00 s", "declared_width_px": 1920}
+    assert {
+        name: row(config, "2000001.json")[name]
+        for name in ("declared", "probed", "declared_width_px")
+    } == {"declared": "11.97 s", "probed": "1.00 s", "declared_width_px": 1920}
 
 
 def test_a_shot_too_short_for_a_window_and_a_timecode_past_the_end_are_reasons(root: Path) -> None:
     root.mkdir()
     config = config_of(root, filters=FiltersConfig(min_duration_s=0))
-    for clip_id, tc_out in (("2000001", "00:00:00;02"), ("2000002", "00:00:02;00"), ("2000003", "00:00:01;00")):
+    for clip_id, tc_out in (
+        ("2000001", "00:00:00;02"),
+        ("2000002", "00:00:02;00"),
+        ("2000003", "00:00:01;00"),
+    ):
         label = make_label(clip_id, shots=(("00:00:00;00", tc_out),))
         (root / f"{clip_id}.json").write_bytes(label_bytes(label))
         (root / f"{clip_id}.mp4").write_bytes(mp4(24, int(clip_id) % 10))
-    assert run(config) == {"2000001.json": ("rejected", "shot_short"), "2000003.json": ("accepted", ""),
-                           "2000002.json": ("rejected", "timecode_past_end")}
+    assert run(config) == {
+        "2000001.json": ("rejected", "shot_short"),
+        "2000003.json": ("accepted", ""),
+        "2000002.json": ("rejected", "timecode_past_end"),
+    }
     assert row(config, "2000002.json")["probed"] == "1.00 s"
 
 
@@ -223,14 +268,18 @@ def test_score_only_computes_everything_and_rejects_nothing_that_can_be_encoded(
     add_image(root, "2000001", png(1), resolution="unknown")
     add_image(root, "2000002", b"no picture")
     config = config_of(root, filters=FiltersConfig(score_only=True, max_upscale=0.1))
-    assert run(config) == {"2000001.json": ("accepted", "resolution_unknown"),
-                           "2000002.json": ("unavailable", "media_undecodable")}
+    assert run(config) == {
+        "2000001.json": ("accepted", "resolution_unknown"),
+        "2000002.json": ("unavailable", "media_undecodable"),
+    }
     assert row(config, "2000001.json")["caption_chars"] > 30
 
 
 def test_score_only_has_no_shape_for_an_image_where_all_are_for_video(root: Path) -> None:
     label = add_image(root, "2000001", png(1))
-    config = config_of(root, filters=FiltersConfig(score_only=True), windows=WindowsConfig(buckets=("64x32x5",)))
+    config = config_of(
+        root, filters=FiltersConfig(score_only=True), windows=WindowsConfig(buckets=("64x32x5",))
+    )
     assert run(config) == {label: ("rejected", "media_type_unwanted")}
     with open_catalog(config) as catalog:
         catalog.db.execute("UPDATE clips SET status = 'wanted'")
@@ -243,7 +292,10 @@ def test_limit_and_fraction_select_and_widening_them_adds(root: Path) -> None:
     config = config_of(root)
     three = msgspec.structs.replace(config, labels=LabelsConfig(root=str(root), limit=3))
     assert [label for label, end in run(three).items() if end == ("accepted", "")] == [
-        "2000000.json", "2000001.json", "2000002.json"]
+        "2000000.json",
+        "2000001.json",
+        "2000002.json",
+    ]
     half = msgspec.structs.replace(config, labels=LabelsConfig(root=str(root), sample_fraction=0.5))
     chosen = {label for label, (status, _) in run(half).items() if status == "accepted"}
     assert 5 < len(chosen) < 18
@@ -263,14 +315,24 @@ def test_missing_or_broken_media_are_looked_at_again_when_they_change(root: Path
     config = config_of(root)
     for clip_id, media in (("2000001", None), ("2000002", b""), ("2000003", png(3)[:60])):
         add_image(root, clip_id, media)
-    assert [reason for _, reason in run(config).values()] == ["media_missing", "media_empty", "media_truncated"]
-    assert [reason for _, reason in run(config).values()] == ["media_missing", "media_empty", "media_truncated"]
+    assert [reason for _, reason in run(config).values()] == [
+        "media_missing",
+        "media_empty",
+        "media_truncated",
+    ]
+    assert [reason for _, reason in run(config).values()] == [
+        "media_missing",
+        "media_empty",
+        "media_truncated",
+    ]
     for i in range(1, 4):
         (root / f"200000{i}.png").write_bytes(png(i))
     assert set(run(config).values()) == {("accepted", "")}
 
 
-def test_a_file_rewritten_between_hashing_and_probing_is_never_taken_for_what_was_hashed(root: Path) -> None:
+def test_a_file_rewritten_between_hashing_and_probing_is_never_taken_for_what_was_hashed(
+    root: Path,
+) -> None:
     config = config_of(root)
     label = add_image(root, "2000001", png(1))
     with open_catalog(config) as catalog:
@@ -281,7 +343,11 @@ def test_a_file_rewritten_between_hashing_and_probing_is_never_taken_for_what_wa
         (root / "2000001.png").write_bytes(png(2) + b"more")
         stages.probe_media(catalog, config, lambda _: None)
         (clip,) = catalog.clips()
-        assert (clip["status"], clip["reason"], clip["probe"]) == ("unavailable", "media_changing", None)
+        assert (clip["status"], clip["reason"], clip["probe"]) == (
+            "unavailable",
+            "media_changing",
+            None,
+        )
     assert run(config)[label] == ("accepted", "")
     assert row(config, label)["media_xxh3"] == xxhash.xxh3_128_hexdigest(png(2) + b"more")
 
@@ -305,27 +371,40 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def test_media_behind_urls_are_fetched_once_and_asked_for_again_only_if_that_may_help(
-        root: Path, served: tuple[Path, str]) -> None:
+    root: Path, served: tuple[Path, str]
+) -> None:
     folder, url = served
     root.mkdir()
-    for clip_id, media in (("2000001", png(1)), ("2000002", b"<html>Sorry</html>"), ("2000003", None)):
+    for clip_id, media in (
+        ("2000001", png(1)),
+        ("2000002", b"<html>Sorry</html>"),
+        ("2000003", None),
+    ):
         label = make_label(clip_id, shots=(("", ""),), media_type="image")
         label["source_data_info"]["clip_proxy_url"] = f"{url}/{clip_id}.png?sig=1"
         (root / f"{clip_id}.json").write_bytes(label_bytes(label))
         if media:
             (folder / f"{clip_id}.png").write_bytes(media)
     config = config_of(root)
-    first = {"2000001.json": ("accepted", ""), "2000002.json": ("unavailable", "media_undecodable"),
-             "2000003.json": ("unavailable", "http_404")}
+    first = {
+        "2000001.json": ("accepted", ""),
+        "2000002.json": ("unavailable", "media_undecodable"),
+        "2000003.json": ("unavailable", "http_404"),
+    }
     assert run(config) == first
     (folder / "2000001.png").unlink()
     (folder / "2000002.png").write_bytes(png(2))
     (folder / "2000003.png").write_bytes(png(3))
     assert run(config) == {**first, "2000002.json": ("accepted", "")}
-    assert run(config_of(root, fetch=FetchConfig(ask_again=True)))["2000003.json"] == ("accepted", "")
+    assert run(config_of(root, fetch=FetchConfig(ask_again=True)))["2000003.json"] == (
+        "accepted",
+        "",
+    )
 
 
-def test_a_full_cache_keeps_what_shards_need_and_the_next_build_goes_on(root: Path, served: tuple[Path, str]) -> None:
+def test_a_full_cache_keeps_what_shards_need_and_the_next_build_goes_on(
+    root: Path, served: tuple[Path, str]
+) -> None:
     folder, url = served
     root.mkdir()
     for i in range(6):

@@ -19,16 +19,22 @@ def encoder(tiny_checkpoint: Path) -> Iterator[TextEncoder]:
     yield TextEncoder(tiny_checkpoint, "cpu", torch.float32)
 
 
-def test_rows_equal_the_pipelines_and_padding_is_left_out(encoder: TextEncoder, tiny_checkpoint: Path) -> None:
+def test_rows_equal_the_pipelines_and_padding_is_left_out(
+    encoder: TextEncoder, tiny_checkpoint: Path
+) -> None:
     encoded = encoder.encode(PROMPTS, batch_size=2)
     assert list(encoded) and set(encoded) == set(PROMPTS)
     pipeline = WanPipeline.from_pretrained(tiny_checkpoint, transformer=None, vae=None)
     for prompt, (rows, truncated) in encoded.items():
         with torch.inference_mode():
-            expected_SD = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0].float().numpy()
+            expected_SD = (
+                pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0]
+                .float()
+                .numpy()
+            )
         assert rows.dtype == np.float16 and not truncated
-        assert np.abs(expected_SD[:len(rows)] - rows).max() < 2e-3 * np.abs(expected_SD).max()
-        assert not expected_SD[len(rows):].any()
+        assert np.abs(expected_SD[: len(rows)] - rows).max() < 2e-3 * np.abs(expected_SD).max()
+        assert not expected_SD[len(rows) :].any()
 
 
 def test_a_long_prompt_is_cut_at_512_tokens_and_says_so(encoder: TextEncoder) -> None:

@@ -1,4 +1,6 @@
-"""The VAE encoder computes what diffusers' does, and its first latent frame depends on the first frame alone."""
+"""The VAE encoder computes what diffusers' does, and its first latent frame depends on the first
+frame alone.
+"""
 
 from pathlib import Path
 
@@ -9,9 +11,20 @@ from diffusers import AutoencoderKLWan
 from loader.vae.encoder import VAEEncoder, VAEError, load_vae_encoder
 
 CONFIGS = {
-    "ti2v_5b": dict(base_dim=16, z_dim=48, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True],
-                    is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16),
-    "a14b": dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 2], temperal_downsample=[True, True], num_res_blocks=1),
+    "ti2v_5b": dict(
+        base_dim=16,
+        z_dim=48,
+        dim_mult=[1, 2, 4, 4],
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_spatial=16,
+    ),
+    "a14b": dict(
+        base_dim=8, z_dim=16, dim_mult=[1, 2, 2], temperal_downsample=[True, True], num_res_blocks=1
+    ),
 }
 
 
@@ -22,9 +35,12 @@ def build(name: str, folder: Path) -> Pair:
     torch.manual_seed(7)
     config = dict(CONFIGS[name])
     z_dim = int(config["z_dim"])  # type: ignore[call-overload]
-    config |= dict(latents_mean=torch.randn(z_dim).tolist(), latents_std=(1 + torch.rand(z_dim)).tolist())
+    config |= dict(
+        latents_mean=torch.randn(z_dim).tolist(), latents_std=(1 + torch.rand(z_dim)).tolist()
+    )
     reference = AutoencoderKLWan(decoder_base_dim=8, **config).eval().requires_grad_(False)
-    for parameter in reference.parameters():  # norms and biases too must not be at their neutral values
+    # norms and biases too must not be at their neutral values
+    for parameter in reference.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)
     reference.save_pretrained(folder / "vae")
     return reference, load_vae_encoder(folder, "cpu", torch.float32)
@@ -37,7 +53,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def reference_latent(reference: AutoencoderKLWan, video_BCTHW: torch.Tensor) -> torch.Tensor:
     mean_BCTHW = reference.encode(video_BCTHW).latent_dist.mode()
-    mean, std = (torch.tensor(reference.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    mean, std = (
+        torch.tensor(reference.config[name]).view(1, -1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
     return (mean_BCTHW - mean) / std
 
 
@@ -62,7 +81,9 @@ def test_first_latent_frame_is_bit_equal_to_the_encoding_of_frame_0(pair: Pair) 
 def test_chunk_size_does_not_change_the_latent(pair: Pair, chunk_frames: int) -> None:
     _, encoder = pair
     video_BCTHW = torch.rand((1, 3, 25, 32, 64), generator=torch.Generator().manual_seed(3)) * 2 - 1
-    assert (encoder.encode(video_BCTHW, chunk_frames) - encoder.encode(video_BCTHW)).abs().max() < 1e-5
+    assert (
+        encoder.encode(video_BCTHW, chunk_frames) - encoder.encode(video_BCTHW)
+    ).abs().max() < 1e-5
 
 
 def test_half_precision_stays_close(tmp_path: Path) -> None:

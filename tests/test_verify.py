@@ -1,4 +1,6 @@
-"""verify.py and inspect: a whole dataset has no faults, and whatever is broken in it is found and named."""
+"""verify.py and inspect: a whole dataset has no faults, and whatever is broken in it is found and
+named.
+"""
 
 import random
 import shutil
@@ -33,7 +35,9 @@ def biggest(dataset: Path) -> tuple[Path, ShardInfo]:
     return dataset / "train" / f"{info.name}.tar", info
 
 
-def test_a_whole_dataset_has_no_faults(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_dataset_has_no_faults(
+    tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert shardgen(["verify", str(tiny_dataset), "--workers", "1"]) == 0
     assert "no faults" in capsys.readouterr().out
 
@@ -41,14 +45,20 @@ def test_a_whole_dataset_has_no_faults(tiny_dataset: Path, capsys: pytest.Captur
 def test_any_flipped_bit_is_found_and_traced_to_its_member(dataset: Path) -> None:
     path, info = biggest(dataset)
     whole = path.read_bytes()
-    members = [m for sample in decode_index(path.with_suffix(".idx").read_bytes(), info.name) for m in sample]
+    members = [
+        m
+        for sample in decode_index(path.with_suffix(".idx").read_bytes(), info.name)
+        for m in sample
+    ]
     rng = random.Random(0)
     for _ in range(6):
         at = rng.randrange(len(whole))
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
         found = faults(dataset)
         assert any("xxh3_128" in fault and path.name in fault for fault in found), at
-        inside = [m.name for m in members if m.offset - 512 <= at < m.offset + m.size + -m.size % 512]
+        inside = [
+            m.name for m in members if m.offset - 512 <= at < m.offset + m.size + -m.size % 512
+        ]
         assert any(name in fault for fault in found for name in inside) or not inside, (at, found)
 
 
@@ -68,22 +78,37 @@ def test_strays_damaged_empty_prompt_and_edited_manifest_are_found(dataset: Path
     assert any("000099.tar: is not in manifest.json" in fault for fault in found)
     assert any("empty_prompt.text.zst" in fault for fault in found)
     manifest = dataset / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"min_caption_chars": 50', b'"min_caption_chars": 51'))
+    manifest.write_bytes(
+        manifest.read_bytes().replace(b'"min_caption_chars": 50', b'"min_caption_chars": 51')
+    )
     assert shardgen(["verify", str(dataset)]) == 2
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    ({"start_ms": 1}, "belong to key"), ({"split": "val"}, "a sample of val"), ({"width_px": 128}, "160x96x9"),
-    ({"latent": msgspec.UNSET}, "has no member latent.zst"), ({"jpg": msgspec.UNSET}, "a video without jpg"),
-    ({"text": (3, 32)}, "zstd frame"), ({"programme": "val's"}, "both sides of the split"),
-])
-def test_a_consistent_shard_with_wrong_contents_is_found(dataset: Path, change: dict[str, object],
-                                                         expected: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"start_ms": 1}, "belong to key"),
+        ({"split": "val"}, "a sample of val"),
+        ({"width_px": 128}, "160x96x9"),
+        ({"latent": msgspec.UNSET}, "has no member latent.zst"),
+        ({"jpg": msgspec.UNSET}, "a video without jpg"),
+        ({"text": (3, 32)}, "zstd frame"),
+        ({"programme": "val's"}, "both sides of the split"),
+    ],
+)
+def test_a_consistent_shard_with_wrong_contents_is_found(
+    dataset: Path, change: dict[str, object], expected: str
+) -> None:
     path, info = biggest(dataset)
     data = path.read_bytes()
     samples: list[tuple[str, dict[str, bytes]]] = []
     for members in decode_index(path.with_suffix(".idx").read_bytes(), info.name):
-        samples.append((members[0].name[:32], {m.name[33:]: data[m.offset:m.offset + m.size] for m in members}))
+        samples.append(
+            (
+                members[0].name[:32],
+                {m.name[33:]: data[m.offset : m.offset + m.size] for m in members},
+            )
+        )
     meta = decode_meta(samples[0][1]["json"])
     samples[0][1].update(json=encode_meta(changed(meta, dataset, change)))
     for name, value in change.items():
@@ -91,9 +116,13 @@ def test_a_consistent_shard_with_wrong_contents_is_found(dataset: Path, change: 
             del samples[0][1]["latent.zst" if name == "latent" else name]
     manifest = read_manifest(dataset)
     again = write_shard(path.parent, info.name, info.bucket, samples)
-    splits = {split: [again if shard.name == info.name else shard for shard in shards]
-              for split, shards in manifest.splits.items()}
-    (dataset / "manifest.json").write_bytes(encode_manifest(Manifest(manifest.recipe, manifest.recipe_id, splits)))
+    splits = {
+        split: [again if shard.name == info.name else shard for shard in shards]
+        for split, shards in manifest.splits.items()
+    }
+    (dataset / "manifest.json").write_bytes(
+        encode_manifest(Manifest(manifest.recipe, manifest.recipe_id, splits))
+    )
     found = faults(dataset)
     assert found and any(expected in fault for fault in found), found
 
@@ -105,11 +134,15 @@ def changed(meta: SampleMeta, dataset: Path, change: dict[str, object]) -> Sampl
     if "programme" in plain:
         shard = dataset / "val" / f"{read_manifest(dataset).splits['val'][0].name}.tar"
         first = decode_index(shard.with_suffix(".idx").read_bytes(), shard.name)[0][0]
-        plain["programme"] = decode_meta(shard.read_bytes()[first.offset:first.offset + first.size]).programme
+        plain["programme"] = decode_meta(
+            shard.read_bytes()[first.offset : first.offset + first.size]
+        ).programme
     return msgspec.structs.replace(meta, **plain)
 
 
-def test_inspect_lists_a_shard_and_shows_one_sample(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_lists_a_shard_and_shows_one_sample(
+    tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, info = biggest(tiny_dataset)
     assert shardgen(["inspect", str(path)]) == 0
     listed = capsys.readouterr().out.splitlines()

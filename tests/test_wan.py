@@ -1,4 +1,6 @@
-"""The lean transformer against diffusers and PEFT, on the CPU in float32: T2V and I2V in one batch."""
+"""The lean transformer against diffusers and PEFT, on the CPU in float32: T2V and I2V in one
+batch.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -21,8 +23,20 @@ from train.model.wan import Wan, WanConfig
 from train.step import Inputs as StepInputs
 from train.step import MicroStep
 
-TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "freq_dim": 64}
-WIDER = {"num_layers": 3, "num_attention_heads": 3, "attention_head_dim": 32, "ffn_dim": 160, "freq_dim": 32}
+TINY = {
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "ffn_dim": 64,
+    "freq_dim": 64,
+}
+WIDER = {
+    "num_layers": 3,
+    "num_attention_heads": 3,
+    "attention_head_dim": 32,
+    "ffn_dim": 160,
+    "freq_dim": 32,
+}
 RANK, ALPHA = 4, 12.0
 
 
@@ -36,7 +50,9 @@ class Inputs(NamedTuple):
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with a transformer whose norms and tables are not the identity."""
     torch.manual_seed(0)
-    model = WanTransformer3DModel(patch_size=(1, 2, 2), in_channels=48, out_channels=48, text_dim=32, **request.param)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), in_channels=48, out_channels=48, text_dim=32, **request.param
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -47,8 +63,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def pair(folder: Path) -> Iterator[tuple[Any, Wan]]:
-    yield (WanTransformer3DModel.from_pretrained(folder / "transformer"),
-           load_transformer(folder, torch.device("cpu"), torch.float32))
+    yield (
+        WanTransformer3DModel.from_pretrained(folder / "transformer"),
+        load_transformer(folder, torch.device("cpu"), torch.float32),
+    )
 
 
 def make_inputs(seed: int = 0) -> Inputs:
@@ -63,30 +81,46 @@ def make_inputs(seed: int = 0) -> Inputs:
 
 def ours_forward(model: Wan, inputs: Inputs) -> Tensor:
     noised, text_BSD, _ = inputs
-    out: Tensor = model(noised.latent_BCThw, noised.t_BR, noised.num_clean_frames_B, text_BSD,
-                        choose_attention("math", torch.device("cpu"), torch.float32)[1])
+    out: Tensor = model(
+        noised.latent_BCThw,
+        noised.t_BR,
+        noised.num_clean_frames_B,
+        text_BSD,
+        choose_attention("math", torch.device("cpu"), torch.float32)[1],
+    )
     return out
 
 
 def loss_of(velocity: Tensor, inputs: Inputs) -> Tensor:
-    return flow.sample_losses(velocity, inputs.noised.target_BCThw, inputs.noised.num_clean_frames_B).mean()
+    return flow.sample_losses(
+        velocity, inputs.noised.target_BCThw, inputs.noised.num_clean_frames_B
+    ).mean()
 
 
 def test_forward_equals_diffusers(pair: tuple[Any, Wan]) -> None:
     reference, model = pair
     inputs = make_inputs()
     with torch.no_grad():
-        theirs = reference(inputs.noised.latent_BCThw, inputs.t_BL, inputs.text_BSD, return_dict=False)[0]
+        theirs = reference(
+            inputs.noised.latent_BCThw, inputs.t_BL, inputs.text_BSD, return_dict=False
+        )[0]
         torch.testing.assert_close(ours_forward(model, inputs), theirs, atol=1e-5, rtol=0)
 
 
 def attach_both(reference: Any, model: Wan) -> tuple[lora.LoRA, dict[str, nn.Parameter]]:
-    """The same adapters, with B other than zero, on both models; returns ours and PEFT's parameters by name."""
+    """The same adapters, with B other than zero, on both models; returns ours and PEFT's
+    parameters by name.
+    """
     reference.requires_grad_(False)
-    reference.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(lora.TARGETS), lora_dropout=0.0))
+    reference.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(lora.TARGETS), lora_dropout=0.0)
+    )
     adapters = lora.attach(model, lora.TARGETS, RANK, ALPHA, dropout=0.0, seed=1)
-    theirs = {name.replace(".default.weight", ""): parameter for name, parameter in reference.named_parameters()
-              if parameter.requires_grad}
+    theirs = {
+        name.replace(".default.weight", ""): parameter
+        for name, parameter in reference.named_parameters()
+        if parameter.requires_grad
+    }
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, (a, b) in adapters.tensors().items():
@@ -101,8 +135,10 @@ def test_every_lora_gradient_equals_peft(pair: tuple[Any, Wan]) -> None:
     reference, model = pair
     adapters, theirs = attach_both(reference, model)
     inputs = make_inputs()
-    loss_of(reference(inputs.noised.latent_BCThw, inputs.t_BL, inputs.text_BSD, return_dict=False)[0],
-            inputs).backward()
+    loss_of(
+        reference(inputs.noised.latent_BCThw, inputs.t_BL, inputs.text_BSD, return_dict=False)[0],
+        inputs,
+    ).backward()
     loss_of(ours_forward(model, inputs), inputs).backward()
     for parameter in adapters.parameters():  # so that `tensors()` shows gradients instead of values
         assert parameter.grad is not None
@@ -120,7 +156,9 @@ def test_loss_after_five_adamw_steps_equals_peft(pair: tuple[Any, Wan]) -> None:
     adapters, theirs = attach_both(reference, model)
     flat = optim.flatten(adapters.parameters())
     ours_optimizer = optim.make_optimizer(flat.vector, "adamw", 1e-2, (0.9, 0.99), 1e-8, 0.05)
-    their_optimizer = torch.optim.AdamW(theirs.values(), lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05)
+    their_optimizer = torch.optim.AdamW(
+        theirs.values(), lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05
+    )
     for step in range(5):
         inputs = make_inputs(step)
         flat.buffer.zero_()
@@ -129,15 +167,23 @@ def test_loss_after_five_adamw_steps_equals_peft(pair: tuple[Any, Wan]) -> None:
         ours_optimizer.step()
         adapters.refresh()
         their_optimizer.zero_grad()
-        loss_of(reference(inputs.noised.latent_BCThw, inputs.t_BL, inputs.text_BSD, return_dict=False)[0],
-                inputs).backward()
+        loss_of(
+            reference(inputs.noised.latent_BCThw, inputs.t_BL, inputs.text_BSD, return_dict=False)[
+                0
+            ],
+            inputs,
+        ).backward()
         nn.utils.clip_grad_norm_(theirs.values(), 1.0)
         their_optimizer.step()
     inputs = make_inputs(9)
     with torch.no_grad():
         ours = loss_of(ours_forward(model, inputs), inputs)
-        expected = loss_of(reference(inputs.noised.latent_BCThw, inputs.t_BL, inputs.text_BSD, return_dict=False)[0],
-                           inputs)
+        expected = loss_of(
+            reference(inputs.noised.latent_BCThw, inputs.t_BL, inputs.text_BSD, return_dict=False)[
+                0
+            ],
+            inputs,
+        )
         untrained = loss_of(ours_forward(load_fresh(reference.config), inputs), inputs)
     assert abs(ours - expected) / expected < 1e-4
     assert abs(untrained - expected) / expected > 1e-3  # the steps changed something
@@ -154,7 +200,8 @@ def load_fresh(config: Any) -> Wan:
 def test_sharded_weights_load_like_a_single_file(folder: Path, tmp_path: Path) -> None:
     single = load_transformer(folder, torch.device("cpu"), torch.float32)
     WanTransformer3DModel.from_pretrained(folder / "transformer").save_pretrained(
-        tmp_path / "transformer", max_shard_size="100KB")
+        tmp_path / "transformer", max_shard_size="100KB"
+    )
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
     sharded = load_transformer(tmp_path, torch.device("cpu"), torch.float32)
     for name, parameter in single.named_parameters():
@@ -178,7 +225,9 @@ def test_a_missing_tensor_and_a_foreign_folder_are_named(folder: Path, tmp_path:
     with pytest.raises(WeightsError, match=r"1 missing \['blocks.0.attn1.to_k.bias'\]"):
         load_transformer(tmp_path, torch.device("cpu"), torch.float32)
     with pytest.raises(WeightsError, match="can't be trained yet"):
-        load_transformer(changed(folder, tmp_path / "a14b", in_channels=16), torch.device("cpu"), torch.float32)
+        load_transformer(
+            changed(folder, tmp_path / "a14b", in_channels=16), torch.device("cpu"), torch.float32
+        )
     half = changed(folder, tmp_path / "half")
     weights = half / "transformer" / SINGLE
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -193,14 +242,27 @@ def test_a_missing_tensor_and_a_foreign_folder_are_named(folder: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["cudnn", "efficient"])
 def test_attention_that_cannot_run_here_is_refused_before_the_first_step(name: Any) -> None:
-    with pytest.raises(ValueError, match=f'"{name}" can\'t run in torch.float32 on this cpu .*set "auto"'):
+    with pytest.raises(
+        ValueError, match=f'"{name}" can\'t run in torch.float32 on this cpu .*set "auto"'
+    ):
         choose_attention(name, torch.device("cpu"), torch.float32)
 
 
 def test_text_of_another_width_than_the_model_takes_is_named(folder: Path) -> None:
     model = load_transformer(folder, torch.device("cpu"), torch.float32)
-    step = MicroStep(model, lambda seeds_B: None, choose_attention("auto", torch.device("cpu"), torch.float32)[1], None,
-                     torch.amp.GradScaler("cpu", enabled=False), 1.0, 0)
+    step = MicroStep(
+        model,
+        lambda seeds_B: None,
+        choose_attention("auto", torch.device("cpu"), torch.float32)[1],
+        None,
+        torch.amp.GradScaler("cpu", enabled=False),
+        1.0,
+        0,
+    )
     latent, text = torch.zeros(1, 48, 1, 4, 4), torch.zeros(1, 512, model.config.text_dim + 8)
-    with pytest.raises(ValueError, match=f"{text.shape[2]} wide, the model's text_dim is {model.config.text_dim}"):
-        step.forward(StepInputs(latent, torch.zeros(1, 2), torch.zeros(1), text, latent, torch.zeros(1)))
+    with pytest.raises(
+        ValueError, match=f"{text.shape[2]} wide, the model's text_dim is {model.config.text_dim}"
+    ):
+        step.forward(
+            StepInputs(latent, torch.zeros(1, 2), torch.zeros(1), text, latent, torch.zeros(1))
+        )

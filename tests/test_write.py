@@ -9,33 +9,59 @@ import pytest
 import xxhash
 
 from loader.manifest import decode_hashes, decode_index
-from shardgen.encode.write import TEMPORARY, file_xxh3, remove_leftovers, stored_size, write_atomic, write_shard
+from shardgen.encode.write import (
+    TEMPORARY,
+    file_xxh3,
+    remove_leftovers,
+    stored_size,
+    write_atomic,
+    write_shard,
+)
 
-SAMPLES = [(f"{i:032x}", {"jpg": bytes([i]) * 700, "json": b"{}" * i, "latent.zst": os.urandom(512 * i)})
-           for i in range(1, 6)]
+SAMPLES = [
+    (f"{i:032x}", {"jpg": bytes([i]) * 700, "json": b"{}" * i, "latent.zst": os.urandom(512 * i)})
+    for i in range(1, 6)
+]
 
 
-def test_equal_samples_give_equal_bytes_and_the_hashes_are_those_of_the_files(tmp_path: Path) -> None:
-    infos = [write_shard(tmp_path / side, "train-160x96x9-000000", "160x96x9", SAMPLES) for side in "ab"]
+def test_equal_samples_give_equal_bytes_and_the_hashes_are_those_of_the_files(
+    tmp_path: Path,
+) -> None:
+    infos = [
+        write_shard(tmp_path / side, "train-160x96x9-000000", "160x96x9", SAMPLES) for side in "ab"
+    ]
     assert infos[0] == infos[1]
     stem = tmp_path / "a" / "train-160x96x9-000000"
-    for suffix, digest in (".tar", infos[0].tar_xxh3), (".idx", infos[0].idx_xxh3), (".xxh3", infos[0].xxh3_xxh3):
+    for suffix, digest in (
+        (".tar", infos[0].tar_xxh3),
+        (".idx", infos[0].idx_xxh3),
+        (".xxh3", infos[0].xxh3_xxh3),
+    ):
         assert file_xxh3(stem.with_name(stem.name + suffix)) == digest
-        assert stem.with_name(stem.name + suffix).read_bytes() == \
-            (tmp_path / "b" / (stem.name + suffix)).read_bytes()
-    assert infos[0].bytes == stored_size(tmp_path / "a", stem.name) == os.path.getsize(f"{stem}.tar")
+        assert (
+            stem.with_name(stem.name + suffix).read_bytes()
+            == (tmp_path / "b" / (stem.name + suffix)).read_bytes()
+        )
+    assert (
+        infos[0].bytes == stored_size(tmp_path / "a", stem.name) == os.path.getsize(f"{stem}.tar")
+    )
 
 
 def test_headers_are_plain_ustar_without_times_or_owners(tmp_path: Path) -> None:
     write_shard(tmp_path, "s", "160x96x9", SAMPLES)
     with tarfile.open(tmp_path / "s.tar") as archive:
         entries = archive.getmembers()
-    names = [f"{key}.{extension}" for key, _ in SAMPLES for extension in ("json", "latent.zst", "jpg")]
+    names = [
+        f"{key}.{extension}" for key, _ in SAMPLES for extension in ("json", "latent.zst", "jpg")
+    ]
     assert [entry.name for entry in entries] == names
-    assert {(e.mtime, e.uid, e.gid, e.uname, e.gname, e.mode, e.type) for e in entries} == \
-        {(0, 0, 0, "", "", 0o644, tarfile.REGTYPE)}
+    assert {(e.mtime, e.uid, e.gid, e.uname, e.gname, e.mode, e.type) for e in entries} == {
+        (0, 0, 0, "", "", 0o644, tarfile.REGTYPE)
+    }
     assert (tmp_path / "s.tar").read_bytes()[257:265] == b"ustar\x0000"
-    listed = subprocess.run(["tar", "tf", tmp_path / "s.tar"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["tar", "tf", tmp_path / "s.tar"], capture_output=True, text=True, check=True
+    )
     assert listed.stdout.split() == names and listed.stderr == ""
 
 
@@ -47,7 +73,7 @@ def test_index_and_hashes_point_at_the_bytes(tmp_path: Path) -> None:
     assert len(index) == len(SAMPLES)
     for members, (key, stored) in zip(index, SAMPLES, strict=True):
         for member in members:
-            found = data[member.offset:member.offset + member.size]
+            found = data[member.offset : member.offset + member.size]
             assert found == stored[member.name.removeprefix(f"{key}.")]
             assert hashes[member.name] == xxhash.xxh3_64_hexdigest(found)
 

@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 trap 'echo "check: failed in: $BASH_COMMAND" >&2' ERR
 bash tools/install.sh cpu
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+.venv/bin/ruff format --check --quiet .
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/python -m pytest "$@"

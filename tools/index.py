@@ -1,15 +1,17 @@
-"""Train on plain webdataset tars as they are: `python -m tools.index TAR... --output DIR --model MODEL`.
+"""Train on plain webdataset tars as they are: `python -m tools.index TAR... --output DIR --model
+MODEL`.
 
-A sample of such a tar is a `json` with a caption beside an `mp4` or a `jpg`; there are no latents. The tars are read
-once and stay untouched. DIR becomes a dataset: its shards hold what training needs and the tars lack (metadata, and the
-caption's embedding), and beside each lie a link to its tar, a .idx with the place of every clip, and a .xxh3. In
-training (`data.condition = "raw"`) DALI decodes the clips and the VAE encodes them, in every epoch again: `shardgen
-build` does both once and better, so this is for trying out a set.
+A sample of such a tar is a `json` with a caption beside an `mp4` or a `jpg`; there are no
+latents. The tars are read once and stay untouched. DIR becomes a dataset: its shards hold what
+training needs and the tars lack (metadata, and the caption's embedding), and beside each lie a
+link to its tar, a .idx with the place of every clip, and a .xxh3. In training (`data.condition =
+"raw"`) DALI decodes the clips and the VAE encodes them, in every epoch again: `shardgen build`
+does both once and better, so this is for trying out a set.
 
-A clip gives its first `--frames` frames at its own frame rate, an image one. What does not have a multiple of 32 as
-width or height loses up to 31 pixels at the edges; nothing is resized. What can't be used is refused, and counted by
-reason. Links hold absolute paths: after moving the tars, index them again; for another machine, copy DIR with links
-followed (`cp -rL`, `rsync -L`).
+A clip gives its first `--frames` frames at its own frame rate, an image one. What does not have a
+multiple of 32 as width or height loses up to 31 pixels at the edges; nothing is resized. What
+can't be used is refused, and counted by reason. Links hold absolute paths: after moving the tars,
+index them again; for another machine, copy DIR with links followed (`cp -rL`, `rsync -L`).
 """
 
 import argparse
@@ -80,10 +82,12 @@ class Found(NamedTuple):
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(name, {extension: member}) of adjacent members, named as webdataset does: up to the first dot of the file name.
+    """(name, {extension: member}) of adjacent members, named as webdataset does: up to the first
+    dot of the file name.
 
     Raises ValueError for what is no uncompressed tar, or a truncated one.
     """
+
     def split(member: tarfile.TarInfo) -> tuple[str, str]:
         folder, _, file = member.name.rpartition("/")
         stem, _, extension = file.partition(".")
@@ -95,17 +99,27 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
             for name, members in groupby(files, key=lambda member: split(member)[0]):
                 yield name, {split(m)[1]: Member(m.name, m.offset_data, m.size) for m in members}
     except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a plain, whole tar file: {error}; unpack .tar.gz first") from error
+        raise ValueError(
+            f"{path}: not a plain, whole tar file: {error}; unpack .tar.gz first"
+        ) from error
 
 
-def examine(name: str, members: Mapping[str, Member], tar: Path, split: Split, caption_field: str, num_frames: int
-            ) -> Found:
+def examine(
+    name: str,
+    members: Mapping[str, Member],
+    tar: Path,
+    split: Split,
+    caption_field: str,
+    num_frames: int,
+) -> Found:
     """Metadata of one sample. Raises RefusedError."""
     kind = next((kind for kind in (MP4, JPG) if kind in members), None)
     if JSON not in members or kind is None:
         raise RefusedError("no json" if JSON not in members else "neither mp4 nor jpg")
     with tar.open("rb") as file:
-        about, data = (os.pread(file.fileno(), m.size, m.offset) for m in (members[JSON], members[kind]))
+        about, data = (
+            os.pread(file.fileno(), m.size, m.offset) for m in (members[JSON], members[kind])
+        )
     try:
         fields = msgspec.json.decode(about)
     except msgspec.DecodeError:
@@ -114,17 +128,33 @@ def examine(name: str, members: Mapping[str, Member], tar: Path, split: Split, c
     prompt = prompt_clean(caption) if isinstance(caption, str) else ""
     if not prompt:
         raise RefusedError(f'no text under "{caption_field}" in its json')
-    width, height, fps = examine_clip(data, num_frames) if kind == MP4 else (*examine_image(data), 0.0)
+    width, height, fps = (
+        examine_clip(data, num_frames) if kind == MP4 else (*examine_image(data), 0.0)
+    )
     if min(width, height) < SIDE:
         raise RefusedError(f"smaller than {SIDE}x{SIDE}")
     bucket = Bucket(width - width % SIDE, height - height % SIDE, num_frames if kind == MP4 else 1)
     media_xxh3 = xxhash.xxh3_128_hexdigest(data)
     key = sample_key(media_xxh3, name, 0, 0, bucket, fps)
-    meta = SampleMeta(key=key, clip_id=name, label=f"{tar.name}/{members[JSON].name}", category="", programme=tar.stem,
-                      media_type="video" if kind == MP4 else "image", split=split, prompt=prompt, fps=fps, start_ms=0,
-                      width_px=bucket.width_px, height_px=bucket.height_px, num_frames=bucket.num_frames, shot=0,
-                      media_xxh3=media_xxh3, latent=TensorInfo("float16", bucket.latent_shape),
-                      text=TensorInfo("float16", (0, 0)))
+    meta = SampleMeta(
+        key=key,
+        clip_id=name,
+        label=f"{tar.name}/{members[JSON].name}",
+        category="",
+        programme=tar.stem,
+        media_type="video" if kind == MP4 else "image",
+        split=split,
+        prompt=prompt,
+        fps=fps,
+        start_ms=0,
+        width_px=bucket.width_px,
+        height_px=bucket.height_px,
+        num_frames=bucket.num_frames,
+        shot=0,
+        media_xxh3=media_xxh3,
+        latent=TensorInfo("float16", bucket.latent_shape),
+        text=TensorInfo("float16", (0, 0)),
+    )
     media = Member(f"{key}.{kind}", members[kind].offset, members[kind].size)
     return Found(meta, media, xxhash.xxh3_64_hexdigest(data))
 
@@ -143,7 +173,9 @@ def examine_clip(data: bytes, num_frames: int) -> tuple[int, int, float]:
         raise RefusedError("its mp4 is rotated, interlaced or has pixels that aren't square")
     shown = frame.width - frame.width % SIDE, frame.height - frame.height % SIDE
     if matrix not in UNSTATED and (matrix == BT709) != is_bt709(*shown):
-        raise RefusedError("the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)")
+        raise RefusedError(
+            "the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)"
+        )
     if held < num_frames or not rate:
         raise RefusedError(f"fewer than {num_frames} frames")
     return frame.width, frame.height, float(rate)
@@ -158,11 +190,20 @@ def examine_image(data: bytes) -> tuple[int, int]:
         raise RefusedError("its jpg does not decode") from None
 
 
-def write_index(tars: Sequence[Path], output: Path, encoder: TextEncoder, *, split: Split = "train",
-                caption_field: str = "caption", num_frames: int = 49) -> tuple[Manifest, Counter[str]]:
-    """Write the dataset `output`; returns its manifest and how many samples were refused, by reason.
+def write_index(
+    tars: Sequence[Path],
+    output: Path,
+    encoder: TextEncoder,
+    *,
+    split: Split = "train",
+    caption_field: str = "caption",
+    num_frames: int = 49,
+) -> tuple[Manifest, Counter[str]]:
+    """Write the dataset `output`; returns its manifest and how many samples were refused, by
+    reason.
 
-    Raises ValueError for an output that is a dataset already, for tars that can't be read, and for samples that repeat.
+    Raises ValueError for an output that is a dataset already, for tars that can't be read, and
+    for samples that repeat.
     """
     if (output / MANIFEST_FILE).exists():
         raise ValueError(f"{output} is a dataset already; take another folder")
@@ -181,7 +222,9 @@ def write_index(tars: Sequence[Path], output: Path, encoder: TextEncoder, *, spl
                 continue
             key, source = found.meta.key, f"{name} in {tar}"
             if key in sources:
-                raise ValueError(f"{source} is the same sample as {sources[key]}; leave one of them out")
+                raise ValueError(
+                    f"{source} is the same sample as {sources[key]}; leave one of them out"
+                )
             sources[key] = source
             by_bucket[found.meta.bucket].append(found)
         tar_hash = file_xxh3(tar) if by_bucket else ""
@@ -197,12 +240,20 @@ def write_index(tars: Sequence[Path], output: Path, encoder: TextEncoder, *, spl
             link = folder / f"{name}.media.tar"
             link.unlink(missing_ok=True)  # of a run that was interrupted
             link.symlink_to(tar.resolve())
-            media[name] = ShardInfo(name=f"{name}.media", bucket=str(bucket), num_samples=len(samples),
-                                    bytes=tar.stat().st_size, tar_xxh3=tar_hash,
-                                    idx_xxh3=xxhash.xxh3_128_hexdigest(idx),
-                                    xxh3_xxh3=xxhash.xxh3_128_hexdigest(hashes))
-    recipe: dict[str, Any] = {"caption_field": caption_field, "num_frames": num_frames,
-                              MEDIA: {name: msgspec.to_builtins(info) for name, info in media.items()}}
+            media[name] = ShardInfo(
+                name=f"{name}.media",
+                bucket=str(bucket),
+                num_samples=len(samples),
+                bytes=tar.stat().st_size,
+                tar_xxh3=tar_hash,
+                idx_xxh3=xxhash.xxh3_128_hexdigest(idx),
+                xxh3_xxh3=xxhash.xxh3_128_hexdigest(hashes),
+            )
+    recipe: dict[str, Any] = {
+        "caption_field": caption_field,
+        "num_frames": num_frames,
+        MEDIA: {name: msgspec.to_builtins(info) for name, info in media.items()},
+    }
     manifest = Manifest(recipe=recipe, recipe_id=recipe_id(recipe), splits={split: shards})
     if shards:
         write_atomic(output / EMPTY_PROMPT_FILE, encode_tensor(encoder.encode([""], 1)[""].rows))
@@ -210,9 +261,11 @@ def write_index(tars: Sequence[Path], output: Path, encoder: TextEncoder, *, spl
     return manifest, refused
 
 
-def _with_text(samples: Sequence[Found], encoder: TextEncoder) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _with_text(
+    samples: Sequence[Found], encoder: TextEncoder
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     for start in range(0, len(samples), 64):  # a shard's texts together may fill the memory
-        some = samples[start:start + 64]
+        some = samples[start : start + 64]
         texts = encoder.encode([found.meta.prompt for found in some], 16)
         for found in some:
             rows = texts[found.meta.prompt].rows
@@ -221,10 +274,14 @@ def _with_text(samples: Sequence[Found], encoder: TextEncoder) -> Iterator[tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tars", nargs="+", type=Path, metavar="TAR")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True, help="the diffusers folder whose text encoder to use")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="the diffusers folder whose text encoder to use"
+    )
     parser.add_argument("--frames", type=int, default=49, help="of each clip; 4n+1")
     parser.add_argument("--caption", default="caption", help="the caption's field in the json")
     parser.add_argument("--split", choices=["train", "val"], default="train")
@@ -234,8 +291,14 @@ def main() -> None:
     try:
         encoder = TextEncoder(arguments.model, arguments.device, getattr(torch, arguments.dtype))
         encoder.model.to(arguments.device)
-        manifest, refused = write_index(arguments.tars, arguments.output, encoder, split=arguments.split,
-                                        caption_field=arguments.caption, num_frames=arguments.frames)
+        manifest, refused = write_index(
+            arguments.tars,
+            arguments.output,
+            encoder,
+            split=arguments.split,
+            caption_field=arguments.caption,
+            num_frames=arguments.frames,
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(f"tools.index: {error}") from error
     num = sum(shard.num_samples for shard in manifest.splits[arguments.split])

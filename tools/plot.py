@@ -1,7 +1,9 @@
-"""Plot a run: `python -m tools.plot RUN` writes RUN/metrics.png with loss, learning rate and throughput.
+"""Plot a run: `python -m tools.plot RUN` writes RUN/metrics.png with loss, learning rate and
+throughput.
 
-It draws what RUN/metrics.jsonl holds and nothing else: a value that was not measured leaves a gap. The loss of single
-steps is noisy, because each step draws other timesteps; the line over it is the mean of the last twentieth of the run.
+It draws what RUN/metrics.jsonl holds and nothing else: a value that was not measured leaves a
+gap. The loss of single steps is noisy, because each step draws other timesteps; the line over it
+is the mean of the last twentieth of the run.
 """
 
 import argparse
@@ -18,20 +20,28 @@ from matplotlib.axes import Axes
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """Column name -> float64 [num_records], NaN where a record does not have it. Raises ValueError naming the line."""
+    """Column name -> float64 [num_records], NaN where a record does not have it. Raises
+    ValueError naming the line.
+    """
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             record = json.loads(line)
             record["step"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: line {number} is no record of a step: {line[:80]!r}") from error
+            raise ValueError(
+                f"{path}: line {number} is no record of a step: {line[:80]!r}"
+            ) from error
         records.append(record)
     if not records:
         raise ValueError(f"{path}: no step has been logged yet")
     names = {name: None for record in records for name in record}
-    return {name: np.array([np.nan if record.get(name) is None else record[name] for record in records], np.float64)
-            for name in names}
+    return {
+        name: np.array(
+            [np.nan if record.get(name) is None else record[name] for record in records], np.float64
+        )
+        for name in names
+    }
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -46,10 +56,16 @@ def plot(metrics: dict[str, np.ndarray], title: str, path: Path) -> None:
     """Three panels above each other, one x axis."""
     step = metrics["step"]
     width = max(len(step) // 20, 5)
-    figure, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(9, 8), layout="constrained",
-                                                 height_ratios=(2, 1, 1))
+    figure, (top, middle, bottom) = plt.subplots(
+        3, 1, sharex=True, figsize=(9, 8), layout="constrained", height_ratios=(2, 1, 1)
+    )
     _line(top, step, metrics, "loss", "loss", color="0.75", label="each record")
-    top.plot(step, running_mean(metrics["loss"], width), color="tab:blue", label=f"mean of {width} records")
+    top.plot(
+        step,
+        running_mean(metrics["loss"], width),
+        color="tab:blue",
+        label=f"mean of {width} records",
+    )
     top.legend(loc="upper right")
     top.set_title(title)
     _line(middle, step, metrics, "lr", "learning rate", color="tab:orange")
@@ -66,8 +82,15 @@ def plot(metrics: dict[str, np.ndarray], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _line(axes: Axes, step: np.ndarray, metrics: dict[str, np.ndarray], name: str, title: str, color: str,
-          label: str | None = None) -> None:
+def _line(
+    axes: Axes,
+    step: np.ndarray,
+    metrics: dict[str, np.ndarray],
+    name: str,
+    title: str,
+    color: str,
+    label: str | None = None,
+) -> None:
     axes.set_ylabel(title)
     axes.grid(alpha=0.3)
     if name in metrics:
@@ -77,7 +100,9 @@ def _line(axes: Axes, step: np.ndarray, metrics: dict[str, np.ndarray], name: st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Plot loss, learning rate and throughput of a run.")
+    parser = argparse.ArgumentParser(
+        description="Plot loss, learning rate and throughput of a run."
+    )
     parser.add_argument("run", type=Path, help="the run's output folder, which holds metrics.jsonl")
     run = parser.parse_args().run
     try:

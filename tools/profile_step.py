@@ -1,12 +1,15 @@
-"""Where a step's time goes: `python -m tools.profile_step CONFIG.toml [--shape 1280x704x49] [--output DIR]`.
+"""Where a step's time goes: `python -m tools.profile_step CONFIG.toml [--shape 1280x704x49]
+[--output DIR]`.
 
-Runs a few optimizer-less steps of the configured model on one GPU with a random sample, writes a trace for Perfetto
-(trace.json.gz) and prints the ten costliest operations of a block against their floor: operations over the rate of the
-tensor cores, or bytes over the rate of memory, whichever is longer. `--random` takes random weights of the size in
-model.path's config.json, or of TI2V-5B where there is no such file.
+Runs a few optimizer-less steps of the configured model on one GPU with a random sample, writes a
+trace for Perfetto (trace.json.gz) and prints the ten costliest operations of a block against
+their floor: operations over the rate of the tensor cores, or bytes over the rate of memory,
+whichever is longer. `--random` takes random weights of the size in model.path's config.json, or
+of TI2V-5B where there is no such file.
 
-The floor of a GEMM or attention call is counted from its shapes; of our own kernels from the tensors that each reads
-and writes once; the rates are those of tools/plan.py for this card. What has no floor here says "-".
+The floor of a GEMM or attention call is counted from its shapes; of our own kernels from the
+tensors that each reads and writes once; the rates are those of tools/plan.py for this card. What
+has no floor here says "-".
 """
 
 import argparse
@@ -31,12 +34,23 @@ from train.model.wan import TI2V_5B, Wan, WanConfig
 from train.step import MicroStep, prepare
 
 NUM_STEPS = 3
-OPERATIONS = ("aten::", "newsreel::", "bitsandbytes::", "_drop", "_down", "_up", "_gradient", "_through_b",
-              "_add_parts")
+OPERATIONS = (
+    "aten::",
+    "newsreel::",
+    "bitsandbytes::",
+    "_drop",
+    "_down",
+    "_up",
+    "_gradient",
+    "_through_b",
+    "_add_parts",
+)
 
 
 class Row(NamedTuple):
-    """An operation: calls and milliseconds per block and step, its floor in ms (None: not known)."""
+    """An operation: calls and milliseconds per block and step, its floor in ms (None: not
+    known).
+    """
 
     name: str
     calls: float
@@ -45,13 +59,23 @@ class Row(NamedTuple):
 
 
 def kernel_bytes(config: WanConfig, rows: int, dtype_bytes: int) -> dict[str, float]:
-    """Bytes that each of our kernels reads and writes, for `rows` video tokens, as the mean of its calls in a block:
-    norm and rotation of q/k/v, of q alone, and of the text's k, too short to count; GELU forward and backward (with an
-    adapted ffn.net.2 both ride on `_down` and `_gradient`, on cards that have these)."""
-    wide, half, up = 4.0 * rows * config.dim, dtype_bytes * rows * config.dim, dtype_bytes * rows * config.ffn_dim
-    return {"_residual_norm_forward": 2 * wide + 2 * half, "_residual_norm_backward": 3 * wide + 2 * half,
-            "_norm_rope_forward": (4 + 2) * half / 3, "_norm_rope_backward": (8 + 3) * half / 3,
-            "_gelu": (2 + 3) * up / 2}
+    """Bytes that each of our kernels reads and writes, for `rows` video tokens, as the mean of
+    its calls in a block: norm and rotation of q/k/v, of q alone, and of the text's k, too short
+    to count; GELU forward and backward (with an adapted ffn.net.2 both ride on `_down` and
+    `_gradient`, on cards that have these).
+    """
+    wide, half, up = (
+        4.0 * rows * config.dim,
+        dtype_bytes * rows * config.dim,
+        dtype_bytes * rows * config.ffn_dim,
+    )
+    return {
+        "_residual_norm_forward": 2 * wide + 2 * half,
+        "_residual_norm_backward": 3 * wide + 2 * half,
+        "_norm_rope_forward": (4 + 2) * half / 3,
+        "_norm_rope_backward": (8 + 3) * half / 3,
+        "_gelu": (2 + 3) * up / 2,
+    }
 
 
 def operation_flops(name: str, shapes: list[Any]) -> float:
@@ -68,9 +92,15 @@ def operation_flops(name: str, shapes: list[Any]) -> float:
     return 0.0
 
 
-def rows_of(events: Any, config: WanConfig, num_tokens: int, dtype_bytes: int, card: Card | None) -> list[Row]:
+def rows_of(
+    events: Any, config: WanConfig, num_tokens: int, dtype_bytes: int, card: Card | None
+) -> list[Row]:
     """The profiler's averages as rows, costliest first."""
-    per_call, per_block, found = kernel_bytes(config, num_tokens, dtype_bytes), config.num_layers * NUM_STEPS, []
+    per_call, per_block, found = (
+        kernel_bytes(config, num_tokens, dtype_bytes),
+        config.num_layers * NUM_STEPS,
+        [],
+    )
     for event in events:
         ours = event.key in per_call
         if event.self_device_time_total == 0 or not (ours or event.key.startswith(OPERATIONS)):
@@ -80,9 +110,19 @@ def rows_of(events: Any, config: WanConfig, num_tokens: int, dtype_bytes: int, c
             attention = "attention" in event.key or "flash4" in event.key
             rate = max(card.attention_flops.values()) if attention else card.gemm_flops
             floor_s = per_call[event.key] / card.copy_bytes if ours else flops / rate
-        name = event.key if ours else f"{event.key} {[shape for shape in event.input_shapes[:3] if shape]}"
-        found.append(Row(name, event.count / per_block, event.self_device_time_total / 1e3 / per_block,
-                         floor_s * 1e3 * event.count / per_block or None))
+        name = (
+            event.key
+            if ours
+            else f"{event.key} {[shape for shape in event.input_shapes[:3] if shape]}"
+        )
+        found.append(
+            Row(
+                name,
+                event.count / per_block,
+                event.self_device_time_total / 1e3 / per_block,
+                floor_s * 1e3 * event.count / per_block or None,
+            )
+        )
     return sorted(found, key=lambda row: -row.ms)
 
 
@@ -90,10 +130,18 @@ def table(rows: list[Row], num_rows: int = 10) -> str:
     total = sum(row.ms for row in rows)
     lines = [f"{'ms/block':>9}{'calls':>7}{'floor ms':>10}{'x floor':>9}{'share':>7}  operation"]
     for row in rows[:num_rows]:
-        floor, ratio = ("-", "-") if row.floor_ms is None else (f"{row.floor_ms:.3f}", f"{row.ms / row.floor_ms:.2f}")
-        lines.append(f"{row.ms:9.3f}{row.calls:7.2f}{floor:>10}{ratio:>9}{row.ms / total:7.1%}  {row.name}")
-    lines.append(f"{total:9.3f}  all of a block's operations; {sum(row.ms for row in rows[num_rows:]):.3f} ms in the "
-                 f"{max(len(rows) - num_rows, 0)} that are not shown")
+        floor, ratio = (
+            ("-", "-")
+            if row.floor_ms is None
+            else (f"{row.floor_ms:.3f}", f"{row.ms / row.floor_ms:.2f}")
+        )
+        lines.append(
+            f"{row.ms:9.3f}{row.calls:7.2f}{floor:>10}{ratio:>9}{row.ms / total:7.1%}  {row.name}"
+        )
+    lines.append(
+        f"{total:9.3f}  all of a block's operations; {sum(row.ms for row in rows[num_rows:]):.3f} ms in the "
+        f"{max(len(rows) - num_rows, 0)} that are not shown"
+    )
     return "\n".join(lines)
 
 
@@ -107,18 +155,44 @@ def random_transformer(config: WanConfig, device: torch.device, dtype: torch.dty
         for source in sources:
             shapes[source] = (shape[0] // len(sources), *shape[1:])
     generator = torch.Generator(device).manual_seed(0)
-    return build_transformer(config, shapes.keys(), lambda name: torch.randn(
-        shapes[name], device=device, generator=generator) / shapes[name][-1]**0.5, device, dtype, "random weights")
+    return build_transformer(
+        config,
+        shapes.keys(),
+        lambda name: (
+            torch.randn(shapes[name], device=device, generator=generator) / shapes[name][-1] ** 0.5
+        ),
+        device,
+        dtype,
+        "random weights",
+    )
 
 
 def random_batch(bucket: Bucket, micro_batch: int, text_dim: int, device: torch.device) -> Batch:
     """Random samples, every other one image-to-video."""
     generator = torch.Generator(device).manual_seed(0)
-    latent = torch.randn(micro_batch, *bucket.latent_shape, device=device, generator=generator).half()
-    text = 0.2 * torch.randn(micro_batch, MAX_TEXT_TOKENS, text_dim, device=device, generator=generator).half()
-    return Batch(latent, text, None, is_i2v=[bool(i % 2) for i in range(micro_batch)],
-                 caption_dropped=[False] * micro_batch, seeds=list(range(micro_batch)), keys=[""] * micro_batch,
-                 bucket=bucket, dataset=0, epoch=0, index=0, wait_s=0.0)
+    latent = torch.randn(
+        micro_batch, *bucket.latent_shape, device=device, generator=generator
+    ).half()
+    text = (
+        0.2
+        * torch.randn(
+            micro_batch, MAX_TEXT_TOKENS, text_dim, device=device, generator=generator
+        ).half()
+    )
+    return Batch(
+        latent,
+        text,
+        None,
+        is_i2v=[bool(i % 2) for i in range(micro_batch)],
+        caption_dropped=[False] * micro_batch,
+        seeds=list(range(micro_batch)),
+        keys=[""] * micro_batch,
+        bucket=bucket,
+        dataset=0,
+        epoch=0,
+        index=0,
+        wait_s=0.0,
+    )
 
 
 def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool) -> str:
@@ -131,15 +205,32 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
         model = random_transformer(read_config(found) if found.exists() else TI2V_5B, device, dtype)
     else:
         model = load_transformer(path, device, dtype)
-    adapters = lora.attach(model, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout, 0,
-                           nf4=config.lora.base == "nf4")
+    adapters = lora.attach(
+        model,
+        config.lora.targets,
+        config.lora.rank,
+        config.lora.alpha,
+        config.lora.dropout,
+        0,
+        nf4=config.lora.base == "nf4",
+    )
     shape = remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS)
     budget_bytes = remat.parse_activation_memory(config.activation_memory)
-    plans = remat.plan_run(model.config, [shape], config.lora.targets, dtype.itemsize, budget_bytes,
-                           remat.room_bytes(device) if budget_bytes is None else 0.0, 0,
-                           name, config.activation_offload)
+    plans = remat.plan_run(
+        model.config,
+        [shape],
+        config.lora.targets,
+        dtype.itemsize,
+        budget_bytes,
+        remat.room_bytes(device) if budget_bytes is None else 0.0,
+        0,
+        name,
+        config.activation_offload,
+    )
     scaler = torch.amp.GradScaler("cuda", config.optim.loss_scale, enabled=dtype == torch.float16)
-    step = MicroStep(model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler, 1.0, 0)
+    step = MicroStep(
+        model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler, 1.0, 0
+    )
     batch = random_batch(bucket, config.micro_batch, model.config.text_dim, device)
 
     def run() -> None:
@@ -149,7 +240,9 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     for _ in range(2):
         run()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True
+    ) as profiler:
         for _ in range(NUM_STEPS):
             run()
         torch.cuda.synchronize()
@@ -157,26 +250,51 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     profiler.export_chrome_trace(str(output / "trace.json.gz"))
     card_name = torch.cuda.get_device_name(device)
     card = next((card for card in CARDS if card.name.split("-")[0] in card_name), None)
-    rows = rows_of(profiler.key_averages(group_by_input_shape=True), model.config,
-                   config.micro_batch * bucket.num_tokens, dtype.itemsize, card)
-    return (f"{card_name}, {config.model.dtype}, {name} attention, {bucket} x {config.micro_batch}: "
-            f"{remat.describe(model.config, plans[shape])}\n{table(rows)}\ntrace: {output / 'trace.json.gz'}")
+    rows = rows_of(
+        profiler.key_averages(group_by_input_shape=True),
+        model.config,
+        config.micro_batch * bucket.num_tokens,
+        dtype.itemsize,
+        card,
+    )
+    return (
+        f"{card_name}, {config.model.dtype}, {name} attention, {bucket} x {config.micro_batch}: "
+        f"{remat.describe(model.config, plans[shape])}\n{table(rows)}\ntrace: {output / 'trace.json.gz'}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="override one key of the file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="override one key of the file",
+    )
     parser.add_argument("--shape", default="1280x704x49", metavar="WIDTHxHEIGHTxFRAMES")
-    parser.add_argument("--output", type=Path, help="folder of the trace (default: the run's output)")
-    parser.add_argument("--random", action="store_true", help="random weights instead of model.path's")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the trace (default: the run's output)"
+    )
+    parser.add_argument(
+        "--random", action="store_true", help="random weights instead of model.path's"
+    )
     arguments = parser.parse_args()
     try:
         if not torch.cuda.is_available():
             raise ValueError("there is no GPU here to profile")
         config = load_toml(arguments.config, TrainConfig, arguments.set)
-        print(profile_step(config, Bucket.parse(arguments.shape), arguments.output or config.output_dir,
-                           arguments.random))
+        print(
+            profile_step(
+                config,
+                Bucket.parse(arguments.shape),
+                arguments.output or config.output_dir,
+                arguments.random,
+            )
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"profile_step: {error}")
 

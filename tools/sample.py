@@ -3,4 +3,6 @@
 import sys
 
 if __name__ == "__main__":
-    sys.exit("tools.sample is called tools.generate now, with the same options: python -m tools.generate")
+    sys.exit(
+        "tools.sample is called tools.generate now, with the same options: python -m tools.generate"
+    )

@@ -5,10 +5,11 @@
         lora.safetensors          diffusers keys
         lora_comfyui.safetensors  ComfyUI keys
 
-A folder appears by rename after everything in it is on the disk, so what is there is complete. All ranks hold the same
-state; rank 0 writes it, everyone reads it. A run that goes on from it ends with the same bytes as one that was never
-stopped, on the same number of ranks (on another number it sees the same samples, summed in another order), and on a GPU
-with `deterministic = true` (without it, attention's backward pass rounds differently each time).
+A folder appears by rename after everything in it is on the disk, so what is there is complete.
+All ranks hold the same state; rank 0 writes it, everyone reads it. A run that goes on from it
+ends with the same bytes as one that was never stopped, on the same number of ranks (on another
+number it sees the same samples, summed in another order), and on a GPU with `deterministic =
+true` (without it, attention's backward pass rounds differently each time).
 """
 
 import os
@@ -26,11 +27,17 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that this run can't go on from; the message names it, the difference and the way out."""
+    """A checkpoint that this run can't go on from; the message names it, the difference and the
+    way out.
+    """
 
 
-def save(output: Path, step: int, state: dict[str, Any], save_lora: Callable[[Path], None], keep: int) -> Path:
-    """Write the checkpoint of `step`, then delete all but the newest `keep`. `save_lora(folder)` adds its files."""
+def save(
+    output: Path, step: int, state: dict[str, Any], save_lora: Callable[[Path], None], keep: int
+) -> Path:
+    """Write the checkpoint of `step`, then delete all but the newest `keep`. `save_lora(folder)`
+    adds its files.
+    """
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".tmp-*"):  # a killed run's
@@ -47,7 +54,8 @@ def save(output: Path, step: int, state: dict[str, Any], save_lora: Callable[[Pa
     os.replace(temporary, target)
     _fsync_folder(folder)
     for _, old in _all(output)[:-keep]:
-        doomed = old.with_name(f".tmp-{old.name}")  # a kill while it is deleted must not leave half of a checkpoint
+        # a kill while it is deleted must not leave half of a checkpoint
+        doomed = old.with_name(f".tmp-{old.name}")
         old.rename(doomed)
         shutil.rmtree(doomed)
     return target
@@ -60,19 +68,31 @@ def latest(output: Path) -> Path | None:
 
 
 def load(folder: Path, config: dict[str, object], changeable: frozenset[str]) -> dict[str, Any]:
-    """Read a checkpoint's state to the CPU. Raises CheckpointError if the configuration differs where it matters."""
+    """Read a checkpoint's state to the CPU. Raises CheckpointError if the configuration differs
+    where it matters.
+    """
     try:
-        state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file; all of them mean the same to the user
-        raise CheckpointError(f"{folder / STATE_FILE}: can't be read ({error}); delete this folder to go on from the "
-                              f"checkpoint before it") from error
+        state: dict[str, Any] = torch.load(
+            folder / STATE_FILE, map_location="cpu", weights_only=True
+        )
+    except (
+        Exception
+    ) as error:  # torch raises many kinds for a damaged file; all of them mean the same to the user
+        raise CheckpointError(
+            f"{folder / STATE_FILE}: can't be read ({error}); delete this folder to go on from the "
+            f"checkpoint before it"
+        ) from error
     saved = state["config"]
-    changed = [f"{key}: {saved.get(key)!r} then, {config.get(key)!r} now"
-               for key in sorted(saved.keys() | config.keys())
-               if key not in changeable and saved.get(key) != config.get(key)]
+    changed = [
+        f"{key}: {saved.get(key)!r} then, {config.get(key)!r} now"
+        for key in sorted(saved.keys() | config.keys())
+        if key not in changeable and saved.get(key) != config.get(key)
+    ]
     if changed:
-        raise CheckpointError(f"{folder}: this run can't go on from it: {'; '.join(changed)}. Set these back, or "
-                              f"choose another output")
+        raise CheckpointError(
+            f"{folder}: this run can't go on from it: {'; '.join(changed)}. Set these back, or "
+            f"choose another output"
+        )
     return state
 
 

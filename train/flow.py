@@ -2,8 +2,9 @@
 
     x_s = (1 - s) x0 + s eps      target v = eps - x0      t = 1000 s      s = shift u / (1 + (shift - 1) u)
 
-Image-to-video: latent frame 0 is the clean one, its tokens have t = 0, and it is left out of the loss. Everything that
-is random about a sample follows from its seed, so a run on another number of GPUs sees the same noise.
+Image-to-video: latent frame 0 is the clean one, its tokens have t = 0, and it is left out of the
+loss. Everything that is random about a sample follows from its seed, so a run on another number
+of GPUs sees the same noise.
 
 Shapes: B samples, C latent channels, T/h/w latent frames, rows and columns, R = 2 modulation rows.
 """
@@ -20,7 +21,9 @@ TimestepDistribution = Literal["uniform", "logit_normal"]
 
 
 class Noised(NamedTuple):
-    """What the model gets and what it must predict; see train.model.wan.Wan.forward for the first three."""
+    """What the model gets and what it must predict; see train.model.wan.Wan.forward for the first
+    three.
+    """
 
     latent_BCThw: Tensor
     t_BR: Tensor
@@ -34,7 +37,9 @@ def shifted_sigma(u: float, shift: float) -> float:
 
 
 def sample_sigma(seed: int, distribution: TimestepDistribution, shift: float) -> float:
-    """The noise level of the sample with this 63-bit seed, in Python floats: the same on every device."""
+    """The noise level of the sample with this 63-bit seed, in Python floats: the same on every
+    device.
+    """
     u = (_splitmix64(seed) + 0.5) / 2**64
     if distribution == "logit_normal":
         u = 1 / (1 + math.exp(-statistics.NormalDist().inv_cdf(u)))
@@ -42,7 +47,9 @@ def sample_sigma(seed: int, distribution: TimestepDistribution, shift: float) ->
 
 
 def _splitmix64(x: int) -> int:
-    """One step of the SplitMix64 generator: decorrelates the timestep from the noise, which uses the seed as it is."""
+    """One step of the SplitMix64 generator: decorrelates the timestep from the noise, which uses
+    the seed as it is.
+    """
     x = (x + 0x9E3779B97F4A7C15) & (2**64 - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
@@ -50,21 +57,37 @@ def _splitmix64(x: int) -> int:
 
 
 def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of Python numbers, through pinned memory: an ordinary copy would wait for all work on the GPU."""
+    """A tensor of Python numbers, through pinned memory: an ordinary copy would wait for all work
+    on the GPU.
+    """
     if device.type == "cpu":
         return torch.tensor(values, dtype=dtype)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def sample_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Standard normal float32 [B, *shape], sample by sample from its seed. CPU and GPU draw different numbers."""
+    """Standard normal float32 [B, *shape], sample by sample from its seed. CPU and GPU draw
+    different numbers.
+    """
     generator = torch.Generator(device)
-    return torch.stack([torch.randn(*shape, generator=generator.manual_seed(seed), device=device) for seed in seeds])
+    return torch.stack(
+        [
+            torch.randn(*shape, generator=generator.manual_seed(seed), device=device)
+            for seed in seeds
+        ]
+    )
 
 
-def noise_latent(latent_BCThw: Tensor, noise_BCThw: Tensor, sigmas: Sequence[float], is_i2v: Sequence[bool],
-                 condition_BC1hw: Tensor | None = None) -> Noised:
-    """Noise a batch of clean latents. `condition_BC1hw` replaces the clean first frame of I2V samples if given."""
+def noise_latent(
+    latent_BCThw: Tensor,
+    noise_BCThw: Tensor,
+    sigmas: Sequence[float],
+    is_i2v: Sequence[bool],
+    condition_BC1hw: Tensor | None = None,
+) -> Noised:
+    """Noise a batch of clean latents. `condition_BC1hw` replaces the clean first frame of I2V
+    samples if given.
+    """
     device = latent_BCThw.device
     x0 = latent_BCThw.float()
     sigma_B, i2v_B = to_device(sigmas, torch.float32, device), to_device(is_i2v, torch.bool, device)
@@ -76,7 +99,9 @@ def noise_latent(latent_BCThw: Tensor, noise_BCThw: Tensor, sigmas: Sequence[flo
     return Noised(noised, t_BR, i2v_B.long(), noise_BCThw - x0)
 
 
-def sample_losses(velocity_BCThw: Tensor, target_BCThw: Tensor, num_clean_frames_B: Tensor) -> Tensor:
+def sample_losses(
+    velocity_BCThw: Tensor, target_BCThw: Tensor, num_clean_frames_B: Tensor
+) -> Tensor:
     """Per sample the mean squared error over the frames that were noised: float32 [B]."""
     error_BT = (velocity_BCThw - target_BCThw).square().mean(dim=(1, 3, 4))
     frames_T = torch.arange(error_BT.shape[1], device=error_BT.device)

@@ -1,7 +1,8 @@
-"""What a run tells about itself: OUTPUT/metrics.jsonl, TensorBoard beside it, and the progress bar of rank 0.
+"""What a run tells about itself: OUTPUT/metrics.jsonl, TensorBoard beside it, and the progress
+bar of rank 0.
 
-Only measured values are written. A resumed run first drops the lines past its checkpoint, which a killed run may have
-left, so that the file always reads as one run.
+Only measured values are written. A resumed run first drops the lines past its checkpoint, which a
+killed run may have left, so that the file always reads as one run.
 """
 
 import os
@@ -30,17 +31,24 @@ class Metrics:
         output.mkdir(parents=True, exist_ok=True)
         path = output / METRICS_FILE
         if path.exists():
-            kept = [line for line in path.read_bytes().splitlines(keepends=True)
-                    if line.endswith(b"\n") and msgspec.json.decode(line)["step"] <= first_step]
+            kept = [
+                line
+                for line in path.read_bytes().splitlines(keepends=True)
+                if line.endswith(b"\n") and msgspec.json.decode(line)["step"] <= first_step
+            ]
             temporary = path.with_suffix(".tmp")
             temporary.write_bytes(b"".join(kept))
             os.replace(temporary, path)
         self._file = open(path, "ab")  # closed in __exit__
         self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
-        self._bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True
+        )
 
     def write(self, record: Record) -> None:
-        """`record["step"]` counts finished steps; None means not measured (memory on a machine that can't tell)."""
+        """`record["step"]` counts finished steps; None means not measured (memory on a machine
+        that can't tell).
+        """
         step = int(record["step"] or 0)
         self._file.write(msgspec.json.encode(record) + b"\n")
         self._file.flush()
@@ -48,8 +56,10 @@ class Metrics:
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, step)
         self._bar.update(step - self._bar.n)
-        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tok/s, "
-                                  f"data wait {record['data_wait_share']:.1%}")
+        self._bar.set_postfix_str(
+            f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tok/s, "
+            f"data wait {record['data_wait_share']:.1%}"
+        )
 
     def say(self, text: str) -> None:
         """One line above the progress bar."""
@@ -58,8 +68,12 @@ class Metrics:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bar.close()
         self._writer.close()
         self._file.close()
@@ -70,10 +84,12 @@ Laps = list[tuple[str, Moment]]
 
 
 class Stopwatch:
-    """Where the time goes: every moment since the last `split` belongs to the lap that ends after it.
+    """Where the time goes: every moment since the last `split` belongs to the lap that ends after
+    it.
 
-    On a GPU the laps are events on its stream, so they say how long the device was busy with (or idle before) a lap,
-    and nothing waits for them but `lap_seconds`. On the CPU they are wall-clock time.
+    On a GPU the laps are events on its stream, so they say how long the device was busy with (or
+    idle before) a lap, and nothing waits for them but `lap_seconds`. On the CPU they are
+    wall-clock time.
     """
 
     def __init__(self, device: torch.device):
@@ -98,7 +114,9 @@ class Stopwatch:
 
 
 def lap_seconds(laps: Laps) -> dict[str, float]:
-    """Seconds per name; their sum is all of the time. On a GPU this waits until the last lap is done."""
+    """Seconds per name; their sum is all of the time. On a GPU this waits until the last lap is
+    done.
+    """
     seconds: dict[str, float] = {}
     for (_, start), (name, end) in pairwise(laps):
         if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
@@ -112,11 +130,14 @@ def lap_seconds(laps: Laps) -> dict[str, float]:
 
 
 class Scalars:
-    """Zero-dimensional tensors on their way to the host. Reading them waits for what was queued before they were asked
-    for, and not, as `item` does, for what was queued since."""
+    """Zero-dimensional tensors on their way to the host. Reading them waits for what was queued
+    before they were asked for, and not, as `item` does, for what was queued since.
+    """
 
     def __init__(self, *scalars: Tensor):
-        self._values = torch.stack([scalar.detach().float() for scalar in scalars]).to("cpu", non_blocking=True)
+        self._values = torch.stack([scalar.detach().float() for scalar in scalars]).to(
+            "cpu", non_blocking=True
+        )
         self._copied = torch.cuda.Event() if scalars[0].is_cuda else None
         if self._copied is not None:
             self._copied.record()
@@ -129,7 +150,9 @@ class Scalars:
 
 
 class Report(NamedTuple):
-    """A step to be logged, with the `num_steps` since the one before; nothing of it has been read from the device."""
+    """A step to be logged, with the `num_steps` since the one before; nothing of it has been read
+    from the device.
+    """
 
     step: int
     num_steps: int
@@ -146,11 +169,18 @@ def record_of(report: Report) -> Record:
     seconds, (loss, grad_norm, loss_scale) = lap_seconds(report.laps), report.scalars.read()
     elapsed_s = sum(seconds.values())
     return {
-        "step": report.step, "epoch": report.epoch, "loss": loss, "lr": report.lr,
-        "grad_norm": grad_norm, "loss_scale": loss_scale,
-        "s_per_step": elapsed_s / report.num_steps, **{name: s / report.num_steps for name, s in seconds.items()},
-        "tokens_per_s": report.num_tokens / elapsed_s, "data_wait_share": seconds["data_wait_s"] / elapsed_s,
-        "memory_gib": report.memory_gib}
+        "step": report.step,
+        "epoch": report.epoch,
+        "loss": loss,
+        "lr": report.lr,
+        "grad_norm": grad_norm,
+        "loss_scale": loss_scale,
+        "s_per_step": elapsed_s / report.num_steps,
+        **{name: s / report.num_steps for name, s in seconds.items()},
+        "tokens_per_s": report.num_tokens / elapsed_s,
+        "data_wait_share": seconds["data_wait_s"] / elapsed_s,
+        "memory_gib": report.memory_gib,
+    }
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,6 +1,7 @@
-"""What waits between two steps of a stage: windows on their way into shards, URLs until all local files are hashed. It
-waits on disk, because that of a whole archive is more than memory should hold, and SQLite sorts it there; its temporary
-files end with the process, so a build that is killed leaves nothing behind.
+"""What waits between two steps of a stage: windows on their way into shards, URLs until all local
+files are hashed. It waits on disk, because that of a whole archive is more than memory should
+hold, and SQLite sorts it there; its temporary files end with the process, so a build that is
+killed leaves nothing behind.
 """
 
 import sqlite3
@@ -29,7 +30,9 @@ _unpack_window = msgspec.json.Decoder(Window).decode
 
 
 class Draft(AbstractContextManager["Draft"]):
-    """A temporary table of windows beside the tables of an open catalog; gone at the end of the `with`."""
+    """A temporary table of windows beside the tables of an open catalog; gone at the end of the
+    `with`.
+    """
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
@@ -42,14 +45,30 @@ class Draft(AbstractContextManager["Draft"]):
         """Lay windows by, in any order."""
         self.db.execute("BEGIN")
         with self.db:
-            self.db.executemany("INSERT INTO temp.draft VALUES (NULL, ?, ?, ?, ?, ?)", (
-                (window.split, window.bucket, window.media_xxh3, window.key, msgspec.json.encode(window))
-                for window in windows))
+            self.db.executemany(
+                "INSERT INTO temp.draft VALUES (NULL, ?, ?, ?, ?, ?)",
+                (
+                    (
+                        window.split,
+                        window.bucket,
+                        window.media_xxh3,
+                        window.key,
+                        msgspec.json.encode(window),
+                    )
+                    for window in windows
+                ),
+            )
 
     def windows(self) -> Iterator[Window]:
-        """All windows in plan.window_order, one at a time; only their ids are sorted, not what they hold."""
-        for (id_,) in self.db.execute("SELECT id FROM temp.draft ORDER BY split, bucket, media_xxh3, key"):
-            yield _unpack_window(self.db.execute("SELECT body FROM temp.draft WHERE id = ?", (id_,)).fetchone()[0])
+        """All windows in plan.window_order, one at a time; only their ids are sorted, not what
+        they hold.
+        """
+        for (id_,) in self.db.execute(
+            "SELECT id FROM temp.draft ORDER BY split, bucket, media_xxh3, key"
+        ):
+            yield _unpack_window(
+                self.db.execute("SELECT body FROM temp.draft WHERE id = ?", (id_,)).fetchone()[0]
+            )
 
 
 class Urls(AbstractContextManager["Urls"]):
@@ -67,11 +86,15 @@ class Urls(AbstractContextManager["Urls"]):
         self.db.execute("INSERT INTO temp.urls VALUES (NULL, ?, ?)", (url, clip))
 
     def __iter__(self) -> Iterator[tuple[str, list[int]]]:
-        """(URL, clips) of each different URL, in the order of their first coming. The catalog may be written meanwhile:
-        no cursor stays open, which would keep its log from being emptied."""
+        """(URL, clips) of each different URL, in the order of their first coming. The catalog may
+        be written meanwhile: no cursor stays open, which would keep its log from being
+        emptied.
+        """
         last = 0
         while page := self.db.execute(_FIRST, (last,)).fetchall():
             for _, url in page:
-                clips = self.db.execute("SELECT clip FROM temp.urls WHERE url = ? ORDER BY id", (url,)).fetchall()
+                clips = self.db.execute(
+                    "SELECT clip FROM temp.urls WHERE url = ? ORDER BY id", (url,)
+                ).fetchall()
                 yield url, [clip for (clip,) in clips]
             last = page[-1]["id"]

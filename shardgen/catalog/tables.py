@@ -1,11 +1,19 @@
-"""What the catalog holds: its tables, the statuses of a clip, and the rows that the stages hand over."""
+"""What the catalog holds: its tables, the statuses of a clip, and the rows that the stages hand
+over.
+"""
 
 from typing import NamedTuple
 
 # on their way: what the next stage takes up
 INGESTED, WANTED, FETCHED, SOUND = "ingested", "wanted", "fetched", "sound"
 # at their end: every label file is in one of these when a build is over
-UNREADABLE, SKIPPED, REJECTED, UNAVAILABLE, DUPLICATE = "unreadable", "skipped", "rejected", "unavailable", "duplicate"
+UNREADABLE, SKIPPED, REJECTED, UNAVAILABLE, DUPLICATE = (
+    "unreadable",
+    "skipped",
+    "rejected",
+    "unavailable",
+    "duplicate",
+)
 FAILED, GONE, ACCEPTED = "failed", "gone", "accepted"
 FINAL = (ACCEPTED, REJECTED, DUPLICATE, UNAVAILABLE, UNREADABLE, FAILED, SKIPPED, GONE)
 
@@ -36,7 +44,8 @@ CREATE TABLE IF NOT EXISTS windows (
     key TEXT PRIMARY KEY, clip INTEGER NOT NULL, shard TEXT NOT NULL, body BLOB NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS windows_by_shard ON windows (shard);
 """
-# Built after the first bulk load: filling an index in random order would cost more than the load itself.
+# Built after the first bulk load: filling an index in random order would cost more than the load
+# itself.
 INDEXES = """
 CREATE UNIQUE INDEX IF NOT EXISTS clips_by_label ON clips (label);
 CREATE INDEX IF NOT EXISTS clips_by_id ON clips (clip_id);
@@ -69,7 +78,9 @@ class Seen(NamedTuple):
 
 
 class IngestRow(NamedTuple):
-    """One label file as ingest hands it over: the columns of `clips` that come from it, then the packed Label."""
+    """One label file as ingest hands it over: the columns of `clips` that come from it, then the
+    packed Label.
+    """
 
     label: str
     size_bytes: int
@@ -94,7 +105,9 @@ class IngestRow(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a stage decided on one clip. `declared` and `probed` are the two values where they differ."""
+    """What a stage decided on one clip. `declared` and `probed` are the two values where they
+    differ.
+    """
 
     id: int
     status: str

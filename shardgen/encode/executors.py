@@ -1,11 +1,14 @@
-"""Who runs the units of work: a pool of processes here, or a Ray cluster. Both take the same units and change no byte.
+"""Who runs the units of work: a pool of processes here, or a Ray cluster. Both take the same
+units and change no byte.
 
-A unit is a top-level function of one value. Results come in the order in which they are ready, which nothing may
-depend on. Units that fail are handed back as exceptions of type ValueError or OSError, because the other units can
-still be done; anything else is our bug and ends the run. At most a few units more than there are workers are in flight,
-so the list of units may be long and lazy.
+A unit is a top-level function of one value. Results come in the order in which they are ready,
+which nothing may depend on. Units that fail are handed back as exceptions of type ValueError or
+OSError, because the other units can still be done; anything else is our bug and ends the run. At
+most a few units more than there are workers are in flight, so the list of units may be long and
+lazy.
 
-Workers are spawned, not forked (CUDA and threads do not survive a fork), and end with the program, however it ends.
+Workers are spawned, not forked (CUDA and threads do not survive a fork), and end with the
+program, however it ends.
 """
 
 import multiprocessing
@@ -25,15 +28,21 @@ _AHEAD = 2  # units in flight per worker: one at work, one to go on with
 
 
 class ExecutorError(RuntimeError):
-    """The workers themselves failed; what they had finished stands, and a second run goes on from there."""
+    """The workers themselves failed; what they had finished stands, and a second run goes on from
+    there.
+    """
 
 
-def run_local(function: Callable[[Unit], Result], units: Iterable[Unit], num_workers: int,
-              environments: Sequence[dict[str, str]] = ()) -> Iterator[tuple[Unit, Result | Failure]]:
+def run_local(
+    function: Callable[[Unit], Result],
+    units: Iterable[Unit],
+    num_workers: int,
+    environments: Sequence[dict[str, str]] = (),
+) -> Iterator[tuple[Unit, Result | Failure]]:
     """Run `function` on each unit in `num_workers` processes; yields (unit, result or failure).
 
-    Worker i starts with environments[i] set (one GPU each: CUDA_VISIBLE_DEVICES). Raises ExecutorError if a worker
-    dies.
+    Worker i starts with environments[i] set (one GPU each: CUDA_VISIBLE_DEVICES). Raises
+    ExecutorError if a worker dies.
     """
     context = multiprocessing.get_context("spawn")
     settings = context.SimpleQueue()
@@ -55,19 +64,29 @@ def run_local(function: Callable[[Unit], Result], units: Iterable[Unit], num_wor
                 except (ValueError, OSError) as error:
                     yield unit, error
     except BrokenProcessPool as error:
-        raise ExecutorError("a worker process died: killed from outside, or out of memory (then take fewer workers). "
-                            "What was finished stands; run the build again to go on") from error
+        raise ExecutorError(
+            "a worker process died: killed from outside, or out of memory (then take fewer workers). "
+            "What was finished stands; run the build again to go on"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def run_ray(function: Callable[[Unit], Result], units: Iterable[Unit], num_workers: int, address: str,
-            environment: dict[str, str], num_cpus: int, num_gpus: int) -> Iterator[tuple[Unit, Result | Failure]]:
-    """Run `function` on each unit on a Ray cluster, each with `num_cpus` and `num_gpus`; yields as `run_local` does.
+def run_ray(
+    function: Callable[[Unit], Result],
+    units: Iterable[Unit],
+    num_workers: int,
+    address: str,
+    environment: dict[str, str],
+    num_cpus: int,
+    num_gpus: int,
+) -> Iterator[tuple[Unit, Result | Failure]]:
+    """Run `function` on each unit on a Ray cluster, each with `num_cpus` and `num_gpus`; yields
+    as `run_local` does.
 
-    `address` is the cluster's; "" starts one here with room for `num_workers`. Without a unit, Ray isn't even imported.
-    A unit whose node or worker dies is run again elsewhere: it is idempotent. Raises ExecutorError if Ray is missing,
-    or gives a unit up.
+    `address` is the cluster's; "" starts one here with room for `num_workers`. Without a unit,
+    Ray isn't even imported. A unit whose node or worker dies is run again elsewhere: it is
+    idempotent. Raises ExecutorError if Ray is missing, or gives a unit up.
     """
     remaining = iter(units)
     first = list(islice(remaining, 1))
@@ -77,13 +96,19 @@ def run_ray(function: Callable[[Unit], Result], units: Iterable[Unit], num_worke
     try:
         import ray
     except ImportError as error:
-        raise ExecutorError("executor.kind = \"ray\" needs the package ray: pip install 'newsreel[ray]'") from error
+        raise ExecutorError(
+            "executor.kind = \"ray\" needs the package ray: pip install 'newsreel[ray]'"
+        ) from error
     own = {} if address else {"num_cpus": num_workers * num_cpus, "include_dashboard": False}
     remaining = chain(first, remaining)
     try:
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
-        remote = ray.remote(function_of_unit).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=5,
-                                                      runtime_env={"env_vars": environment})
+        remote = ray.remote(function_of_unit).options(
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_retries=5,
+            runtime_env={"env_vars": environment},
+        )
         running: dict[Any, Unit] = {}
         while True:
             for unit in islice(remaining, _AHEAD * num_workers - len(running)):
@@ -98,10 +123,16 @@ def run_ray(function: Callable[[Unit], Result], units: Iterable[Unit], num_worke
                     if not isinstance(error.cause, Failure):
                         raise
                     yield unit, error.cause
-    except (ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError,
-            ConnectionError) as error:
-        raise ExecutorError(f"the Ray cluster failed: {error}. What was finished stands; run the build again to go "
-                            f"on") from error
+    except (
+        ray.exceptions.RaySystemError,
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.NodeDiedError,
+        ConnectionError,
+    ) as error:
+        raise ExecutorError(
+            f"the Ray cluster failed: {error}. What was finished stands; run the build again to go "
+            f"on"
+        ) from error
     finally:
         ray.shutdown()
 

@@ -1,13 +1,14 @@
-"""The unit of work: one planned shard in, one written shard out, a pure function of plan, media and recipe.
+"""The unit of work: one planned shard in, one written shard out, a pure function of plan, media
+and recipe.
 
-Each clip is decoded once for all its windows in the shard, ahead of the encoder and in parallel. One model is on the
-device at a time: all latents of the shard, then all its texts, where equal prompts are encoded once. Batches are cut
-from the plan, never from what a cache or a killed run left, because float16 results depend on the batch they are
-computed in (measured).
+Each clip is decoded once for all its windows in the shard, ahead of the encoder and in parallel.
+One model is on the device at a time: all latents of the shard, then all its texts, where equal
+prompts are encoded once. Batches are cut from the plan, never from what a cache or a killed run
+left, because float16 results depend on the batch they are computed in (measured).
 
-The medium is hashed before it is decoded. So a MediaError is a fact about the planned bytes, the same in every run,
-and its windows are left out under that reason; a file that is gone or has changed is an error that ends the shard, and
-a later run may do better.
+The medium is hashed before it is decoded. So a MediaError is a fact about the planned bytes, the
+same in every run, and its windows are left out under that reason; a file that is gone or has
+changed is an error that ends the shard, and a later run may do better.
 """
 
 from collections import deque
@@ -50,7 +51,9 @@ class EncodeError(ValueError):
 
 
 class Decoded(NamedTuple):
-    """A window out of its clip: uint8 [F, H, W, 3] and the picture members made from it, or why there are none."""
+    """A window out of its clip: uint8 [F, H, W, 3] and the picture members made from it, or why
+    there are none.
+    """
 
     window: Window
     frames: Frames
@@ -64,7 +67,8 @@ class Encoders:
 
     def __init__(self, spec: EncodeSpec) -> None:
         torch.set_num_threads(spec.threads)
-        torch.backends.cudnn.benchmark = False  # a timed choice of algorithm would change bytes from run to run
+        # a timed choice of algorithm would change bytes from run to run
+        torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         transformers.utils.logging.disable_progress_bar()
         self.device, self.dtype = torch.device(spec.device), getattr(torch, spec.dtype)
@@ -87,7 +91,9 @@ class Encoders:
 
     @torch.inference_mode()
     def encode_video(self, windows: list[Frames]) -> np.ndarray[Any, Any]:
-        """float16 [B, 48, T, H/16, W/16] of B windows uint8 [F, H, W, 3]. The VAE must be on the device."""
+        """float16 [B, 48, T, H/16, W/16] of B windows uint8 [F, H, W, 3]. The VAE must be on the
+        device.
+        """
         pixels_BFHWC = torch.from_numpy(np.stack(windows)).to(self.device)
         video_BCFHW = (pixels_BFHWC.movedim(-1, 1).float() / 127.5 - 1).to(self.dtype)
         latent_BCTHW = self.vae.encode(video_BCFHW)
@@ -106,7 +112,9 @@ def load_encoders(spec: EncodeSpec) -> Encoders:
 
 
 def encode_shard(job: ShardJob, spec: EncodeSpec, decode_threads: int = 2) -> ShardResult:
-    """Encode and write one shard. Raises EncodeError, TextError, VAEError or OSError; then nothing is in place."""
+    """Encode and write one shard. Raises EncodeError, TextError, VAEError or OSError; then
+    nothing is in place.
+    """
     plan, encoders = job.plan, load_encoders(spec)
     members: dict[str, dict[str, bytes]] = {}
     metas: list[tuple[Window, TensorInfo]] = []
@@ -114,8 +122,13 @@ def encode_shard(job: ShardJob, spec: EncodeSpec, decode_threads: int = 2) -> Sh
     notes: list[tuple[str, str]] = []
 
     def encode_batch(batch: list[Decoded]) -> None:
-        for decoded, latent in zip(batch, encoders.encode_video([item.frames for item in batch]), strict=True):
-            members[decoded.window.key] = {**decoded.pictures, LATENT: encode_tensor(latent, spec.zstd_level)}
+        for decoded, latent in zip(
+            batch, encoders.encode_video([item.frames for item in batch]), strict=True
+        ):
+            members[decoded.window.key] = {
+                **decoded.pictures,
+                LATENT: encode_tensor(latent, spec.zstd_level),
+            }
             metas.append((decoded.window, TensorInfo("float16", latent.shape)))
 
     with encoders.on_device(encoders.vae):
@@ -136,11 +149,18 @@ def encode_shard(job: ShardJob, spec: EncodeSpec, decode_threads: int = 2) -> Sh
         text = texts[window.prompt]
         if text.truncated:
             notes.append((window.key, "prompt_truncated"))
-        meta = _meta(window, Bucket.parse(plan.bucket), latent_info, TensorInfo("float16", text.rows.shape))
-        members[window.key] |= {TEXT: encode_tensor(text.rows, spec.zstd_level), JSON: encode_meta(meta)}
+        meta = _meta(
+            window, Bucket.parse(plan.bucket), latent_info, TensorInfo("float16", text.rows.shape)
+        )
+        members[window.key] |= {
+            TEXT: encode_tensor(text.rows, spec.zstd_level),
+            JSON: encode_meta(meta),
+        }
     if not members:
         return ShardResult(plan.name, None, lost, notes)
-    info = write_shard(Path(spec.output) / plan.split, plan.name, plan.bucket, sorted(members.items()))
+    info = write_shard(
+        Path(spec.output) / plan.split, plan.name, plan.bucket, sorted(members.items())
+    )
     return ShardResult(plan.name, info, lost, notes)
 
 
@@ -151,9 +171,13 @@ def encode_empty_prompt(spec: EncodeSpec) -> None:
 
 
 def _decode_ahead(job: ShardJob, spec: EncodeSpec, num_threads: int) -> Iterator[Decoded]:
-    """Every window of the plan, clip by clip in an order that only the plan decides; `num_threads` clips ahead."""
+    """Every window of the plan, clip by clip in an order that only the plan decides;
+    `num_threads` clips ahead.
+    """
     clips: dict[str, list[Window]] = {}
-    for window in sorted(job.plan.windows, key=lambda window: (window.media_xxh3, window.start_ms, window.key)):
+    for window in sorted(
+        job.plan.windows, key=lambda window: (window.media_xxh3, window.start_ms, window.key)
+    ):
         clips.setdefault(window.media_xxh3, []).append(window)
     with ThreadPoolExecutor(num_threads) as pool:
         waiting: deque[Future[list[Decoded]]] = deque()
@@ -166,23 +190,33 @@ def _decode_ahead(job: ShardJob, spec: EncodeSpec, num_threads: int) -> Iterator
 
 
 def _decode_clip(job: ShardJob, spec: EncodeSpec, windows: list[Window]) -> list[Decoded]:
-    """All windows of one medium, in one pass. Raises EncodeError if the file is not the planned one."""
+    """All windows of one medium, in one pass. Raises EncodeError if the file is not the planned
+    one.
+    """
     expected = windows[0].media_xxh3
     path, bucket = Path(job.media[expected]), Bucket.parse(job.plan.bucket)
     try:
         found = file_xxh3(path)
     except OSError as error:
-        raise EncodeError(f"{job.plan.name}: {path} can't be read: {error.strerror}; make it readable and run the "
-                          f"build again") from error
+        raise EncodeError(
+            f"{job.plan.name}: {path} can't be read: {error.strerror}; make it readable and run the "
+            f"build again"
+        ) from error
     if found != expected:
-        raise EncodeError(f"{job.plan.name}: {path} has changed since it was planned (its xxh3_128 is {found}, was "
-                          f"{expected}); put the old file back, or build into a new output folder")
+        raise EncodeError(
+            f"{job.plan.name}: {path} has changed since it was planned (its xxh3_128 is {found}, was "
+            f"{expected}); put the old file back, or build into a new output folder"
+        )
     decoded: dict[int, Decoded] = {}
     try:
         starts_ms = [window.start_ms for window in windows]
         for index, frames in decode_windows(path, starts_ms, windows[0].fps, bucket, spec.fit):
-            decoded[index] = Decoded(windows[index], frames, _pictures(windows[index], frames, spec),
-                                     window_faults(frames))
+            decoded[index] = Decoded(
+                windows[index],
+                frames,
+                _pictures(windows[index], frames, spec),
+                window_faults(frames),
+            )
     except MediaError as error:
         for index, window in enumerate(windows):
             decoded.setdefault(index, Decoded(window, np.empty(0, np.uint8), {}, [], error))
@@ -199,6 +233,16 @@ def _pictures(window: Window, frames: Frames, spec: EncodeSpec) -> dict[str, byt
 
 
 def _meta(window: Window, bucket: Bucket, latent: TensorInfo, text: TensorInfo) -> SampleMeta:
-    shared = {name: getattr(window, name) for name in SampleMeta.__struct_fields__ if hasattr(window, name)}
-    return SampleMeta(**shared, width_px=bucket.width_px, height_px=bucket.height_px, num_frames=bucket.num_frames,
-                      latent=latent, text=text)
+    shared = {
+        name: getattr(window, name)
+        for name in SampleMeta.__struct_fields__
+        if hasattr(window, name)
+    }
+    return SampleMeta(
+        **shared,
+        width_px=bucket.width_px,
+        height_px=bucket.height_px,
+        num_frames=bucket.num_frames,
+        latent=latent,
+        text=text,
+    )

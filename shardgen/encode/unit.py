@@ -1,5 +1,6 @@
-"""The unit of work as values: what goes to a worker and what comes back. Torch-free, because the program that plans and
-records doesn't need the models; the worker imports them when it starts on its first unit.
+"""The unit of work as values: what goes to a worker and what comes back. Torch-free, because the
+program that plans and records doesn't need the models; the worker imports them when it starts on
+its first unit.
 """
 
 import msgspec
@@ -11,7 +12,9 @@ from shardgen.rules.shards import ShardPlan
 
 
 class EncodeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What all shards of a run share. `output` is the dataset folder; the rest decides the bytes."""
+    """What all shards of a run share. `output` is the dataset folder; the rest decides the
+    bytes.
+    """
 
     output: str
     model: str
@@ -29,7 +32,9 @@ class EncodeSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShardJob(msgspec.Struct, frozen=True):
-    """One unit of work. `media` maps the xxh3_128 of each medium to a file that held those bytes."""
+    """One unit of work. `media` maps the xxh3_128 of each medium to a file that held those
+    bytes.
+    """
 
     plan: ShardPlan
     media: dict[str, str]
@@ -44,7 +49,9 @@ class Lost(msgspec.Struct, frozen=True):
 
 
 class ShardResult(msgspec.Struct, frozen=True):
-    """What became of a unit. `info` is None if no window was left; `notes` are (key, remark) for the catalog."""
+    """What became of a unit. `info` is None if no window was left; `notes` are (key, remark) for
+    the catalog.
+    """
 
     name: str
     info: ShardInfo | None
@@ -52,15 +59,20 @@ class ShardResult(msgspec.Struct, frozen=True):
     notes: list[tuple[str, str]]
 
 
-def encode_unit(job: ShardJob | None, spec: EncodeSpec, decode_threads: int = 2) -> ShardResult | None:
+def encode_unit(
+    job: ShardJob | None, spec: EncodeSpec, decode_threads: int = 2
+) -> ShardResult | None:
     """What an executor runs: a shard, or, for None, the empty prompt."""
     import torch
 
     from shardgen.encode.shard import EncodeError, encode_empty_prompt, encode_shard
+
     try:
         if job is not None:
             return encode_shard(job, spec, decode_threads)
         encode_empty_prompt(spec)
         return None
     except torch.OutOfMemoryError as error:
-        raise EncodeError(f"the GPU's memory is full ({error}); lower encode.vae_batch or encode.text_batch") from error
+        raise EncodeError(
+            f"the GPU's memory is full ({error}); lower encode.vae_batch or encode.text_batch"
+        ) from error

@@ -1,11 +1,13 @@
-"""Deterministic shards: a plain ustar file, its DALI index and its hashes, each put in place by one rename.
+"""Deterministic shards: a plain ustar file, its DALI index and its hashes, each put in place by
+one rename.
 
-The bytes are a function of the samples alone: no times, no owners, a fixed member order. Python's tarfile makes the
-headers; the file around them is written here, because the shard's hash is taken as the bytes pass and because two zero
-blocks end it, without padding to tar's tape record.
+The bytes are a function of the samples alone: no times, no owners, a fixed member order. Python's
+tarfile makes the headers; the file around them is written here, because the shard's hash is taken
+as the bytes pass and because two zero blocks end it, without padding to tar's tape record.
 
-The .tar is renamed into place last, so where a .tar stands its .idx and .xxh3 stand too. What a killed run leaves is a
-`*.tmp` file, which the next run removes. Left out: compression (members are compressed already).
+The .tar is renamed into place last, so where a .tar stands its .idx and .xxh3 stand too. What a
+killed run leaves is a `*.tmp` file, which the next run removes. Left out: compression (members
+are compressed already).
 """
 
 import filecmp
@@ -27,11 +29,15 @@ TEMPORARY = ".tmp"
 END = bytes(2 * BLOCK_BYTES)
 
 
-def write_shard(folder: Path, name: str, bucket: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
-    """Write `name`.tar, .idx and .xxh3 into `folder` from (key, {extension: bytes}) in ascending order of keys.
+def write_shard(
+    folder: Path, name: str, bucket: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]
+) -> ShardInfo:
+    """Write `name`.tar, .idx and .xxh3 into `folder` from (key, {extension: bytes}) in ascending
+    order of keys.
 
-    Extensions are those of loader.sample.MEMBERS and are stored in its order. Returns the manifest's entry. Raises
-    OSError (disk full, read-only); nothing but complete files ever bears a shard's name.
+    Extensions are those of loader.sample.MEMBERS and are stored in its order. Returns the
+    manifest's entry. Raises OSError (disk full, read-only); nothing but complete files ever bears
+    a shard's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index: list[list[Member]] = []
@@ -58,9 +64,15 @@ def write_shard(folder: Path, name: str, bucket: str, samples: Iterable[tuple[st
         idx, xxh3 = encode_index(index), encode_hashes(hashes)
         write_atomic(folder / (name + IDX), idx)
         write_atomic(folder / (name + XXH3), xxh3)
-    return ShardInfo(name=name, bucket=bucket, num_samples=len(index), bytes=offset + len(END),
-                     tar_xxh3=whole.hexdigest(), idx_xxh3=xxhash.xxh3_128_hexdigest(idx),
-                     xxh3_xxh3=xxhash.xxh3_128_hexdigest(xxh3))
+    return ShardInfo(
+        name=name,
+        bucket=bucket,
+        num_samples=len(index),
+        bytes=offset + len(END),
+        tar_xxh3=whole.hexdigest(),
+        idx_xxh3=xxhash.xxh3_128_hexdigest(idx),
+        xxh3_xxh3=xxhash.xxh3_128_hexdigest(xxh3),
+    )
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -73,11 +85,13 @@ def tar_header(name: str, size: int) -> bytes:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name only when the block ends well: temporary, synced, renamed. Raises OSError.
+    """A file to write that gets its name only when the block ends well: temporary, synced,
+    renamed. Raises OSError.
 
     A file that holds these bytes already stays as it is.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")  # two processes never share one
+    # two processes never share one
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -102,7 +116,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary files that a killed run left below `folder`; returns them. Only the build's owner may."""
+    """Delete the temporary files that a killed run left below `folder`; returns them. Only the
+    build's owner may.
+    """
     leftovers = sorted(folder.glob(f"*{TEMPORARY}")) + sorted(folder.glob(f"*/*{TEMPORARY}"))
     for path in leftovers:
         path.unlink(missing_ok=True)

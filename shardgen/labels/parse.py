@@ -1,9 +1,11 @@
-"""Label JSON -> Label. Tolerant exactly where the labels are known to vary, strict and by name everywhere else.
+"""Label JSON -> Label. Tolerant exactly where the labels are known to vary, strict and by name
+everywhere else.
 
-The reading is one pass of msgspec over Structs that mirror the JSON: fields we don't name are skipped without being
-built, and a wrong type ends the pass. A label is input from strangers, so everything has a bound: the size of the file,
-the depth (the decoder's own), what an id may contain. Timecodes stay text in a Label, because a wrong one is a fact to
-report about the shot, not a reason to refuse the file; `timecode_frame` reads them.
+The reading is one pass of msgspec over Structs that mirror the JSON: fields we don't name are
+skipped without being built, and a wrong type ends the pass. A label is input from strangers, so
+everything has a bound: the size of the file, the depth (the decoder's own), what an id may
+contain. Timecodes stay text in a Label, because a wrong one is a fact to report about the shot,
+not a reason to refuse the file; `timecode_frame` reads them.
 """
 
 import re
@@ -13,18 +15,25 @@ from typing import Any
 import msgspec
 
 MAX_ID_CHARS, MAX_FIELD_CHARS = 64, 200
-_NAMES = (("raw_data_info", "source_media_info", "media_type"),
-          ("source_data_info", "ai_generated_info", "mid_category"), ("source_data_info", "source_mbc"))
+_NAMES = (
+    ("raw_data_info", "source_media_info", "media_type"),
+    ("source_data_info", "ai_generated_info", "mid_category"),
+    ("source_data_info", "source_mbc"),
+)
 _ID = re.compile(r"\w[\w-]*")
 _RESOLUTION = re.compile(r"\s*(\d{1,5})\s*[,xX×]\s*(\d{1,5})\s*")
 _LENGTH = re.compile(r"(\d{1,2}):([0-5]\d):([0-5]\d)\.(\d\d)")
 _TIMECODE = re.compile(r"(\d\d):([0-5]\d):([0-5]\d);([0-2]\d)", re.ASCII)
 _DATE = re.compile(r"[A-Z][a-z]{2} ([A-Z][a-z]{2}) (\d{2}) (\d{4})\b.*", re.ASCII | re.DOTALL)
-_MONTHS = dict(zip("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), range(1, 13), strict=True))
+_MONTHS = dict(
+    zip("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), range(1, 13), strict=True)
+)
 
 
 class LabelError(ValueError):
-    """A label that can't be read: a stable reason code, where in the file (None: nowhere in particular), and what."""
+    """A label that can't be read: a stable reason code, where in the file (None: nowhere in
+    particular), and what.
+    """
 
     def __init__(self, reason: str, detail: str, byte_offset: int | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -136,12 +145,19 @@ class _File(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(_File)
-_NO_MEDIA, _NO_DETAILS, _NO_GENERATED, _NO_LEVELS = _MediaInfo(), _Details(), _Generated(), _Levels()
+_NO_MEDIA, _NO_DETAILS, _NO_GENERATED, _NO_LEVELS = (
+    _MediaInfo(),
+    _Details(),
+    _Generated(),
+    _Levels(),
+)
 
 
 def parse_label(data: bytes) -> Label:
-    """Read one label file's bytes. Raises LabelError with one of the reasons label_empty, label_not_utf8,
-    label_not_json, label_not_object, label_too_deep, label_wrong_type, label_unsafe_id and label_long_field."""
+    """Read one label file's bytes. Raises LabelError with one of the reasons label_empty,
+    label_not_utf8, label_not_json, label_not_object, label_too_deep, label_wrong_type,
+    label_unsafe_id and label_long_field.
+    """
     try:
         file = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -149,9 +165,12 @@ def parse_label(data: bytes) -> Label:
     source = file.source_data_info
     clip_id = source.clip_id
     if len(clip_id) > MAX_ID_CHARS or _ID.fullmatch(clip_id) is None:
-        raise LabelError("label_unsafe_id", f"clip_id {clip_id[:MAX_ID_CHARS]!r}: an id is 1 to {MAX_ID_CHARS} "
-                         f"letters, digits, _ and -, because file names are made of it",
-                         _offset_of(data, ["source_data_info", "clip_id"]))
+        raise LabelError(
+            "label_unsafe_id",
+            f"clip_id {clip_id[:MAX_ID_CHARS]!r}: an id is 1 to {MAX_ID_CHARS} "
+            f"letters, digits, _ and -, because file names are made of it",
+            _offset_of(data, ["source_data_info", "clip_id"]),
+        )
     generated = source.ai_generated_info or _NO_GENERATED
     levels = (file.labeling_data_info and file.labeling_data_info.caption_info) or _NO_LEVELS
     raw = file.raw_data_info
@@ -162,43 +181,69 @@ def parse_label(data: bytes) -> Label:
     if len(joined := "".join(names)) > MAX_FIELD_CHARS or not joined.isprintable():
         names = _name(data, names[0], 0), _name(data, names[1], 1), _name(data, names[2], 2)
     return Label(
-        clip_id, *names,
-        iso_date(_short(source.broadcast_date)), source.clip_proxy_url or "", source.clip_proxy_thumbnail_url or [],
-        generated.keyword or "", generated.stt_script or "",
-        [Timed(s.description, s.tc_in or "", s.tc_out or "")
-         for s in generated.scene_description_auto or () if s.description],
+        clip_id,
+        *names,
+        iso_date(_short(source.broadcast_date)),
+        source.clip_proxy_url or "",
+        source.clip_proxy_thumbnail_url or [],
+        generated.keyword or "",
+        generated.stt_script or "",
+        [
+            Timed(s.description, s.tc_in or "", s.tc_out or "")
+            for s in generated.scene_description_auto or ()
+            if s.description
+        ],
         [Timed(c.text, c.tc_in or "", c.tc_out or "") for c in levels.object_level or () if c.text],
         [c.text for c in levels.semantic_level or () if c.text],
         [c.text for c in levels.application_level or () if c.text],
-        width_px, height_px, length_s(_short(details.length)), _number(details.frame_rate))
+        width_px,
+        height_px,
+        length_s(_short(details.length)),
+        _number(details.frame_rate),
+    )
 
 
-def _declared_size(raw: _Raw | None, media: _MediaInfo, details: _Details) -> tuple[int | None, int | None]:
+def _declared_size(
+    raw: _Raw | None, media: _MediaInfo, details: _Details
+) -> tuple[int | None, int | None]:
     """The first readable one of the four places where the labels keep a resolution."""
     inner = raw and raw.raw_data_info and raw.raw_data_info.basic_info
     outer = raw and raw.basic_info
-    for text in (media.resolution, details.resolution, outer and outer.resolution, inner and inner.resolution):
+    for text in (
+        media.resolution,
+        details.resolution,
+        outer and outer.resolution,
+        inner and inner.resolution,
+    ):
         if text and (size := _size(_short(text))):
             return size
     return None, None
 
 
 def _name(data: bytes, text: str, which: int) -> str:
-    """A name as the tables of a report can hold it: on one line, without what a terminal would obey."""
+    """A name as the tables of a report can hold it: on one line, without what a terminal would
+    obey.
+    """
     if len(text) > MAX_FIELD_CHARS:
-        raise LabelError("label_long_field", f"{_NAMES[which][-1]} {text[:40]!r}... has {len(text)} characters; it may "
-                         f"have {MAX_FIELD_CHARS}", _offset_of(data, list(_NAMES[which])))
+        raise LabelError(
+            "label_long_field",
+            f"{_NAMES[which][-1]} {text[:40]!r}... has {len(text)} characters; it may "
+            f"have {MAX_FIELD_CHARS}",
+            _offset_of(data, list(_NAMES[which])),
+        )
     return "".join(filter(str.isprintable, " ".join(text.split())))
 
 
 def _short(text: str | None) -> str:
-    """A text that may be a date, a length or a size; what is too long to be one is kept out of the caches."""
+    """A text that may be a date, a length or a size; what is too long to be one is kept out of
+    the caches.
+    """
     return text if text and len(text) <= MAX_FIELD_CHARS else ""
 
 
 @lru_cache(maxsize=4096)
 def _size(text: str) -> tuple[int, int] | None:
-    """"1920, 1080" -> (1920, 1080); None for anything else."""
+    """ "1920, 1080" -> (1920, 1080); None for anything else."""
     match = _RESOLUTION.fullmatch(text)
     return (int(match[1]), int(match[2])) if match and int(match[1]) and int(match[2]) else None
 
@@ -213,7 +258,9 @@ def _number(value: float | str | None) -> float | None:
 
 @lru_cache(maxsize=4096)
 def iso_date(text: str) -> str:
-    """"Tue May 14 2019 00:00:00 GMT+0900 (Korean Standard Time)" -> "2019-05-14"; what is no such date -> ""."""
+    """ "Tue May 14 2019 00:00:00 GMT+0900 (Korean Standard Time)" -> "2019-05-14"; what is no such
+    date -> "".
+    """
     match = _DATE.fullmatch(text)
     if match is None or match[1] not in _MONTHS:
         return ""
@@ -222,7 +269,7 @@ def iso_date(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def length_s(text: str) -> float | None:
-    """"HH:MM:SS.cc", hundredths of a second -> seconds; None for anything else."""
+    """ "HH:MM:SS.cc", hundredths of a second -> seconds; None for anything else."""
     match = _LENGTH.fullmatch(text)
     if match is None:
         return None
@@ -233,10 +280,12 @@ def length_s(text: str) -> float | None:
 def timecode_frame(text: str) -> int:
     """Frame number of a 29.97 fps drop-frame timecode "HH:MM:SS;FF"; "00:00:00;00" is frame 0.
 
-    Drop-frame skips the numbers ;00 and ;01 at the start of each minute but every tenth, so that the counter keeps up
-    with the clock. Raises TimecodeError for a text that is no timecode, skipped numbers included.
+    Drop-frame skips the numbers ;00 and ;01 at the start of each minute but every tenth, so that
+    the counter keeps up with the clock. Raises TimecodeError for a text that is no timecode,
+    skipped numbers included.
     """
-    if len(text) != len("HH:MM:SS;FF"):  # before the cache: it is not to hold what a hostile label holds
+    # before the cache: it is not to hold what a hostile label holds
+    if len(text) != len("HH:MM:SS;FF"):
         raise TimecodeError(f"timecode {text[:20]!r} is not HH:MM:SS;FF")
     return _frame(text)
 
@@ -248,13 +297,17 @@ def _frame(text: str) -> int:
         raise TimecodeError(f"timecode {text!r} is not HH:MM:SS;FF")
     hours, minutes, seconds, frames = map(int, match.groups())
     if frames < 2 and seconds == 0 and minutes % 10:
-        raise TimecodeError(f"timecode {text} does not exist: drop-frame skips ;00 and ;01 of this minute")
+        raise TimecodeError(
+            f"timecode {text} does not exist: drop-frame skips ;00 and ;01 of this minute"
+        )
     minutes += 60 * hours
     return (60 * minutes + seconds) * 30 + frames - 2 * (minutes - minutes // 10)
 
 
 def _explain(data: bytes, error: Exception) -> LabelError:
-    """The decoder's complaint as a LabelError. Runs for bad labels only, so it may take its time."""
+    """The decoder's complaint as a LabelError. Runs for bad labels only, so it may take its
+    time.
+    """
     text = str(error)
     if not data.strip():
         return LabelError("label_empty", "the file holds no JSON", 0)
@@ -272,13 +325,19 @@ def _explain(data: bytes, error: Exception) -> LabelError:
     path = text.rpartition(" - at `")[2].rstrip("`") if " - at `" in text else "$"
     if path == "$" and data.lstrip()[:1] != b"{":
         return LabelError("label_not_object", text, len(data) - len(data.lstrip()))
-    keys = [int(key) if key.isdigit() else key for key in re.findall(r"[^.\[\]]+", path.removeprefix("$"))]
+    keys = [
+        int(key) if key.isdigit() else key
+        for key in re.findall(r"[^.\[\]]+", path.removeprefix("$"))
+    ]
     return LabelError("label_wrong_type", text, _offset_of(data, keys))
 
 
 def _offset_of(data: bytes, keys: list[str | int]) -> int | None:
-    """Where in `data` the value at this path begins: a msgspec.Raw is a view of the buffer it was decoded from."""
-    import numpy as np  # takes longer to load than a thousand labels to read, and is needed for bad ones only
+    """Where in `data` the value at this path begins: a msgspec.Raw is a view of the buffer it was
+    decoded from.
+    """
+    # takes longer to load than a thousand labels to read, and is needed for bad ones only
+    import numpy as np
 
     view: Any = data
     try:

@@ -1,13 +1,15 @@
-"""Where the media are: beside the label, or behind a URL and then in a content-addressed cache. Bytes to xxh3_128.
+"""Where the media are: beside the label, or behind a URL and then in a content-addressed cache.
+Bytes to xxh3_128.
 
-A local file is hashed in place, never copied, moved or touched. A download goes into CACHE/part under the hash of its
-URL and is renamed to CACHE/xx/<xxh3_128> once it is whole, so that a name in the cache is a promise about the bytes.
-What may pass (timeouts, resets, 5xx, 429, short bodies) is tried again with growing, jittered pauses, from where it
-broke off if the server gave a validator (ETag, Last-Modified) to hold it to; what can't (403, 404, a refused scheme)
-is not. A queue hands out work so that one slow host never takes the workers of the others.
+A local file is hashed in place, never copied, moved or touched. A download goes into CACHE/part
+under the hash of its URL and is renamed to CACHE/xx/<xxh3_128> once it is whole, so that a name
+in the cache is a promise about the bytes. What may pass (timeouts, resets, 5xx, 429, short
+bodies) is tried again with growing, jittered pauses, from where it broke off if the server gave a
+validator (ETag, Last-Modified) to hold it to; what can't (403, 404, a refused scheme) is not. A
+queue hands out work so that one slow host never takes the workers of the others.
 
-Left out: HTTP/2 and connection reuse (a clip is megabytes, a handshake is not), and guessing that two URLs which
-differ in their signature are one file: after the download the hash says so.
+Left out: HTTP/2 and connection reuse (a clip is megabytes, a handshake is not), and guessing that
+two URLs which differ in their signature are one file: after the download the hash says so.
 """
 
 import http.client
@@ -30,15 +32,28 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".ts", ".mpg"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 MIN_BYTES_PER_S = 1024  # slower, over a whole timeout, counts as a stall
 _BLOCK_BYTES = 1 << 20
-PERMANENT = frozenset({"url_refused", "http_too_large", "http_redirect", "http_400", "http_401", "http_403", "http_404",
-                       "http_410", "http_451"})
+PERMANENT = frozenset(
+    {
+        "url_refused",
+        "http_too_large",
+        "http_redirect",
+        "http_400",
+        "http_401",
+        "http_403",
+        "http_404",
+        "http_410",
+        "http_451",
+    }
+)
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524})
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
 class FetchError(ValueError):
-    """Media that can't be had: a stable reason code, and whether asking again, now or another day, may help."""
+    """Media that can't be had: a stable reason code, and whether asking again, now or another
+    day, may help.
+    """
 
     def __init__(self, reason: str, detail: str, may_pass: bool, wait_s: float = 0.0) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -55,7 +70,9 @@ class Fetched(NamedTuple):
 
 
 class Patience(NamedTuple):
-    """How long and how often to try. `timeout_s` is for one silence, `backoff_s` the first pause, doubled each time."""
+    """How long and how often to try. `timeout_s` is for one silence, `backoff_s` the first pause,
+    doubled each time.
+    """
 
     timeout_s: float = 30.0
     retries: int = 4
@@ -64,7 +81,9 @@ class Patience(NamedTuple):
 
 
 def find_local(label_path: Path, clip_id: str, media_type: str) -> Path | None:
-    """The media file beside its label, named by the label file or by the clip id; None if there is none."""
+    """The media file beside its label, named by the label file or by the clip id; None if there
+    is none.
+    """
     suffixes = IMAGE_SUFFIXES if media_type == "image" else VIDEO_SUFFIXES
     for stem in dict.fromkeys((label_path.stem, clip_id)):
         for suffix in suffixes:
@@ -91,29 +110,43 @@ def hash_local(path: Path) -> Fetched:
 
 
 def check_url(url: str, schemes: Iterable[str]) -> str:
-    """The host of a URL that may be asked. Raises FetchError (url_refused) for another scheme, file:// above all, for a
-    host or port that is none, and for a name and password, which would end up in messages."""
+    """The host of a URL that may be asked. Raises FetchError (url_refused) for another scheme,
+    file:// above all, for a host or port that is none, and for a name and password, which would
+    end up in messages.
+    """
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
         host.encode("idna")
     except ValueError as error:
-        raise FetchError("url_refused", f"{without_query(url)!r}: {error}", may_pass=False) from error
+        raise FetchError(
+            "url_refused", f"{without_query(url)!r}: {error}", may_pass=False
+        ) from error
     if "@" in parts.netloc:
-        raise FetchError("url_refused", f"{host}: a URL with a name and password is not fetched", may_pass=False)
+        raise FetchError(
+            "url_refused", f"{host}: a URL with a name and password is not fetched", may_pass=False
+        )
     if parts.scheme not in schemes or not host or not url.isprintable() or " " in url:
-        raise FetchError("url_refused", f"{without_query(url)!r}: only {', '.join(schemes) or 'local files'} with a "
-                         f"host are fetched (fetch.schemes)", may_pass=False)
+        raise FetchError(
+            "url_refused",
+            f"{without_query(url)!r}: only {', '.join(schemes) or 'local files'} with a "
+            f"host are fetched (fetch.schemes)",
+            may_pass=False,
+        )
     return host
 
 
 def ascii_url(url: str) -> str:
-    """A URL as it is sent: what isn't ASCII in percent-encoded UTF-8, in the host's name in Punycode. One that is ASCII
-    stays as it is, because a signature may cover every character."""
+    """A URL as it is sent: what isn't ASCII in percent-encoded UTF-8, in the host's name in
+    Punycode. One that is ASCII stays as it is, because a signature may cover every character.
+    """
     if url.isascii():
         return url
     parts = urlsplit(url)
-    return quote(parts._replace(netloc=parts.netloc.encode("idna").decode()).geturl(), safe=string.punctuation)
+    return quote(
+        parts._replace(netloc=parts.netloc.encode("idna").decode()).geturl(),
+        safe=string.punctuation,
+    )
 
 
 def without_query(url: str) -> str:
@@ -121,13 +154,18 @@ def without_query(url: str) -> str:
     return url.partition("?")[0][:300]
 
 
-def download(url: str, cache: Path, schemes: tuple[str, ...], patience: Patience,
-             sleep: Callable[[float], None] = time.sleep,
-             arriving: Callable[[str], None] = lambda media_xxh3: None) -> Fetched:
+def download(
+    url: str,
+    cache: Path,
+    schemes: tuple[str, ...],
+    patience: Patience,
+    sleep: Callable[[float], None] = time.sleep,
+    arriving: Callable[[str], None] = lambda media_xxh3: None,
+) -> Fetched:
     """Fetch a URL into the cache; `arriving` hears of the hash before a file gets it as its name.
 
-    Raises FetchError; OSError if the cache can't be written (a full disk). Half a file stays for the next run only if
-    that may go on with it.
+    Raises FetchError; OSError if the cache can't be written (a full disk). Half a file stays for
+    the next run only if that may go on with it.
     """
     check_url(url, schemes)
     part = cache / "part" / xxhash.xxh3_128_hexdigest(url.encode())
@@ -153,7 +191,8 @@ def download(url: str, cache: Path, schemes: tuple[str, ...], patience: Patience
     path.parent.mkdir(exist_ok=True)
     arriving(done.media_xxh3)
     with part.open("rb") as file:
-        os.fsync(file.fileno())  # a name in the cache is a promise about the bytes, after a power failure too
+        # a name in the cache is a promise about the bytes, after a power failure too
+        os.fsync(file.fileno())
     part.replace(path)
     _validator_file(part).unlink(missing_ok=True)
     return done._replace(path=path)
@@ -164,8 +203,12 @@ def _validator_file(part: Path) -> Path:
 
 
 def _download_once(url: str, part: Path, schemes: tuple[str, ...], patience: Patience) -> None:
-    """One request: appends to `part` if the server agrees that it is still the same file, else starts it anew."""
-    request = urllib.request.Request(ascii_url(url), headers={"User-Agent": "newsreel", "Accept-Encoding": "identity"})
+    """One request: appends to `part` if the server agrees that it is still the same file, else
+    starts it anew.
+    """
+    request = urllib.request.Request(
+        ascii_url(url), headers={"User-Agent": "newsreel", "Accept-Encoding": "identity"}
+    )
     held = part.stat().st_size if part.exists() and _validator_file(part).exists() else 0
     if held:
         request.add_header("Range", f"bytes={held}-")
@@ -177,32 +220,54 @@ def _download_once(url: str, part: Path, schemes: tuple[str, ...], patience: Pat
             if error.code == 416:  # what we hold is not a beginning of what is there
                 part.unlink(missing_ok=True)
             if 300 <= error.code < 400:
-                raise FetchError("http_redirect", f"{without_query(url)}: redirects in a circle, or to what may not be "
-                                 f"fetched", may_pass=False) from error
+                raise FetchError(
+                    "http_redirect",
+                    f"{without_query(url)}: redirects in a circle, or to what may not be fetched",
+                    may_pass=False,
+                ) from error
             wait_s = _count(error.headers.get("Retry-After")) or 0
-            raise FetchError(f"http_{error.code}", f"{without_query(url)}: {error.reason}",
-                             error.code in _PASSING or error.code == 416, float(wait_s)) from error
+            raise FetchError(
+                f"http_{error.code}",
+                f"{without_query(url)}: {error.reason}",
+                error.code in _PASSING or error.code == 416,
+                float(wait_s),
+            ) from error
     except (OSError, http.client.HTTPException) as error:
         raise _broken(url, error) from error
     with response:
         if response.status == 206 and _range_start(response) != held:
             part.unlink(missing_ok=True)
-            raise FetchError("http_range", f"{without_query(url)}: asked for byte {held}, got Content-Range "
-                             f"{response.headers.get('Content-Range')}", may_pass=True)
+            raise FetchError(
+                "http_range",
+                f"{without_query(url)}: asked for byte {held}, got Content-Range "
+                f"{response.headers.get('Content-Range')}",
+                may_pass=True,
+            )
         if response.status not in (200, 206):
-            raise FetchError(f"http_{response.status}", f"{without_query(url)}: unexpected status", may_pass=False)
+            raise FetchError(
+                f"http_{response.status}",
+                f"{without_query(url)}: unexpected status",
+                may_pass=False,
+            )
         _receive(response, part, held if response.status == 206 else 0, url, patience)
 
 
 def _broken(url: str, error: Exception) -> FetchError:
-    """A connection that failed, whatever the error's kind: a network that is gone is a plain OSError."""
+    """A connection that failed, whatever the error's kind: a network that is gone is a plain
+    OSError.
+    """
     reason = getattr(error, "reason", error)
-    return FetchError("http_timeout" if isinstance(reason, TimeoutError) else "http_connection",
-                      f"{without_query(url)}: {reason or type(reason).__name__}", may_pass=True)
+    return FetchError(
+        "http_timeout" if isinstance(reason, TimeoutError) else "http_connection",
+        f"{without_query(url)}: {reason or type(reason).__name__}",
+        may_pass=True,
+    )
 
 
 def _blocks(response: Any, url: str) -> Iterator[bytes]:
-    """The body as it comes. Raises FetchError, so that an OSError beside it is one of the cache's disk."""
+    """The body as it comes. Raises FetchError, so that an OSError beside it is one of the cache's
+    disk.
+    """
     try:
         while block := response.read1(_BLOCK_BYTES):
             yield block
@@ -211,18 +276,26 @@ def _blocks(response: Any, url: str) -> Iterator[bytes]:
 
 
 def _count(text: str | None) -> int | None:
-    """A number of bytes or seconds in a header; None for what is no such number, thousands of digits included."""
+    """A number of bytes or seconds in a header; None for what is no such number, thousands of
+    digits included.
+    """
     return int(text) if text and len(text) < 19 and text.isascii() and text.isdigit() else None
 
 
 def _receive(response: Any, part: Path, held: int, url: str, patience: Patience) -> None:
-    """Body to file. The part stays for the next attempt only if there is a validator to hold the server to."""
+    """Body to file. The part stays for the next attempt only if there is a validator to hold the
+    server to.
+    """
     length = _count(response.headers.get("Content-Length"))
     expected = None if length is None else held + length
     if expected is not None and expected > patience.max_bytes:
-        raise FetchError("http_too_large", f"{without_query(url)}: {expected} bytes", may_pass=False)
+        raise FetchError(
+            "http_too_large", f"{without_query(url)}: {expected} bytes", may_pass=False
+        )
     etag = response.headers.get("ETag") or ""
-    validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified") or ""
+    validator = (
+        etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified") or ""
+    )
     if validator:
         _validator_file(part).write_text(validator)
     else:
@@ -233,20 +306,30 @@ def _receive(response: Any, part: Path, held: int, url: str, patience: Patience)
             file.write(block)
             size += len(block)
             if size > patience.max_bytes:
-                raise FetchError("http_too_large", f"{without_query(url)}: above {size} bytes", may_pass=False)
+                raise FetchError(
+                    "http_too_large", f"{without_query(url)}: above {size} bytes", may_pass=False
+                )
             now = time.monotonic()
             if now - window_start > patience.timeout_s:
                 if size - window_size < MIN_BYTES_PER_S * patience.timeout_s:
-                    raise FetchError("http_slow", f"{without_query(url)}: {size - window_size} bytes in "
-                                     f"{now - window_start:.0f} s", may_pass=True)
+                    raise FetchError(
+                        "http_slow",
+                        f"{without_query(url)}: {size - window_size} bytes in "
+                        f"{now - window_start:.0f} s",
+                        may_pass=True,
+                    )
                 window_size, window_start = size, now
     if expected is not None and size != expected:
-        raise FetchError("http_truncated", f"{without_query(url)}: {size} of {expected} bytes", may_pass=True)
+        raise FetchError(
+            "http_truncated", f"{without_query(url)}: {size} of {expected} bytes", may_pass=True
+        )
 
 
 def _range_start(response: Any) -> int:
     """The first byte of a "bytes 5-9/10" Content-Range; -1 if it says none."""
-    start = _count((response.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0])
+    start = _count(
+        (response.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]
+    )
     return -1 if start is None else start
 
 
@@ -256,7 +339,9 @@ class _Redirect(urllib.request.HTTPRedirectHandler):
     def __init__(self, schemes: tuple[str, ...]) -> None:
         self.schemes = schemes
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
         check_url(newurl, self.schemes)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -265,9 +350,15 @@ class _Redirect(urllib.request.HTTPRedirectHandler):
             return super().http_error_302(req, fp, code, msg, headers)
         except ValueError as error:  # a refused URL, or what is none
             fp.close()
-            raise error if isinstance(error, FetchError) else FetchError(
-                "http_redirect", f"{without_query(req.full_url)}: redirects to what is no URL: {error}",
-                may_pass=False) from error
+            raise (
+                error
+                if isinstance(error, FetchError)
+                else FetchError(
+                    "http_redirect",
+                    f"{without_query(req.full_url)}: redirects to what is no URL: {error}",
+                    may_pass=False,
+                )
+            ) from error
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
@@ -275,15 +366,29 @@ class _Redirect(urllib.request.HTTPRedirectHandler):
 def _opener(schemes: tuple[str, ...]) -> urllib.request.OpenerDirector:
     """urllib without its handlers for file:, ftp: and data:."""
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(),
-                    urllib.request.HTTPDefaultErrorHandler(), _Redirect(schemes), urllib.request.HTTPErrorProcessor()):
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        _Redirect(schemes),
+        urllib.request.HTTPErrorProcessor(),
+    ):
         opener.add_handler(handler)
     return opener
 
 
-def in_parallel(items: Iterable[ItemT], work: Callable[[ItemT], ResultT], host_of: Callable[[ItemT], str], *,
-                workers: int, per_host: int, max_waiting: int = 4096) -> Iterator[tuple[ItemT, ResultT | FetchError]]:
-    """Run `work` over `items` in threads, at most `workers` at once and `per_host` for one host ("": no limit).
+def in_parallel(
+    items: Iterable[ItemT],
+    work: Callable[[ItemT], ResultT],
+    host_of: Callable[[ItemT], str],
+    *,
+    workers: int,
+    per_host: int,
+    max_waiting: int = 4096,
+) -> Iterator[tuple[ItemT, ResultT | FetchError]]:
+    """Run `work` over `items` in threads, at most `workers` at once and `per_host` for one host
+    ("": no limit).
 
     Yields (item, result or FetchError) as they end. Reads at most `max_waiting` items ahead.
     """
@@ -300,7 +405,11 @@ def in_parallel(items: Iterable[ItemT], work: Callable[[ItemT], ResultT], host_o
                 else:
                     queues.setdefault(host_of(item), deque()).append(item)
             for host in list(queues):
-                while queues[host] and len(running) < workers and (not host or busy.get(host, 0) < per_host):
+                while (
+                    queues[host]
+                    and len(running) < workers
+                    and (not host or busy.get(host, 0) < per_host)
+                ):
                     item = queues[host].popleft()
                     running[pool.submit(work, item)] = host, item
                     busy[host] = busy.get(host, 0) + 1

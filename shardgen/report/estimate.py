@@ -1,8 +1,10 @@
-"""`shardgen build --dry-run`: what a build would come to, from the labels alone and from what was measured before.
+"""`shardgen build --dry-run`: what a build would come to, from the labels alone and from what was
+measured before.
 
-Counts follow from the labels that pass their rules (the media may still fail). Bytes are those of the tensors before
-compression, which is an upper bound close to what is written. Hours need a rate: it is taken from the last build in
-this output folder, and without one the honest answer is "not measured".
+Counts follow from the labels that pass their rules (the media may still fail). Bytes are those of
+the tensors before compression, which is an upper bound close to what is written. Hours need a
+rate: it is taken from the last build in this output folder, and without one the honest answer is
+"not measured".
 """
 
 from collections import Counter
@@ -25,13 +27,18 @@ def remember_rate(catalog: Catalog, seconds: float, num_samples: int) -> None:
 
 
 def expected_samples(catalog: Catalog, config: ShardgenConfig) -> Counter[Bucket]:
-    """Windows that the labels promise, per bucket: their declared size and length stand in for the probed ones."""
+    """Windows that the labels promise, per bucket: their declared size and length stand in for
+    the probed ones.
+    """
     counts: Counter[Bucket] = Counter()
     recipe, buckets = config.windows, list(map(Bucket.parse, config.windows.buckets))
     for row in catalog.clips(WANTED, FETCHED, SOUND, ACCEPTED):
         images = row["media_type"] == "image"
-        fitting = nearest_aspect(row["declared_width_px"] or 16, row["declared_height_px"] or 9,
-                                 [bucket for bucket in buckets if (bucket.num_frames == 1) == images])
+        fitting = nearest_aspect(
+            row["declared_width_px"] or 16,
+            row["declared_height_px"] or 9,
+            [bucket for bucket in buckets if (bucket.num_frames == 1) == images],
+        )
         if not fitting:  # with score_only the label's rule lets it pass
             continue
         if images:
@@ -39,8 +46,14 @@ def expected_samples(catalog: Catalog, config: ShardgenConfig) -> Counter[Bucket
             continue
         label = catalog.label(row["id"])
         try:
-            stretches, _ = video_stretches(label, label.duration_s or 0.0, fitting, recipe.fps, recipe.per_shot,
-                                           config.filters.wrong_timecodes == "whole_clip")
+            stretches, _ = video_stretches(
+                label,
+                label.duration_s or 0.0,
+                fitting,
+                recipe.fps,
+                recipe.per_shot,
+                config.filters.wrong_timecodes == "whole_clip",
+            )
         except PlanError:
             continue
         for stretch in stretches:
@@ -54,14 +67,25 @@ def estimate(catalog: Catalog, config: ShardgenConfig) -> str:
     rate = catalog.recall(_RATE)
     num_bytes = sum(count * bytes_per_sample(bucket) for bucket, count in samples.items())
     total = samples.total()
-    hours = f"{total * float(rate) / 3600:.2f} h at {float(rate):.3f} s a sample, as the last build here had" if rate \
+    hours = (
+        f"{total * float(rate) / 3600:.2f} h at {float(rate):.3f} s a sample, as the last build here had"
+        if rate
         else "not measured: build a part of it first (--limit 200), then ask again"
-    stays = {"to encode": catalog.count(WANTED, FETCHED, SOUND, ACCEPTED), "rejected": catalog.count(REJECTED),
-             "unreadable": catalog.count(UNREADABLE), "not selected": catalog.count(SKIPPED)}
-    return "\n".join([f"label files: {catalog.count()} ({_listed(stays)})",
-                      f"samples:     {total} at most ({_listed({str(b): n for b, n in sorted(samples.items())})})",
-                      f"bytes:       {num_bytes / 1e9:.2f} GB before compression, {TEXT_ROWS} text rows assumed",
-                      f"time:        {hours}"])
+    )
+    stays = {
+        "to encode": catalog.count(WANTED, FETCHED, SOUND, ACCEPTED),
+        "rejected": catalog.count(REJECTED),
+        "unreadable": catalog.count(UNREADABLE),
+        "not selected": catalog.count(SKIPPED),
+    }
+    return "\n".join(
+        [
+            f"label files: {catalog.count()} ({_listed(stays)})",
+            f"samples:     {total} at most ({_listed({str(b): n for b, n in sorted(samples.items())})})",
+            f"bytes:       {num_bytes / 1e9:.2f} GB before compression, {TEXT_ROWS} text rows assumed",
+            f"time:        {hours}",
+        ]
+    )
 
 
 def bytes_per_sample(bucket: Bucket) -> int:

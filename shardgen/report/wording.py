@@ -1,4 +1,6 @@
-"""What the codes of statuses, reasons, flags and checks mean, in English and in Korean, for those who read a report."""
+"""What the codes of statuses, reasons, flags and checks mean, in English and in Korean, for those
+who read a report.
+"""
 
 STATUSES = {
     "accepted": ("accepted", "채택"),
@@ -48,7 +50,10 @@ REASONS = {
     "media_hdr": ("HDR is not supported", "HDR은 지원하지 않음"),
     "media_timestamps": ("timestamps are missing or go back", "시간 정보가 없거나 거꾸로 감"),
     "media_rotation": ("turned by an odd angle", "지원하지 않는 회전 각도"),
-    "media_type_differs": ("the file is of another kind than the label says", "라벨과 다른 종류의 파일"),
+    "media_type_differs": (
+        "the file is of another kind than the label says",
+        "라벨과 다른 종류의 파일",
+    ),
     "media_unreadable": ("the file can't be read", "파일을 읽을 수 없음"),
     "media_changing": ("the file was rewritten meanwhile", "작업 중에 바뀐 파일"),
     "cache_full": ("the cache has no room; build again", "캐시가 가득 참: 다시 실행하면 이어짐"),
@@ -67,21 +72,38 @@ REASONS = {
 }
 CHECKS = {  # name and definition
     "file_validity": ("파일 유효성", "받은 미디어 가운데 처음부터 끝까지 디코딩되는 것의 비율"),
-    "format_agreement": ("형식 일치율", "디코딩되는 미디어 가운데 종류(영상, 이미지)가 라벨과 같은 것의 비율"),
+    "format_agreement": (
+        "형식 일치율",
+        "디코딩되는 미디어 가운데 종류(영상, 이미지)가 라벨과 같은 것의 비율",
+    ),
     "size_agreement": ("해상도 일치율", "저장된 가로·세로 크기가 라벨과 같은 미디어의 비율"),
-    "length_agreement": ("길이 일치율", "디코딩한 길이와 라벨의 길이가 0.1초 안에서 같은 영상의 비율"),
-    "rate_agreement": ("프레임률 일치율", "디코딩한 프레임률과 라벨의 프레임률이 0.01 안에서 같은 영상의 비율"),
+    "length_agreement": (
+        "길이 일치율",
+        "디코딩한 길이와 라벨의 길이가 0.1초 안에서 같은 영상의 비율",
+    ),
+    "rate_agreement": (
+        "프레임률 일치율",
+        "디코딩한 프레임률과 라벨의 프레임률이 0.01 안에서 같은 영상의 비율",
+    ),
     "mean_length": ("평균 길이", "채택된 영상을 디코딩한 길이의 평균"),
     "over_25_s": ("25초 초과 비율", "채택된 영상 가운데 25초보다 긴 것의 비율"),
     "total_length": ("총 길이", "채택된 모든 영상을 디코딩한 길이의 합"),
-    "words_per_description": ("설명문당 어절 수", "프롬프트 하나의 어절 수. 공백으로 나뉜 것을 한 어절로 셈"),
-    "sentences_per_description": ("설명문당 문장 수", "프롬프트 하나의 문장 수. 공백이나 끝 앞에 놓인 . ! ? … 。를 "
-                                  "문장의 끝으로 보고, 끝맺지 않은 나머지는 한 문장으로 셈"),
+    "words_per_description": (
+        "설명문당 어절 수",
+        "프롬프트 하나의 어절 수. 공백으로 나뉜 것을 한 어절로 셈",
+    ),
+    "sentences_per_description": (
+        "설명문당 문장 수",
+        "프롬프트 하나의 문장 수. 공백이나 끝 앞에 놓인 . ! ? … 。를 "
+        "문장의 끝으로 보고, 끝맺지 않은 나머지는 한 문장으로 셈",
+    ),
 }
 
 
 def wording(code: str) -> tuple[str, str]:
-    """(English, Korean) for a status, reason or flag; an HTTP status or an unknown code stands for itself."""
+    """(English, Korean) for a status, reason or flag; an HTTP status or an unknown code stands
+    for itself.
+    """
     if code.startswith("http_"):
         return f"the server could not give it ({code[5:]})", f"서버에서 받지 못함 ({code[5:]})"
     return STATUSES.get(code) or REASONS.get(code) or (code, code)

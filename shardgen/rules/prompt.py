@@ -1,9 +1,10 @@
 """The prompt of one shot: its scene description, then its object sentences, then the semantic ones.
 
-What belongs to one shot alone goes to its windows alone; semantic sentences have no timecodes and go to all. Speech
-and "could be used as" sentences describe no picture and are off by default. The result is cleaned as diffusers'
-pipelines clean a prompt at inference (its `prompt_clean`; the test shows that ours is the same function), because the
-model should see in training what it will see in use.
+What belongs to one shot alone goes to its windows alone; semantic sentences have no timecodes and
+go to all. Speech and "could be used as" sentences describe no picture and are off by default. The
+result is cleaned as diffusers' pipelines clean a prompt at inference (its `prompt_clean`; the
+test shows that ours is the same function), because the model should see in training what it will
+see in use.
 """
 
 import html
@@ -26,12 +27,25 @@ def squeeze(text: str) -> str:
     return _SPACE.sub(" ", text).strip()
 
 
-def join_sentences(scenes: Iterable[str], objects: Iterable[str], semantic: Iterable[str], stt: str,
-                   application: Iterable[str], media_type: str, *, use_scene: bool, use_object: bool,
-                   use_semantic: bool, use_stt: bool, use_application: bool) -> str:
-    """The sentences that the recipe asks for, in its order, each once, on one line; not yet cleaned.
+def join_sentences(
+    scenes: Iterable[str],
+    objects: Iterable[str],
+    semantic: Iterable[str],
+    stt: str,
+    application: Iterable[str],
+    media_type: str,
+    *,
+    use_scene: bool,
+    use_object: bool,
+    use_semantic: bool,
+    use_stt: bool,
+    use_application: bool,
+) -> str:
+    """The sentences that the recipe asks for, in its order, each once, on one line; not yet
+    cleaned.
 
-    A scene description that speaks of an image ("이미지") on a video is dropped: it was generated from something else.
+    A scene description that speaks of an image ("이미지") on a video is dropped: it was generated
+    from something else.
     """
     chosen: list[str] = []
     if use_scene:

@@ -1,7 +1,9 @@
-"""The stage that finds and hashes the media of every wanted clip: wanted -> fetched, or unavailable with the reason.
+"""The stage that finds and hashes the media of every wanted clip: wanted -> fetched, or
+unavailable with the reason.
 
-Local files come first and are read in place; what is behind URLs goes through the cache. What was hashed before and has
-not changed since is not read again, and a server is asked again only for what may have changed.
+Local files come first and are read in place; what is behind URLs goes through the cache. What was
+hashed before and has not changed since is not read again, and a server is asked again only for
+what may have changed.
 """
 
 import sqlite3
@@ -30,7 +32,9 @@ Advance = Callable[[int], None]
 
 
 class _Request(NamedTuple):
-    """Media to hash: a local file, or a URL (then `host` is not empty), and the clips that want it."""
+    """Media to hash: a local file, or a URL (then `host` is not empty), and the clips that want
+    it.
+    """
 
     source: str
     host: str
@@ -38,7 +42,8 @@ class _Request(NamedTuple):
 
 
 def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> None:
-    """wanted, or unavailable if asking again may help -> fetched (media_xxh3 known), or unavailable.
+    """wanted, or unavailable if asking again may help -> fetched (media_xxh3 known), or
+    unavailable.
 
     Raises OSError if the cache can't be written.
     """
@@ -51,16 +56,27 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
         if not request.host:
             return hash_local(Path(request.source))
         if room.full:
-            raise FetchError("cache_full", f"{cache} holds {fetch.cache_limit_gib} GiB that shards still need; build "
-                             f"again to go on, or raise fetch.cache_limit_gib", may_pass=True)
+            raise FetchError(
+                "cache_full",
+                f"{cache} holds {fetch.cache_limit_gib} GiB that shards still need; build "
+                f"again to go on, or raise fetch.cache_limit_gib",
+                may_pass=True,
+            )
         return download(request.source, cache, schemes, patience, arriving=room.hold)
 
     with Urls(catalog.db) as urls:
         requests = _requests(catalog, config, urls, advance)
-        for request, got in in_parallel(requests, get, lambda request: request.host, workers=fetch.workers,
-                                        per_host=fetch.per_host):
+        for request, got in in_parallel(
+            requests,
+            get,
+            lambda request: request.host,
+            workers=fetch.workers,
+            per_host=fetch.per_host,
+        ):
             if isinstance(got, FetchError):
-                catalog.record([Outcome(clip, UNAVAILABLE, got.reason, got.detail) for clip in request.clips])
+                catalog.record(
+                    [Outcome(clip, UNAVAILABLE, got.reason, got.detail) for clip in request.clips]
+                )
             else:
                 catalog.record_source(request.clips, request.source, *got)
                 room.release(got.media_xxh3)
@@ -69,9 +85,12 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
             advance(len(request.clips))
 
 
-def _requests(catalog: Catalog, config: ShardgenConfig, urls: Urls, advance: Advance) -> Iterator[_Request]:
-    """What must be hashed, local files first, then `urls`, which it fills. Clips that need no work are recorded on the
-    way."""
+def _requests(
+    catalog: Catalog, config: ShardgenConfig, urls: Urls, advance: Advance
+) -> Iterator[_Request]:
+    """What must be hashed, local files first, then `urls`, which it fills. Clips that need no
+    work are recorded on the way.
+    """
     root = Path(config.labels.root)
     for row in catalog.clips(WANTED, UNAVAILABLE):
         local = find_local(root / row["label"], row["clip_id"], row["media_type"])
@@ -80,7 +99,16 @@ def _requests(catalog: Catalog, config: ShardgenConfig, urls: Urls, advance: Adv
                 yield _Request(str(local), "", [row["id"]])
                 continue
         elif not row["url"]:
-            catalog.record([Outcome(row["id"], UNAVAILABLE, "media_missing", "no file beside the label, no URL in it")])
+            catalog.record(
+                [
+                    Outcome(
+                        row["id"],
+                        UNAVAILABLE,
+                        "media_missing",
+                        "no file beside the label, no URL in it",
+                    )
+                ]
+            )
         elif row["reason"] in PERMANENT and not config.fetch.ask_again:
             catalog.record([Outcome(row["id"], UNAVAILABLE, row["reason"], row["detail"])])
         else:
@@ -94,7 +122,9 @@ def _requests(catalog: Catalog, config: ShardgenConfig, urls: Urls, advance: Adv
         try:
             yield _Request(url, check_url(url, config.fetch.schemes), clips)
         except FetchError as error:
-            catalog.record([Outcome(clip, UNAVAILABLE, error.reason, error.detail) for clip in clips])
+            catalog.record(
+                [Outcome(clip, UNAVAILABLE, error.reason, error.detail) for clip in clips]
+            )
             advance(len(clips))
 
 
@@ -108,8 +138,9 @@ def _reuse(catalog: Catalog, clips: Sequence[int], source: str) -> bool:
 
 
 def unchanged(file: sqlite3.Row) -> bool:
-    """Whether a hashed file still has the size and mtime of then; one that can't be looked at has not, and hashing it
-    again will say why."""
+    """Whether a hashed file still has the size and mtime of then; one that can't be looked at has
+    not, and hashing it again will say why.
+    """
     try:
         now = Path(file["path"]).stat()
     except OSError:

@@ -1,8 +1,9 @@
-"""The stages before encoding, in the order in which build.py calls them; fetch_media has a file of its own. Each takes
-the clips of one status from the catalog, asks the pure rules, and writes the outcome back: so each can be killed and
-called again.
+"""The stages before encoding, in the order in which build.py calls them; fetch_media has a file
+of its own. Each takes the clips of one status from the catalog, asks the pure rules, and writes
+the outcome back: so each can be killed and called again.
 
-    ingested --filter_labels--> wanted --fetch_media--> fetched --probe_media--> sound --settle_duplicates--> sound
+    ingested --filter_labels--> wanted --fetch_media--> fetched --probe_media--> sound
+    --settle_duplicates--> sound
              --plan_shards--> accepted
 
 and on each arrow a clip may end: skipped, rejected, unavailable, duplicate.
@@ -64,25 +65,40 @@ def _pages(items: Iterable[ItemT]) -> Iterator[list[ItemT]]:
         yield page
 
 
-# -- labels -----------------------------------------------------------------------------------------------------------
+# -- labels
+# -----------------------------------------------------------------------------------------------------------
 
 
 def filter_labels(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> None:
     """ingested -> wanted, or rejected by a label rule, or skipped by limit and sample_fraction."""
-    claims = {row["id"]: rows[0]["label"] for rows in catalog.repeated_ids().values() for row in rows[1:]}
+    claims = {
+        row["id"]: rows[0]["label"] for rows in catalog.repeated_ids().values() for row in rows[1:]
+    }
     chosen = set(catalog.first_labels(config.labels.limit)) if config.labels.limit else None
     for rows in _pages(catalog.clips(INGESTED)):
         outcomes, scores = [], []
         for row in rows:
             label = catalog.label(row["id"])
             score = score_caption(clip_prompt(label, row["media_type"], config.prompt))
-            group = programme_group(label.station, label.broadcast_date, label.clip_id, config.split.group_by)
+            group = programme_group(
+                label.station, label.broadcast_date, label.clip_id, config.split.group_by
+            )
             scores.append((*score, group, row["id"]))
-            if (chosen is not None and row["id"] not in chosen) or not _sampled(label.clip_id, config):
-                outcomes.append(Outcome(row["id"], SKIPPED, "not_selected", "outside limit or sample_fraction"))
+            if (chosen is not None and row["id"] not in chosen) or not _sampled(
+                label.clip_id, config
+            ):
+                outcomes.append(
+                    Outcome(row["id"], SKIPPED, "not_selected", "outside limit or sample_fraction")
+                )
             elif row["id"] in claims:
-                outcomes.append(Outcome(row["id"], REJECTED, "clip_id_repeated", f"{label.clip_id} is also claimed by "
-                                        f"{claims[row['id']]}"))
+                outcomes.append(
+                    Outcome(
+                        row["id"],
+                        REJECTED,
+                        "clip_id_repeated",
+                        f"{label.clip_id} is also claimed by {claims[row['id']]}",
+                    )
+                )
             else:
                 verdict = _judge_label(label, row["media_type"], score, config)
                 outcomes.append(_outcome(row, WANTED, verdict, config.filters.score_only))
@@ -92,10 +108,15 @@ def filter_labels(catalog: Catalog, config: ShardgenConfig, advance: Advance) ->
 
 
 def _sampled(clip_id: str, config: ShardgenConfig) -> bool:
-    return xxhash.xxh3_64_intdigest(f"sample/{clip_id}".encode()) < config.labels.sample_fraction * 2**64
+    return (
+        xxhash.xxh3_64_intdigest(f"sample/{clip_id}".encode())
+        < config.labels.sample_fraction * 2**64
+    )
 
 
-def _judge_label(label: Label, media_type: str, scores: Scores, config: ShardgenConfig) -> Verdict | None:
+def _judge_label(
+    label: Label, media_type: str, scores: Scores, config: ShardgenConfig
+) -> Verdict | None:
     if verdict := judge_label(label, media_type, scores, config.filters):
         return verdict
     if not _buckets(config.windows.buckets, media_type):
@@ -109,18 +130,38 @@ def _judge_label(label: Label, media_type: str, scores: Scores, config: Shardgen
 
 
 def _outcome(row: sqlite3.Row, passed: str, verdict: Verdict | None, score_only: bool) -> Outcome:
-    """A verdict as an Outcome. With score_only the clip goes on, with the first verdict on it kept on record."""
+    """A verdict as an Outcome. With score_only the clip goes on, with the first verdict on it
+    kept on record.
+    """
     if verdict is not None and not score_only:
         return Outcome(row["id"], REJECTED, *verdict)
     if score_only and row["reason"]:
-        return Outcome(row["id"], passed, row["reason"], row["detail"], row["declared"], row["probed"])
+        return Outcome(
+            row["id"], passed, row["reason"], row["detail"], row["declared"], row["probed"]
+        )
     return Outcome(row["id"], passed, *(verdict or ()))
 
 
-def _prompt(label: Label, media_type: str, parts: PromptConfig, scenes: Iterable[str], objects: Iterable[str]) -> str:
-    return join_sentences(scenes, objects, label.semantic, label.stt_script, label.application, media_type,
-                          use_scene=parts.scene, use_object=parts.object, use_semantic=parts.semantic,
-                          use_stt=parts.stt, use_application=parts.application)
+def _prompt(
+    label: Label,
+    media_type: str,
+    parts: PromptConfig,
+    scenes: Iterable[str],
+    objects: Iterable[str],
+) -> str:
+    return join_sentences(
+        scenes,
+        objects,
+        label.semantic,
+        label.stt_script,
+        label.application,
+        media_type,
+        use_scene=parts.scene,
+        use_object=parts.object,
+        use_semantic=parts.semantic,
+        use_stt=parts.stt,
+        use_application=parts.application,
+    )
 
 
 def clip_prompt(label: Label, media_type: str, parts: PromptConfig) -> str:
@@ -134,14 +175,21 @@ def _clip_sentences(label: Label) -> tuple[list[str], list[str]]:
 
 def _buckets(buckets: Sequence[str], media_type: str) -> list[Bucket]:
     """Shapes of one frame are for images, the others for video."""
-    return [bucket for bucket in map(Bucket.parse, buckets) if (bucket.num_frames == 1) == (media_type == "image")]
+    return [
+        bucket
+        for bucket in map(Bucket.parse, buckets)
+        if (bucket.num_frames == 1) == (media_type == "image")
+    ]
 
 
-# -- media ------------------------------------------------------------------------------------------------------------
+# -- media
+# ------------------------------------------------------------------------------------------------------------
 
 
 def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> None:
-    """fetched -> sound, or unavailable (can't be decoded), or rejected by a media rule. Each medium is probed once."""
+    """fetched -> sound, or unavailable (can't be decoded), or rejected by a media rule. Each
+    medium is probed once.
+    """
     workers = config.labels.workers or len(os.sched_getaffinity(0))
     for rows in _pages(catalog.clips(FETCHED)):
         probes: dict[str, Probe | MediaError] = {}
@@ -152,8 +200,11 @@ def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
                 probes[row["media_xxh3"]] = MediaError(row["error_reason"], row["error_detail"])
         todo = dict.fromkeys(row["media_xxh3"] for row in rows if row["media_xxh3"] not in probes)
         files = [(media_xxh3, catalog.media_files(media_xxh3)) for media_xxh3 in todo]
-        for (media_xxh3, _), found in in_parallel(files, _probe, lambda item: "", workers=workers, per_host=1):
-            if isinstance(found, FetchError):  # no fact about these bytes: the next build hashes what is there then
+        for (media_xxh3, _), found in in_parallel(
+            files, _probe, lambda item: "", workers=workers, per_host=1
+        ):
+            # no fact about these bytes: the next build hashes what is there then
+            if isinstance(found, FetchError):
                 probes[media_xxh3] = MediaError(found.reason, found.detail)
                 continue
             probes[media_xxh3] = found
@@ -164,14 +215,16 @@ def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
         catalog.record([_judge_media(row, probes[row["media_xxh3"]], config) for row in rows])
         advance(len(rows))
     bad = catalog.bad_downloads()
-    catalog.forget_files(bad)  # before they are deleted: a name in the catalog must stand for a file
+    # before they are deleted: a name in the catalog must stand for a file
+    catalog.forget_files(bad)
     for path in bad:
         path.unlink(missing_ok=True)
 
 
 def _probe(item: tuple[str, list[sqlite3.Row]]) -> Probe | MediaError:
-    """What the bytes of this hash are. Raises FetchError if every file that held them is gone or was rewritten since,
-    while it was probed included."""
+    """What the bytes of this hash are. Raises FetchError if every file that held them is gone or
+    was rewritten since, while it was probed included.
+    """
     media_xxh3, files = item
     for file in files:
         path = Path(file["path"])
@@ -185,79 +238,164 @@ def _probe(item: tuple[str, list[sqlite3.Row]]) -> Probe | MediaError:
         if unchanged(file):
             return found
     gone = not any(Path(file["path"]).exists() for file in files)
-    raise FetchError("media_missing" if gone else "media_changing", f"{', '.join(file['path'] for file in files)}: "
-                     f"{'gone' if gone else 'rewritten'} since {media_xxh3} was its hash; build again", may_pass=True)
+    raise FetchError(
+        "media_missing" if gone else "media_changing",
+        f"{', '.join(file['path'] for file in files)}: "
+        f"{'gone' if gone else 'rewritten'} since {media_xxh3} was its hash; build again",
+        may_pass=True,
+    )
 
 
 def _judge_media(row: sqlite3.Row, found: Probe | MediaError, config: ShardgenConfig) -> Outcome:
     if isinstance(found, MediaError):
         return Outcome(row["id"], UNAVAILABLE, found.reason, found.detail)
     width_px, height_px = shown_size(found)
-    declared = f"{row['declared_width_px']}x{row['declared_height_px']}" if row["declared_width_px"] else "unknown"
+    declared = (
+        f"{row['declared_width_px']}x{row['declared_height_px']}"
+        if row["declared_width_px"]
+        else "unknown"
+    )
     upscale = 0.0
-    if buckets := nearest_aspect(width_px, height_px, _buckets(config.windows.buckets, row["media_type"])):
-        upscale = fit(found.width_px, found.height_px, Fraction(found.sar_num, found.sar_den), found.rotation_deg,
-                      buckets[0], config.windows.fit).factor
-    verdict = judge_media(row["media_type"], row["declared_duration_s"], declared, found.media_type, found.duration_s,
-                          width_px, height_px, upscale, config.filters)
-    return _outcome(row, SOUND, verdict, config.filters.score_only and found.media_type == row["media_type"])
+    if buckets := nearest_aspect(
+        width_px, height_px, _buckets(config.windows.buckets, row["media_type"])
+    ):
+        upscale = fit(
+            found.width_px,
+            found.height_px,
+            Fraction(found.sar_num, found.sar_den),
+            found.rotation_deg,
+            buckets[0],
+            config.windows.fit,
+        ).factor
+    verdict = judge_media(
+        row["media_type"],
+        row["declared_duration_s"],
+        declared,
+        found.media_type,
+        found.duration_s,
+        width_px,
+        height_px,
+        upscale,
+        config.filters,
+    )
+    return _outcome(
+        row, SOUND, verdict, config.filters.score_only and found.media_type == row["media_type"]
+    )
 
 
 def shown_size(found: Probe) -> tuple[int, int]:
-    """Width and height on the screen, in square pixels: stored size, pixel aspect ratio and rotation applied."""
-    width_px, height_px = max(round(found.width_px * found.sar_num / found.sar_den), 1), found.height_px
+    """Width and height on the screen, in square pixels: stored size, pixel aspect ratio and
+    rotation applied.
+    """
+    width_px, height_px = (
+        max(round(found.width_px * found.sar_num / found.sar_den), 1),
+        found.height_px,
+    )
     return (height_px, width_px) if found.rotation_deg % 180 else (width_px, height_px)
 
 
 def settle_duplicates(catalog: Catalog) -> None:
-    """sound -> duplicate where another clip, catalogued before or of smaller id, has the same bytes."""
-    catalog.record([Outcome(row["id"], DUPLICATE, "duplicate_media", f"the same bytes as {rows[0]['label']}")
-                    for rows in catalog.equal_media() for row in rows[1:] if row["status"] == SOUND])
+    """sound -> duplicate where another clip, catalogued before or of smaller id, has the same
+    bytes.
+    """
+    catalog.record(
+        [
+            Outcome(
+                row["id"], DUPLICATE, "duplicate_media", f"the same bytes as {rows[0]['label']}"
+            )
+            for rows in catalog.equal_media()
+            for row in rows[1:]
+            if row["status"] == SOUND
+        ]
+    )
 
 
-# -- the plan ---------------------------------------------------------------------------------------------------------
+# -- the plan
+# ---------------------------------------------------------------------------------------------------------
 
 
 def plan_shards(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> int:
-    """sound -> accepted, in new shards that never change, or rejected. Returns the number of new shards."""
+    """sound -> accepted, in new shards that never change, or rejected. Returns the number of new
+    shards.
+    """
     with Draft(catalog.db) as draft:
         for rows in _pages(catalog.clips(SOUND)):
             windows: list[Window] = []
             rejected = []
             for row in rows:
                 try:
-                    windows += clip_windows(row, catalog.label(row["id"]), _decode_probe(row["probe"]), config)
+                    windows += clip_windows(
+                        row, catalog.label(row["id"]), _decode_probe(row["probe"]), config
+                    )
                 except PlanError as error:
-                    rejected.append(Outcome(row["id"], REJECTED, error.reason, error.detail, error.declared,
-                                            error.probed))
+                    rejected.append(
+                        Outcome(
+                            row["id"],
+                            REJECTED,
+                            error.reason,
+                            error.detail,
+                            error.declared,
+                            error.probed,
+                        )
+                    )
             draft.add(windows)
             catalog.record(rejected)
             advance(len(rows))
-        plans = assign_shards(draft.windows(), config.windows.samples_per_shard, catalog.next_shard_numbers())
+        plans = assign_shards(
+            draft.windows(), config.windows.samples_per_shard, catalog.next_shard_numbers()
+        )
         return catalog.record_plan(plans)
 
 
-def clip_windows(row: sqlite3.Row, label: Label, found: Probe, config: ShardgenConfig) -> list[Window]:
-    """All windows of a clip, in time order, with its flags (timecodes_missing, timecodes_wrong). Raises PlanError."""
+def clip_windows(
+    row: sqlite3.Row, label: Label, found: Probe, config: ShardgenConfig
+) -> list[Window]:
+    """All windows of a clip, in time order, with its flags (timecodes_missing, timecodes_wrong).
+    Raises PlanError.
+    """
     recipe, media_type = config.windows, row["media_type"]
     buckets = nearest_aspect(*shown_size(found), _buckets(recipe.buckets, media_type))
-    if not buckets:  # its label's rule says so too, but that holds nobody up with score_only, or who inspects the clip
+    # its label's rule says so too, but that holds nobody up with score_only, or who inspects the
+    # clip
+    if not buckets:
         raise PlanError("media_type_unwanted", f"windows.buckets has no shape for a {media_type}")
     flags: list[str] = []
     if media_type == "image":
         stretches = [Stretch(0, [0], Shot(0, 0, *_clip_sentences(label)), buckets[0])]
     else:
         whole_clip = config.filters.wrong_timecodes == "whole_clip" or config.filters.score_only
-        stretches, flags = video_stretches(label, found.duration_s, buckets, recipe.fps, recipe.per_shot, whole_clip)
+        stretches, flags = video_stretches(
+            label, found.duration_s, buckets, recipe.fps, recipe.per_shot, whole_clip
+        )
     split = split_of(row["programme"], config.split.seed, config.split.val_share)
     windows = []
     for number, starts_ms, shot, bucket in stretches:
         prompt = prompt_clean(_prompt(label, media_type, config.prompt, shot.scenes, shot.objects))
-        windows += [Window(
-            key=sample_key(row["media_xxh3"], label.clip_id, number, start_ms, bucket, recipe.fps), label=row["label"],
-            clip_id=label.clip_id, media_type=media_type, category=row["category"], programme=row["programme"],
-            split=split, shot=number, start_ms=start_ms, fps=recipe.fps, prompt=prompt, bucket=str(bucket),
-            media_xxh3=row["media_xxh3"], flags=tuple(flags)) for start_ms in starts_ms if prompt]
+        windows += [
+            Window(
+                key=sample_key(
+                    row["media_xxh3"], label.clip_id, number, start_ms, bucket, recipe.fps
+                ),
+                label=row["label"],
+                clip_id=label.clip_id,
+                media_type=media_type,
+                category=row["category"],
+                programme=row["programme"],
+                split=split,
+                shot=number,
+                start_ms=start_ms,
+                fps=recipe.fps,
+                prompt=prompt,
+                bucket=str(bucket),
+                media_xxh3=row["media_xxh3"],
+                flags=tuple(flags),
+            )
+            for start_ms in starts_ms
+            if prompt
+        ]
     if not windows:
-        raise PlanError("shot_short", f"no captioned shot is as long as a window of {buckets[-1]} at {recipe.fps} fps")
+        raise PlanError(
+            "shot_short",
+            f"no captioned shot is as long as a window of {buckets[-1]} at {recipe.fps} fps",
+        )
     return windows

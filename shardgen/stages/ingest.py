@@ -1,9 +1,11 @@
-"""The label tree into the catalog: processes parse, one process writes, and what hasn't changed isn't read.
+"""The label tree into the catalog: processes parse, one process writes, and what hasn't changed
+isn't read.
 
-The parent walks the folders and hands out file names in chunks; a worker stats, reads, hashes and parses a chunk and
-returns rows ready for SQLite; the parent writes them, a transaction per few chunks. Only a bounded number of chunks is
-in flight, so memory doesn't grow with the tree. Interrupted at any point, the catalog holds whole chunks and the next
-run reads the rest: a file counts as unchanged if size and mtime are those of the catalog, else if its hash is.
+The parent walks the folders and hands out file names in chunks; a worker stats, reads, hashes and
+parses a chunk and returns rows ready for SQLite; the parent writes them, a transaction per few
+chunks. Only a bounded number of chunks is in flight, so memory doesn't grow with the tree.
+Interrupted at any point, the catalog holds whole chunks and the next run reads the rest: a file
+counts as unchanged if size and mtime are those of the catalog, else if its hash is.
 """
 
 import os
@@ -25,9 +27,16 @@ CHUNK_FILES = 512
 _MIN_FILES_FOR_POOL = 4096  # below, starting processes takes longer than reading the labels
 
 
-def ingest_labels(catalog: Catalog, root: Path, *, max_bytes: int = 1 << 20, workers: int = 0,
-                  advance: Callable[[int], None] = lambda num_files: None) -> None:
-    """Bring the catalog up to date with every *.json below `root`; `advance` hears of label files done.
+def ingest_labels(
+    catalog: Catalog,
+    root: Path,
+    *,
+    max_bytes: int = 1 << 20,
+    workers: int = 0,
+    advance: Callable[[int], None] = lambda num_files: None,
+) -> None:
+    """Bring the catalog up to date with every *.json below `root`; `advance` hears of label files
+    done.
 
     Symbolic links to folders are not followed. Raises OSError if a folder can't be listed.
     """
@@ -50,13 +59,20 @@ def ingest_labels(catalog: Catalog, root: Path, *, max_bytes: int = 1 << 20, wor
 
 
 def _write(catalog: Catalog, batch: list[Found]) -> None:
-    catalog.write_labels([row for found in batch for row in found.new],
-                         [pair for found in batch for pair in found.changed],
-                         [pair for found in batch for pair in found.touched], [])
+    catalog.write_labels(
+        [row for found in batch for row in found.new],
+        [pair for found in batch for pair in found.changed],
+        [pair for found in batch for pair in found.touched],
+        [],
+    )
 
 
-def _chunks(catalog: Catalog, root: Path, max_bytes: int, folders: set[str], gone: list[Seen]) -> Iterator[Chunk]:
-    """Walk the tree in name order. Fills `folders` with those that hold labels, `gone` with files that are no more."""
+def _chunks(
+    catalog: Catalog, root: Path, max_bytes: int, folders: set[str], gone: list[Seen]
+) -> Iterator[Chunk]:
+    """Walk the tree in name order. Fills `folders` with those that hold labels, `gone` with files
+    that are no more.
+    """
     is_empty = catalog.count() == 0  # nothing to look up then, and no index to do it with
     todo = [""]
     while todo:
@@ -77,13 +93,20 @@ def _chunks(catalog: Catalog, root: Path, max_bytes: int, folders: set[str], gon
         there = set(map(shown, names))
         gone += [seen for name, seen in known.items() if name not in there and seen.status != GONE]
         for start in range(0, len(names), CHUNK_FILES):
-            part = names[start:start + CHUNK_FILES]
-            yield Chunk(str(root), folder, part, {name: known[name] for name in map(shown, part) if name in known},
-                        max_bytes)
+            part = names[start : start + CHUNK_FILES]
+            yield Chunk(
+                str(root),
+                folder,
+                part,
+                {name: known[name] for name in map(shown, part) if name in known},
+                max_bytes,
+            )
 
 
 def _read_chunks(chunks: Iterator[Chunk], workers: int) -> Iterator[Found]:
-    """read_chunk over all chunks, in order: here if there are few of them, else in processes, few at a time."""
+    """read_chunk over all chunks, in order: here if there are few of them, else in processes, few
+    at a time.
+    """
     first = []
     for chunk in chunks:
         first.append(chunk)
@@ -110,8 +133,12 @@ def _read_chunks(chunks: Iterator[Chunk], workers: int) -> Iterator[Found]:
 def _reader() -> Iterator[Popen[bytes]]:
     """A reading process; closing its stdin ends it."""
     path = os.pathsep.join(filter(None, sys.path))
-    with Popen([sys.executable, "-S", "-c", "from shardgen.stages.reader import main; main()"], stdin=PIPE, stdout=PIPE,
-               env={**os.environ, "PYTHONPATH": path}) as process:
+    with Popen(
+        [sys.executable, "-S", "-c", "from shardgen.stages.reader import main; main()"],
+        stdin=PIPE,
+        stdout=PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as process:
         yield process
 
 
@@ -124,8 +151,10 @@ def _ask(readers: "SimpleQueue[Popen[bytes]]", chunk: Chunk) -> Found:
         reader.stdin.flush()
         found: Found = pickle.load(reader.stdout)
     except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-        raise ChildProcessError("a process that reads labels died: killed from outside, or out of memory. What was "
-                                "read stands; run the build again to go on") from error
+        raise ChildProcessError(
+            "a process that reads labels died: killed from outside, or out of memory. What was "
+            "read stands; run the build again to go on"
+        ) from error
     finally:
         readers.put(reader)
     return found

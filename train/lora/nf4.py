@@ -1,7 +1,9 @@
-"""A frozen weight in NF4 (bitsandbytes, blocks of 64, statistics quantised too), unpacked whenever a GEMM needs it.
+"""A frozen weight in NF4 (bitsandbytes, blocks of 64, statistics quantised too), unpacked
+whenever a GEMM needs it.
 
-A quarter of bfloat16's bytes, for an error of a few per cent in each weight. The GEMM is the same as for a dense
-weight: what is unpacked gets B's columns behind it, and goes again after use, forward and backward.
+A quarter of bfloat16's bytes, for an error of a few per cent in each weight. The GEMM is the same
+as for a dense weight: what is unpacked gets B's columns behind it, and goes again after use,
+forward and backward.
 """
 
 import torch
@@ -9,14 +11,19 @@ from torch import Tensor
 
 
 class NF4Weight:
-    """[W | B] of train/lora/linear.py with W in NF4. `b_NR` (compute dtype, zeros at first) is kept up to date by LoRA."""
+    """[W | B] of train/lora/linear.py with W in NF4. `b_NR` (compute dtype, zeros at first) is
+    kept up to date by LoRA.
+    """
 
     def __init__(self, weight_NK: Tensor, num_low: int):
         import bitsandbytes.functional as bnb  # slow to import, and probes for CUDA as it loads
 
-        self._packed, self._state = bnb.quantize_4bit(weight_NK.contiguous(), quant_type="nf4",
-                                                      compress_statistics=True)
-        self.b_NR = torch.zeros(weight_NK.shape[0], num_low, dtype=weight_NK.dtype, device=weight_NK.device)
+        self._packed, self._state = bnb.quantize_4bit(
+            weight_NK.contiguous(), quant_type="nf4", compress_statistics=True
+        )
+        self.b_NR = torch.zeros(
+            weight_NK.shape[0], num_low, dtype=weight_NK.dtype, device=weight_NK.device
+        )
 
     def dense(self) -> Tensor:
         """[W | B] in the compute dtype, [N, K + R]: a new tensor."""

@@ -1,8 +1,9 @@
-"""Load the transformer of a diffusers folder (one safetensors file or many with an index) into train.model.wan.Wan.
+"""Load the transformer of a diffusers folder (one safetensors file or many with an index) into
+train.model.wan.Wan.
 
-Tensors go one by one from the mapped file to their place on the device, so a 5B model needs no second copy in memory.
-GEMM weights take the compute dtype; norms, modulation tables and the time embedding stay in float32, because they work
-on the float32 residual stream and cost nothing.
+Tensors go one by one from the mapped file to their place on the device, so a 5B model needs no
+second copy in memory. GEMM weights take the compute dtype; norms, modulation tables and the time
+embedding stay in float32, because they work on the float32 residual stream and cost nothing.
 """
 
 from collections.abc import Callable, Collection
@@ -20,31 +21,55 @@ from train.model.wan import Projections, Wan, WanConfig
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _FLOAT32_MODULES = ("time_1", "time_2", "time_proj")
-_NORMS = {"attn1.norm_q": "attn1.norm_q.weight", "attn1.norm_k": "attn1.norm_k.weight",
-          "attn2.norm_q": "attn2.norm_q.weight", "attn2.norm_k": "attn2.norm_k.weight",
-          "norm2_weight": "norm2.weight", "norm2_bias": "norm2.bias", "scale_shift_table": "scale_shift_table"}
+_NORMS = {
+    "attn1.norm_q": "attn1.norm_q.weight",
+    "attn1.norm_k": "attn1.norm_k.weight",
+    "attn2.norm_q": "attn2.norm_q.weight",
+    "attn2.norm_k": "attn2.norm_k.weight",
+    "norm2_weight": "norm2.weight",
+    "norm2_bias": "norm2.bias",
+    "scale_shift_table": "scale_shift_table",
+}
 
 
 class WeightsError(ValueError):
-    """A model folder that can't be loaded; the message names the file, the tensor and the way out."""
+    """A model folder that can't be loaded; the message names the file, the tensor and the way
+    out.
+    """
 
 
 def load_transformer(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Wan:
-    """Build Wan from `model_dir`/transformer, frozen, GEMM weights in `dtype` on `device`. Raises WeightsError."""
+    """Build Wan from `model_dir`/transformer, frozen, GEMM weights in `dtype` on `device`. Raises
+    WeightsError.
+    """
     folder = model_dir / "transformer"
     config = read_config(folder / "config.json")
     files = _tensor_files(folder)
     handles = {file: _open(folder / file) for file in set(files.values())}
-    return build_transformer(config, files.keys(), lambda name: handles[files[name]].get_tensor(name), device, dtype,
-                             str(folder))
+    return build_transformer(
+        config,
+        files.keys(),
+        lambda name: handles[files[name]].get_tensor(name),
+        device,
+        dtype,
+        str(folder),
+    )
 
 
-def build_transformer(config: WanConfig, available: Collection[str], read: Callable[[str], Tensor],
-                      device: torch.device, dtype: torch.dtype, where: str) -> Wan:
-    """Build Wan and fill it from the diffusers tensors that `read` gives by name; `where` is for messages.
+def build_transformer(
+    config: WanConfig,
+    available: Collection[str],
+    read: Callable[[str], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    where: str,
+) -> Wan:
+    """Build Wan and fill it from the diffusers tensors that `read` gives by name; `where` is for
+    messages.
 
-    GEMM weights in `dtype`, the rest float32, on `device`, frozen. Raises WeightsError if `available` are not exactly
-    the tensors of a Wan2.2 transformer, or don't have the shapes of `config`.
+    GEMM weights in `dtype`, the rest float32, on `device`, frozen. Raises WeightsError if
+    `available` are not exactly the tensors of a Wan2.2 transformer, or don't have the shapes of
+    `config`.
     """
     with torch.device("meta"):
         model = Wan(config)
@@ -52,8 +77,10 @@ def build_transformer(config: WanConfig, available: Collection[str], read: Calla
     missing = sorted(name for names in sources.values() for name in names if name not in available)
     unused = sorted(set(available) - {name for names in sources.values() for name in names})
     if missing or unused:
-        raise WeightsError(f"{where}: not the tensors of a Wan2.2 transformer: {len(missing)} missing {missing[:3]}, "
-                           f"{len(unused)} unknown {unused[:3]}")
+        raise WeightsError(
+            f"{where}: not the tensors of a Wan2.2 transformer: {len(missing)} missing {missing[:3]}, "
+            f"{len(unused)} unknown {unused[:3]}"
+        )
     parameters = dict(model.named_parameters())
     for name, names in sources.items():
         meta = parameters[name]
@@ -61,14 +88,19 @@ def build_transformer(config: WanConfig, available: Collection[str], read: Calla
         target = torch.empty(meta.shape, dtype=torch.float32 if float32 else dtype, device=device)
         row = 0
         for source in names:
-            tensor = read(source).reshape(-1, *meta.shape[1:])  # patch convolution -> GEMM; tables lose a leading 1
+            # patch convolution -> GEMM; tables lose a leading 1
+            tensor = read(source).reshape(-1, *meta.shape[1:])
             if row + tensor.shape[0] > target.shape[0]:
-                raise WeightsError(f"{where}: {source} has shape {list(tensor.shape)}, which does not fit {name} "
-                                   f"{list(meta.shape)} of config.json")
-            target[row:row + tensor.shape[0]].copy_(tensor)
+                raise WeightsError(
+                    f"{where}: {source} has shape {list(tensor.shape)}, which does not fit {name} "
+                    f"{list(meta.shape)} of config.json"
+                )
+            target[row : row + tensor.shape[0]].copy_(tensor)
             row += tensor.shape[0]
         if row != target.shape[0]:
-            raise WeightsError(f"{where}: {names} fill {row} of the {target.shape[0]} rows of {name}")
+            raise WeightsError(
+                f"{where}: {names} fill {row} of the {target.shape[0]} rows of {name}"
+            )
         _assign(model, name, target)
     return model
 
@@ -78,16 +110,28 @@ def read_config(path: Path) -> WanConfig:
     try:
         config = msgspec.json.decode(path.read_bytes(), type=WanConfig)
     except (OSError, msgspec.MsgspecError) as error:
-        raise WeightsError(f"{path}: {error}; model.path must be a diffusers folder such as a download of "
-                           f"Wan-AI/Wan2.2-TI2V-5B-Diffusers") from error
+        raise WeightsError(
+            f"{path}: {error}; model.path must be a diffusers folder such as a download of "
+            f"Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+        ) from error
     if config.image_dim is not None or config.added_kv_proj_dim is not None:
-        raise WeightsError(f"{path}: image cross-attention (Wan2.1 I2V) is not supported; use a Wan2.2 model")
-    if {config.in_channels, config.out_channels} != {LATENT_CHANNELS} or config.patch_size != (1, 2, 2):
-        raise WeightsError(f"{path}: in_channels {config.in_channels}, out_channels {config.out_channels}, patch_size "
-                           f"{config.patch_size}, where Wan2.2-TI2V-5B has {LATENT_CHANNELS}, {LATENT_CHANNELS} and "
-                           f"(1, 2, 2); A14B can't be trained yet")
+        raise WeightsError(
+            f"{path}: image cross-attention (Wan2.1 I2V) is not supported; use a Wan2.2 model"
+        )
+    if {config.in_channels, config.out_channels} != {LATENT_CHANNELS} or config.patch_size != (
+        1,
+        2,
+        2,
+    ):
+        raise WeightsError(
+            f"{path}: in_channels {config.in_channels}, out_channels {config.out_channels}, patch_size "
+            f"{config.patch_size}, where Wan2.2-TI2V-5B has {LATENT_CHANNELS}, {LATENT_CHANNELS} and "
+            f"(1, 2, 2); A14B can't be trained yet"
+        )
     if not config.cross_attn_norm or config.attention_head_dim % 2:
-        raise WeightsError(f"{path}: cross_attn_norm must be true and attention_head_dim even in Wan2.2")
+        raise WeightsError(
+            f"{path}: cross_attn_norm must be true and attention_head_dim even in Wan2.2"
+        )
     return config
 
 
@@ -117,7 +161,9 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         except msgspec.MsgspecError as error:
             raise WeightsError(f"{folder / INDEX}: {error}; download the model again") from error
     if not (folder / SINGLE).exists():
-        raise WeightsError(f"{folder}: neither {SINGLE} nor {INDEX} is there; download the model again")
+        raise WeightsError(
+            f"{folder}: neither {SINGLE} nor {INDEX} is there; download the model again"
+        )
     with _open(folder / SINGLE) as file:
         return dict.fromkeys(file.keys(), SINGLE)
 

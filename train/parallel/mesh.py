@@ -1,7 +1,9 @@
-"""Data parallelism by hand: torchrun's environment, and one all-reduce of one flat vector per optimizer step.
+"""Data parallelism by hand: torchrun's environment, and one all-reduce of one flat vector per
+optimizer step.
 
-torch's DistributedDataParallel would wrap the model, bucket the gradients and hook into autograd in order to overlap
-the all-reduce with the backward pass. LoRA gradients are tens of megabytes: there is nothing worth overlapping.
+torch's DistributedDataParallel would wrap the model, bucket the gradients and hook into autograd
+in order to overlap the all-reduce with the backward pass. LoRA gradients are tens of megabytes:
+there is nothing worth overlapping.
 """
 
 import os
@@ -22,12 +24,16 @@ class World(NamedTuple):
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """Join the group that torchrun describes (NCCL on GPUs, gloo on CPUs); alone without torchrun."""
+    """Join the group that torchrun describes (NCCL on GPUs, gloo on CPUs); alone without
+    torchrun.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--nproc-per-node asks for more processes than the {torch.cuda.device_count()} GPUs here")
+            raise ValueError(
+                f"--nproc-per-node asks for more processes than the {torch.cuda.device_count()} GPUs here"
+            )
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
