@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -215,8 +215,8 @@ def drop_hash(dataset: Path) -> None:
 )
 def test_a_damage_is_named_and_the_sample_replaced_in_its_bucket(
     dataset: Path,
-    fault,
-    member: str,  # type: ignore[no-untyped-def]
+    fault: Callable[[Path], object],
+    member: str,
     reason: str,
 ) -> None:
     fault(dataset)

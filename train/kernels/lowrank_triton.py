@@ -27,7 +27,7 @@ THROUGH_B = (64, 256, 4, 4, 132), (64, 256, 4, 3, 132)
 
 
 @triton.jit
-def _mix32(x):  # type: ignore[no-untyped-def]
+def _mix32(x):
     """lowrank._mix32 of uint32."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
@@ -35,7 +35,7 @@ def _mix32(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _kept(value, keys, sample, token, k, THRESHOLD: tl.constexpr, scale=1.0):  # type: ignore[no-untyped-def]
+def _kept(value, keys, sample, token, k, THRESHOLD: tl.constexpr, scale=1.0):
     """The elements of a tile [token, k] that survive dropout, float32 times `scale`; without
     dropout all of them.
 
@@ -57,7 +57,7 @@ def _kept(value, keys, sample, token, k, THRESHOLD: tl.constexpr, scale=1.0):  #
 
 
 @triton.jit
-def _inside(i, size: tl.constexpr, step: tl.constexpr):  # type: ignore[no-untyped-def]
+def _inside(i, size: tl.constexpr, step: tl.constexpr):
     """i < size, for programs that go from 0 in whole steps: no test where these make up the
     size.
     """
@@ -73,7 +73,7 @@ def _drop(
     width,
     x_stride,
     scale,
-    THRESHOLD: tl.constexpr,  # type: ignore[no-untyped-def]
+    THRESHOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token, sample = tl.program_id(0), tl.program_id(1)
@@ -96,7 +96,7 @@ def _down(
     num_low: tl.constexpr,
     x_stride,
     out_stride,
-    part_stride,  # type: ignore[no-untyped-def]
+    part_stride,
     into_stride,
     scale,
     THRESHOLD: tl.constexpr,
@@ -140,7 +140,7 @@ def _up(
     num_low: tl.constexpr,
     dlow_stride,
     scale,
-    THRESHOLD: tl.constexpr,  # type: ignore[no-untyped-def]
+    THRESHOLD: tl.constexpr,
     width: tl.constexpr,
     rows_per_part: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -180,7 +180,7 @@ def _gradient(
     num_low: tl.constexpr,
     x_stride,
     dlow_stride,
-    scale,  # type: ignore[no-untyped-def]
+    scale,
     THRESHOLD: tl.constexpr,
     GELU: tl.constexpr,
     width: tl.constexpr,
@@ -230,7 +230,7 @@ def _through_b(
     rank: tl.constexpr,
     first,
     spacing,
-    dy_stride,  # type: ignore[no-untyped-def]
+    dy_stride,
     low_stride,
     b_stride,
     width: tl.constexpr,
@@ -281,7 +281,7 @@ def _add_parts(
     out,
     size,
     num_parts: tl.constexpr,
-    ADD: tl.constexpr,  # type: ignore[no-untyped-def]
+    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     _sum(tl.program_id(0), parts, out, size, num_parts, ADD, BLOCK)
@@ -295,7 +295,7 @@ def _add_both(
     other_parts,
     other_out,
     other_size,
-    num_parts: tl.constexpr,  # type: ignore[no-untyped-def]
+    num_parts: tl.constexpr,
     num_other_parts: tl.constexpr,
     ADD_OTHER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -324,7 +324,7 @@ def _add_low(
     size,
     num_low,
     out_stride,
-    num_parts: tl.constexpr,  # type: ignore[no-untyped-def]
+    num_parts: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -346,7 +346,7 @@ def _sum(
     out,
     size,
     num_parts: tl.constexpr,
-    ADD: tl.constexpr,  # type: ignore[no-untyped-def]
+    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -358,7 +358,7 @@ def _sum(
 
 
 @triton.jit
-def _total(parts, i, ok, size, num_parts: tl.constexpr):  # type: ignore[no-untyped-def]
+def _total(parts, i, ok, size, num_parts: tl.constexpr):
     total = tl.load(parts + i, mask=ok, other=0.0).to(tl.float32)
     for part in tl.static_range(1, num_parts):  # unrolled: a load need not wait for the one before
         total += tl.load(parts + part * size + i, mask=ok, other=0.0).to(tl.float32)

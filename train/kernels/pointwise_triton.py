@@ -22,7 +22,7 @@ from train.kernels.pointwise import Rows, empty_with_spare
 
 
 @triton.jit
-def _row(table, row, length, boundary, stride_b, stride_r, PER_TOKEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row(table, row, length, boundary, stride_b, stride_r, PER_TOKEN: tl.constexpr):
     """Where the modulation row of this token starts."""
     if PER_TOKEN:
         sample = row // length
@@ -32,7 +32,7 @@ def _row(table, row, length, boundary, stride_b, stride_r, PER_TOKEN: tl.constex
 
 
 @triton.jit
-def _residual_norm_forward(  # type: ignore[no-untyped-def]
+def _residual_norm_forward(
     x,
     y,
     gate,
@@ -86,7 +86,7 @@ def _residual_norm_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _residual_norm_backward(  # type: ignore[no-untyped-def]
+def _residual_norm_backward(
     dx_out,
     dh,
     x,
@@ -132,7 +132,7 @@ def _residual_norm_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm_rope_forward(  # type: ignore[no-untyped-def]
+def _norm_rope_forward(
     x,
     weight_0,
     weight_1,
@@ -172,7 +172,7 @@ def _norm_rope_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm_rope_backward(  # type: ignore[no-untyped-def]
+def _norm_rope_backward(
     x,
     weight_0,
     weight_1,
@@ -228,7 +228,7 @@ def _norm_rope_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gelu_and_slope(value):  # type: ignore[no-untyped-def]
+def gelu_and_slope(value):
     """tanh GELU of float32 values, and its derivative, by tanh(z) = 2 sigmoid(2 z) - 1: few
     operations, because where GELU rides on another pass they are what that pass waits for.
     """
@@ -252,7 +252,7 @@ def _gelu(
     u_stride,
     grad_stride,
     out_stride,
-    BLOCK: tl.constexpr,  # type: ignore[no-untyped-def]
+    BLOCK: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     """tanh GELU of u, or grad times its derivative."""
@@ -268,7 +268,7 @@ def _gelu(
 
 
 @triton.jit
-def _refresh(table, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _refresh(table, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """A row of `table` is a copy: addresses from and to, elements, width of a row, elements
     between rows, and the bits of a float32 factor. Sizes are multiples of 8 elements, addresses
     of 16 bytes: so a thread moves eight at a time.
