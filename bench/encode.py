@@ -41,7 +41,8 @@ import xxhash
 from bench.label_tree import label_bytes, make_label
 from loader.config import dump_toml
 from loader.manifest import decode_index, read_manifest
-from loader.sample import JSON, LATENT, Bucket, decode_meta, decode_tensor, split_member_name
+from loader.sample import JSON, LATENT, decode_meta, decode_tensor, split_member_name
+from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
 from shardgen.config import (
     EncodeConfig,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from loader.sample import Bucket
+from loader.shape import Bucket
 from loader.vae.encoder import VAEConfig, VAEEncoder
 from tools.fake.batch import synthetic_jpeg, write_synthetic_dataset
 from train.model.load import INDEX, tensor_sources

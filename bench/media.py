@@ -21,7 +21,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from loader.sample import Bucket
+from loader.shape import WAN22, Bucket
 from shardgen.media.footage import decode_window, fit
 
 SAR, NTSC, START_MS = Fraction(32, 27), Fraction(30000, 1001), 1000
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    bucket = Bucket.parse(options.shape)
+    bucket = WAN22.parse(options.shape)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, for ffmpeg too
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{seed}.mp4" for seed in range(options.clips)]

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from loader.sample import MAX_TEXT_TOKENS, Bucket
+from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22, Bucket
 from tools.profile_step import random_batch, random_transformer
 from train import optim
 from train.activations import plan as remat
@@ -45,7 +46,7 @@ class Run:
         )
         self.attention_name, attention = choose_attention("auto", world.device, dtype)
         scaler = torch.amp.GradScaler("cuda", enabled=False)
-        shape = remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS)
+        shape = remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
         kept = remat.plan_shape(TI2V_5B, shape, settings.targets, dtype.itemsize, float("inf"))
         self.micro = MicroStep(
             model,
@@ -107,7 +108,7 @@ def main() -> None:
             raise SystemExit(
                 "one process has nothing to compare with: torchrun --nproc-per-node 2 -m bench.scaling"
             )
-        run = Run(Bucket.parse(arguments.shape), torch.bfloat16, world)
+        run = Run(WAN22.parse(arguments.shape), torch.bfloat16, world)
         error = run.reduced_gradient_error()
         assert error < 1e-5, f"the reduced gradient is off by {error}"
         for _ in range(2):

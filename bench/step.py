@@ -36,7 +36,8 @@ import torch
 
 from bench import step_check
 from bench import step_subjects as subjects
-from loader.sample import MAX_TEXT_TOKENS, Bucket
+from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22, Bucket
 from tools import plan
 from train.activations import plan as remat
 from train.kernels import lowrank
@@ -73,7 +74,7 @@ class Bench:
         subjects.only_attention("efficient" if name == "efficient" else "cudnn")
         self.resident: dict[str, int] = {}
         self.steps: dict[str, subjects.Step] = {}
-        shape = remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS)
+        shape = remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
         with self._counting("peer"):
             self.reference = subjects.reference_model(config, device, self.dtype)
         with self._counting("ours"):
@@ -191,7 +192,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Interleave all subjects and return a row for each."""
     batch = subjects.make_batch(bench.bucket, i2v, bench.device)
-    small = bench.bucket.num_tokens <= 4096
+    small = WAN22.num_tokens(bench.bucket) <= 4096
     if small:
         bench.steps["floor"] = subjects.graphed(
             subjects.floor_step(bench.model, bench.bucket, bench.dtype, bench.attention), batch
@@ -235,7 +236,7 @@ def rows_of(
             "s": median[name],
             "min_s": min(r["s"] for r in found),
             "max_s": max(r["s"] for r in found),
-            "tokens_per_s": bench.bucket.num_tokens / median[name],
+            "tokens_per_s": WAN22.num_tokens(bench.bucket) / median[name],
             "model_tflops": (step.gemm_flops + step.attention_flops) / median[name] / 1e12,
             "of_floor": median[name] / median["floor"],
             "loss": found[-1]["loss"],
@@ -268,7 +269,7 @@ def check(
     model = subjects.our_model(reference, shallow, dtype)
     adapters32 = subjects.attach(model, subjects.ADAPTERS["r32"])
     torch.use_deterministic_algorithms(True)
-    shape = remat.Shape(1, small.num_tokens, MAX_TEXT_TOKENS)
+    shape = remat.Shape(1, WAN22.num_tokens(small), MAX_TEXT_TOKENS)
     targets = subjects.ADAPTERS["r32"].targets
     plans = {
         name: remat.plan_shape(shallow, shape, targets, 2, budget, offload="offload" in name)
@@ -320,7 +321,7 @@ def main() -> None:
     begin_s, device, bucket = (
         time.perf_counter(),
         torch.device("cuda"),
-        Bucket.parse(arguments.shape),
+        WAN22.parse(arguments.shape),
     )
     config = msgspec.structs.replace(TI2V_5B, num_layers=arguments.layers)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bench import step_subjects as subjects
-from loader.sample import MAX_TEXT_TOKENS, Bucket
+from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22, Bucket
 from train import flow, optim
 from train.activations import plan as remat
 from train.config import FlowConfig
@@ -276,7 +277,7 @@ def same_bits(
     expected = None
     for name, kept in ({"all": remat.Kept(None, 0.0)} | plans).items():
         run_block = remat.block_runner(
-            model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept}
+            model, {remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS): kept}
         )
         scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
         step = MicroStep(

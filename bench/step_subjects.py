@@ -17,7 +17,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from loader.feed import Batch
-from loader.sample import MAX_TEXT_TOKENS, Bucket
+from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22, Bucket
 from train import flow, optim
 from train.activations import plan as remat
 from train.config import FlowConfig
@@ -46,7 +47,7 @@ Step = Callable[[Batch], Tensor]  # a whole optimizer step; returns the loss
 def make_batch(bucket: Bucket, i2v: bool, device: torch.device, seed: int = 0) -> Batch:
     """One random sample with 200 text tokens."""
     generator = torch.Generator(device).manual_seed(seed)
-    latent = torch.randn(1, *bucket.latent_shape, generator=generator, device=device).half()
+    latent = torch.randn(1, *WAN22.latent_shape(bucket), generator=generator, device=device).half()
     text = torch.zeros(1, MAX_TEXT_TOKENS, 4096, device=device, dtype=torch.float16)
     text[:, :200] = 0.2 * torch.randn(1, 200, 4096, generator=generator, device=device).half()
     return Batch(
@@ -125,7 +126,7 @@ def our_step(
     optimizer = optim.make_optimizer(flat.vector, "adamw", 1e-5, (0.9, 0.999), 1e-8, 0.01)
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
     run_block = remat.block_runner(
-        model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept}
+        model, {remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS): kept}
     )
     micro_step = MicroStep(
         model, adapters.set_seeds, attention, run_block, scaler, 1.0, max_graph_tokens
@@ -155,7 +156,7 @@ def frozen_step(
     bias = model.patch_embedding.bias.requires_grad_(True)
     bias.grad = torch.zeros_like(bias)
     run_block = remat.block_runner(
-        model, {remat.Shape(1, bucket.num_tokens, MAX_TEXT_TOKENS): kept}
+        model, {remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS): kept}
     )
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     micro_step = MicroStep(
@@ -209,8 +210,8 @@ def peer_loss(reference: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
     inputs = prepare(batch, FlowConfig())
     timestep = inputs.t_BR[:, 1]
     if batch.is_i2v[0]:
-        timestep = timestep[:, None].repeat(1, batch.bucket.num_tokens)
-        timestep[:, : batch.bucket.num_tokens // batch.bucket.latent_shape[1]] = 0
+        timestep = timestep[:, None].repeat(1, WAN22.num_tokens(batch.bucket))
+        timestep[:, : WAN22.num_tokens(batch.bucket) // WAN22.latent_shape(batch.bucket)[1]] = 0
     velocity = reference(
         inputs.latent_BCThw.to(dtype), timestep, inputs.text_BSD.to(dtype), return_dict=False
     )[0]
@@ -236,7 +237,7 @@ def use_compiled(reference: Any, compiled: list[Any] | None) -> None:
 def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attention) -> Step:
     """The GEMMs and attention calls of one step of `model`, adapters included, and nothing else."""
     device, config = model.scale_shift_table.device, model.config
-    length, dim, heads = bucket.num_tokens, config.dim, config.num_attention_heads
+    length, dim, heads = WAN22.num_tokens(bucket), config.dim, config.num_attention_heads
     lengths = {"kv": MAX_TEXT_TOKENS}
     buffers: dict[tuple[int, ...], Tensor] = {}
 

@@ -23,7 +23,8 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from loader.sample import Bucket, is_bt709
+from loader.sample import is_bt709
+from loader.shape import Bucket
 from loader.vae.encoder import VAEEncoder
 
 Container = Literal["jpg", "mp4"]

@@ -39,12 +39,12 @@ from loader.sample import (
     LATENT,
     MAX_TEXT_TOKENS,
     TEXT,
-    Bucket,
     SampleError,
     TensorInfo,
     decode_planes_into,
     without_checksum,
 )
+from loader.shape import WAN22, Bucket
 from loader.vae.encoder import VAEEncoder
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ class Feed:
 
     def _batch(self, whole: GlobalBatch, places: list[tuple[int, int]]) -> Batch:
         """Read the samples at (shard, position) and place each one in the batch, on the device."""
-        latent_BCTHW = self._memory.for_batch(len(places), *whole.bucket.latent_shape)
+        latent_BCTHW = self._memory.for_batch(len(places), *WAN22.latent_shape(whole.bucket))
         text_BSD, loaded = None, []
         for i, (shard, position) in enumerate(places):
             sample, latent_CTHW = self._read(whole, shard, position)

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import xxhash
 
-from loader.sample import FORMAT_VERSION, Bucket, split_member_name
+from loader.sample import FORMAT_VERSION, split_member_name
+from loader.shape import WAN22, Bucket
 
 MANIFEST_FILE = "manifest.json"
 MEDIA = "media"  # in a recipe: the ShardInfo of each shard's foreign media, by the shard's name
@@ -113,7 +114,7 @@ def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
         )
     for shards in manifest.splits.values():
         for shard in shards:
-            Bucket.parse(shard.bucket)
+            WAN22.parse(shard.bucket)
     return manifest
 
 

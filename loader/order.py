@@ -34,7 +34,7 @@ import numpy as np
 import xxhash
 
 from loader.manifest import ShardInfo
-from loader.sample import Bucket
+from loader.shape import Bucket
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 MIX_BLOCK = 1000  # batches in which every dataset has its exact share

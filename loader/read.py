@@ -37,6 +37,7 @@ from loader.manifest import (
     load_manifest,
 )
 from loader.sample import JSON, LATENT, SampleError, SampleMeta, decode_meta, split_member_name
+from loader.shape import WAN22
 
 log = logging.getLogger(__name__)
 
@@ -260,10 +261,10 @@ def read_sample(shard: Shard, position: int, wanted: Wanted) -> Sample:
         raise damaged(
             JSON, f"it describes key {meta.key} of {meta.bucket}, in a shard of {shard.info.bucket}"
         )
-    if meta.latent.shape != meta.bucket.latent_shape:
+    if meta.latent.shape != WAN22.latent_shape(meta.bucket):
         raise damaged(
             LATENT,
-            f"shape {list(meta.latent.shape)}, a {meta.bucket} has {list(meta.bucket.latent_shape)}",
+            f"shape {list(meta.latent.shape)}, a {meta.bucket} has {list(WAN22.latent_shape(meta.bucket))}",
         )
     return Sample(meta, shard.info.name, views)
 

@@ -33,6 +33,8 @@ import obstore.exceptions
 import obstore.store
 import xxhash
 
+from loader.files import TEMPORARY, atomic_file
+
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 PATIENCE_S = 600.0
@@ -79,13 +81,12 @@ class Cache:
         stays as it is.
         """
         path = self._path(name)
-        temporary = path.with_name(f"tmp-{os.getpid()}-{threading.get_ident()}")
         try:
             path.parent.mkdir(exist_ok=True)
-            with temporary.open("wb") as file:
+            # an entry that a power cut tore is a miss, so nothing needs to wait for the disk
+            with atomic_file(path, durable=False) as file:
                 file.write(xxhash.xxh3_128_digest(data))
                 file.write(data)
-            temporary.replace(path)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -95,11 +96,11 @@ class Cache:
                 len(data),
                 error.strerror,
             )
-            temporary.unlink(missing_ok=True)
         with self._lock:
             self._unchecked_bytes += len(data)
             due = self._unchecked_bytes > self._max_bytes // 100
-            self._unchecked_bytes *= not due
+            if due:
+                self._unchecked_bytes = 0
         if due:
             self._make_room()
 
@@ -128,7 +129,7 @@ class Cache:
             total = sum(size for _, size, _ in entries)
             keep = total if total <= 0.9 * self._max_bytes else int(0.8 * self._max_bytes)
             for mtime, size, path in sorted(entries):
-                stale = path.name.startswith("tmp-") and mtime < time.time() - _STALE_S
+                stale = path.name.endswith(TEMPORARY) and mtime < time.time() - _STALE_S
                 if total > keep or stale:
                     path.unlink(missing_ok=True)
                     total -= size

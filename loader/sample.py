@@ -24,14 +24,14 @@ import numpy as np
 import xxhash
 import zstandard
 
+from loader.shape import Bucket
+
 FORMAT_VERSION = 1
 JSON, LATENT, TEXT, JPG, MP4 = "json", "latent.zst", "text.zst", "jpg", "mp4"
 MEMBERS = (JSON, LATENT, TEXT, JPG, MP4)  # their order inside a sample
 MAX_TEXT_TOKENS = 512
-LATENT_CHANNELS = 48
 EMPTY_PROMPT_FILE = "empty_prompt.text.zst"
 
-_BUCKET = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})x([1-9]\d{0,4})")
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 
@@ -39,52 +39,6 @@ class SampleError(ValueError):
     """A member that is damaged, missing or not what its metadata says; the message names key and
     member.
     """
-
-
-class Bucket(msgspec.Struct, frozen=True, order=True):
-    """A shape that samples share: WIDTHxHEIGHTxFRAMES, in pixels and frames."""
-
-    width_px: int
-    height_px: int
-    num_frames: int
-
-    def __str__(self) -> str:
-        return f"{self.width_px}x{self.height_px}x{self.num_frames}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Bucket":
-        """Read "1280x704x49". Raises ValueError for what TI2V-5B can't take, with the nearest
-        shape that it can.
-        """
-        match = _BUCKET.fullmatch(text)
-        if match is None:
-            raise ValueError(
-                f"shape {text!r}: expected WIDTHxHEIGHTxFRAMES, for example 1280x704x49"
-            )
-        width, height, frames = map(int, match.groups())
-        if width % 32 or height % 32 or frames % 4 != 1:
-            near = f"{max(width // 32, 1) * 32}x{max(height // 32, 1) * 32}x{(frames - 1) // 4 * 4 + 1}"
-            raise ValueError(
-                f"shape {text}: Wan2.2-TI2V-5B takes width and height in multiples of 32 (A14B: of 16) "
-                f"and 4n+1 frames; the next smaller shape is {near}"
-            )
-        return cls(width, height, frames)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """[48, (F-1)/4+1, H/16, W/16]."""
-        return (
-            LATENT_CHANNELS,
-            (self.num_frames - 1) // 4 + 1,
-            self.height_px // 16,
-            self.width_px // 16,
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Transformer tokens: the latent in patches of (1, 2, 2)."""
-        _, frames, height, width = self.latent_shape
-        return frames * (height // 2) * (width // 2)
 
 
 def is_bt709(width_px: int, height_px: int) -> bool:

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from tqdm import tqdm
 
 from loader.config import ConfigError, dump_toml
+from loader.files import write_atomic
 from loader.manifest import MANIFEST_FILE, Manifest, ShardInfo, Split, encode_manifest, recipe_id
 from loader.sample import EMPTY_PROMPT_FILE
 from shardgen.catalog.catalog import Catalog, CatalogError
@@ -27,7 +28,7 @@ from shardgen.catalog.tables import FETCHED, INGESTED, SOUND, UNAVAILABLE, WANTE
 from shardgen.config import ShardgenConfig, check_paths
 from shardgen.encode.executors import Failure, run_local, run_ray
 from shardgen.encode.unit import EncodeSpec, ShardJob, ShardResult, encode_unit
-from shardgen.encode.write import remove_leftovers, stored_size, write_atomic
+from shardgen.encode.write import remove_leftovers, stored_size
 from shardgen.media.pictures import choose_mp4_encoder
 from shardgen.recipe import full_recipe
 from shardgen.report.estimate import estimate, remember_rate

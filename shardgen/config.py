@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from loader.config import ConfigError
-from loader.sample import Bucket
+from loader.shape import WAN22
 
 # what would fail late, or do something else in silence (0 windows a batch: all of them), is
 # refused at the start
@@ -185,7 +185,7 @@ class ShardgenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         impossible values.
         """
         for text in self.windows.buckets:
-            Bucket.parse(text)
+            WAN22.parse(text)
         if not self.windows.buckets:
             raise ValueError(
                 'windows.buckets is empty: name at least one shape, e.g. "1280x704x49"'

@@ -14,8 +14,8 @@ from typing import Any
 import xxhash
 
 from loader.config import ConfigError
+from loader.files import file_xxh3
 from shardgen.config import ShardgenConfig, recipe_of
-from shardgen.encode.write import file_xxh3
 
 PACKAGES = ("av", "ftfy", "numpy", "pillow", "tokenizers", "torch", "transformers", "zstandard")
 MODEL_PARTS = ("text_encoder", "tokenizer", "vae")  # the transformer takes no part in a dataset

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 from PIL import Image
 
+from loader.files import file_xxh3
 from loader.manifest import (
     MANIFEST_FILE,
     DatasetError,
@@ -44,7 +45,6 @@ from loader.sample import (
     MEMBERS,
     MP4,
     TEXT,
-    Bucket,
     SampleError,
     SampleMeta,
     TensorInfo,
@@ -53,8 +53,9 @@ from loader.sample import (
     sample_key,
     split_member_name,
 )
+from loader.shape import WAN22, Bucket
 from shardgen.encode.executors import Failure, run_local
-from shardgen.encode.write import BLOCK_BYTES, END, IDX, TAR, XXH3, file_xxh3, tar_header
+from shardgen.encode.write import BLOCK_BYTES, END, IDX, TAR, XXH3, tar_header
 from shardgen.media.footage import MediaError, probe
 
 
@@ -198,8 +199,8 @@ def _sample_faults(
             yield f"{place}: its metadata say key {meta.key} and belong to key {expected}"
         if (meta.split, meta.bucket) != (split, bucket):
             yield f"{place}: a sample of {meta.split} {meta.bucket} in a shard of {split} {bucket}"
-        if meta.latent.shape != bucket.latent_shape:
-            yield f"{place}.{LATENT}: shape {list(meta.latent.shape)}, {bucket} has {list(bucket.latent_shape)}"
+        if meta.latent.shape != WAN22.latent_shape(bucket):
+            yield f"{place}.{LATENT}: shape {list(meta.latent.shape)}, {bucket} has {list(WAN22.latent_shape(bucket))}"
         if len(meta.text.shape) != 2 or not 1 <= meta.text.shape[0] <= MAX_TEXT_TOKENS:
             yield f"{place}.{TEXT}: shape {list(meta.text.shape)}, expected [1 to {MAX_TEXT_TOKENS}, text dimension]"
         checked.text_dims.add(meta.text.shape[-1])

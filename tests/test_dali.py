@@ -12,7 +12,7 @@ import torch
 from bench.gpu_inputs import dali_frame, make_clips
 from loader.dali import DecodeError, FirstFrames, FrameDecoder
 from loader.feed import Feed
-from loader.sample import Bucket
+from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
 from shardgen.media.footage import BT601, BT709
 from shardgen.media.pictures import encode_mp4

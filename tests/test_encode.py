@@ -10,20 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
+from loader.files import file_xxh3
 from loader.manifest import decode_index
 from loader.sample import (
     EMPTY_PROMPT_FILE,
-    Bucket,
     SampleMeta,
     TensorInfo,
     decode_meta,
     decode_tensor,
     sample_key,
 )
+from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
 from shardgen.encode.shard import EncodeError, encode_shard
 from shardgen.encode.unit import EncodeSpec, Lost, ShardJob, encode_unit
-from shardgen.encode.write import file_xxh3
 from shardgen.media.footage import decode_window
 from shardgen.media.pictures import encode_mp4
 from shardgen.rules.shards import ShardPlan, Window
@@ -125,7 +125,7 @@ def test_samples_hold_what_the_format_says(
         )
         assert list(stored) == ["json", "latent.zst", "text.zst", "jpg", "mp4"]
         latent = decode_tensor(stored["latent.zst"], meta.latent)
-        assert latent.shape == BUCKET.latent_shape
+        assert latent.shape == WAN22.latent_shape(BUCKET)
         first = decode_window(
             Path(clips[planned.media_xxh3]), planned.start_ms, 24.0, Bucket(96, 64, 1)
         )
@@ -192,7 +192,7 @@ def test_an_image_is_one_frame_without_a_jpg_unless_asked(
         spec = spec_for(tiny_checkpoint, tmp_path / str(wanted), jpg_for_images=wanted, mp4=True)
         result = encode_shard(job, spec)
         ((meta, stored),) = read_shard(tmp_path / str(wanted) / "train", result.name).values()
-        assert meta.num_frames == 1 and meta.latent.shape == bucket.latent_shape
+        assert meta.num_frames == 1 and meta.latent.shape == WAN22.latent_shape(bucket)
         assert ("jpg" in stored) == wanted and "mp4" not in stored
 
 

@@ -34,6 +34,7 @@ from loader.sample import (
     encode_meta,
     encode_tensor,
 )
+from loader.shape import WAN22
 from loader.vae.encoder import load_vae_encoder
 from shardgen.encode.write import write_shard
 from tools.fake.batch import write_synthetic_dataset
@@ -109,7 +110,7 @@ def test_a_batch_holds_what_its_samples_hold(dataset: Path) -> None:
         for batch, _ in take(feed, 12):
             assert batch.latent_BCTHW.shape == (
                 4,
-                *batch.bucket.latent_shape,
+                *WAN22.latent_shape(batch.bucket),
             ) and batch.text_BSD.shape == (4, 512, 8)
             assert (
                 batch.latent_BCTHW.dtype == batch.text_BSD.dtype == torch.float16
@@ -117,7 +118,7 @@ def test_a_batch_holds_what_its_samples_hold(dataset: Path) -> None:
             )
             for i, key in enumerate(batch.keys):
                 rng = np.random.default_rng(int(key, 16))  # as tools/fake/batch.py draws
-                latent = rng.standard_normal(batch.bucket.latent_shape, np.float32).astype(
+                latent = rng.standard_normal(WAN22.latent_shape(batch.bucket), np.float32).astype(
                     np.float16
                 )
                 text = rng.standard_normal((int(rng.integers(60, 260)), 8), np.float32).astype(

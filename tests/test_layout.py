@@ -30,7 +30,14 @@ MAY_IMPORT = {
     "shardgen": {"shardgen", "loader"},
     "train": {"train", "loader"},
 }
-TORCH_FREE = ("loader.sample", "loader.manifest", "loader.config", "loader.order")
+TORCH_FREE = (
+    "loader.shape",
+    "loader.sample",
+    "loader.manifest",
+    "loader.config",
+    "loader.order",
+    "loader.files",
+)
 MAX_LINES = 350
 MAY_BE_LONGER = {"train/model/wan.py"}
 

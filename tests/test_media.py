@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loader.sample import Bucket
+from loader.shape import Bucket
 from shardgen.media import footage as media
 from shardgen.media.footage import MediaError, decode_window, decode_windows, fit, probe
 from tools.index import examine_clip

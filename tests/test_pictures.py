@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loader.sample import Bucket
+from loader.shape import Bucket
 from shardgen.media.footage import decode_window, probe
 from shardgen.media.pictures import (
     PictureError,

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from bench.label_tree import OBJECTS, SCENE, label_bytes, make_label
-from loader.sample import Bucket
+from loader.shape import Bucket
 from shardgen.catalog.drafts import Draft
 from shardgen.labels.parse import Label, Timed, parse_label
 from shardgen.rules.shards import (

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from loader.sample import Bucket
+from loader.shape import WAN22, Bucket
 from tools import plan
 from tools.fake.batch import write_synthetic_dataset
 from train.activations.plan import Kept, Shape, block_runner, plan_run
@@ -30,7 +30,7 @@ def test_operations_are_those_that_torch_counts(
     model = load_transformer(tiny_checkpoint, CPU, torch.float32)
     adapters = lora.attach(model, targets, 8, 8.0, 0.0, seed=0)
     inputs = (
-        torch.randn(1, *BUCKET.latent_shape),
+        torch.randn(1, *WAN22.latent_shape(BUCKET)),
         torch.tensor([[0.0, 500.0]]),
         torch.tensor([0]),
         torch.randn(1, 512, model.config.text_dim),
@@ -41,7 +41,7 @@ def test_operations_are_those_that_torch_counts(
         blocks, model.blocks = model.blocks, torch.nn.ModuleList()
         model(*inputs, attention)
         model.blocks = blocks
-    shape = Shape(1, BUCKET.num_tokens, 512)
+    shape = Shape(1, WAN22.num_tokens(BUCKET), 512)
     plans = plan_run(model.config, [shape], targets, 4, budget_bytes, 0.0, 0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*inputs, attention, block_runner(model, plans)).square().mean().backward()
@@ -51,10 +51,10 @@ def test_operations_are_those_that_torch_counts(
     blocks_count, dim, attention_once = (
         model.config.num_layers,
         model.config.dim,
-        sum(plan.attention_flops(model.config, BUCKET.num_tokens).values()),
+        sum(plan.attention_flops(model.config, WAN22.num_tokens(BUCKET)).values()),
     )
     expected = step.gemm_flops + step.attention_flops - 0.5 * blocks_count * attention_once
-    expected += 2 * BUCKET.num_tokens * dim * 4 * model.config.out_channels
+    expected += 2 * WAN22.num_tokens(BUCKET) * dim * 4 * model.config.out_channels
     assert counter.get_total_flops() - outside.get_total_flops() == expected
     assert adapters.parameters()[0].grad is not None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loader.sample import Bucket
+from loader.shape import Bucket
 from train.activations import plan as remat
 from train.activations.offload import HostInputs
 from train.lora import adapters as lora

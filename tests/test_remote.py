@@ -337,7 +337,7 @@ def test_processes_share_the_bound_and_a_killed_one_leaves_nothing_in_the_way(
         assert process.exitcode == -signal.SIGKILL
     assert 500_000 < cache_size(tmp_path) <= 1_100_000
     (tmp_path / "00").mkdir(exist_ok=True)
-    stale = tmp_path / "00" / "tmp-1-1"  # as a process leaves it that is killed while writing
+    stale = tmp_path / "00" / "name.1-1.tmp"  # as a process leaves it that is killed while writing
     stale.write_bytes(b"half")
     os.utime(stale, (0, 0))
     fill(tmp_path, 1_000_000, seed=3, num=50)

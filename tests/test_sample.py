@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from loader.sample import Bucket
+from loader.shape import Bucket
 from tools.generate import NotAppliedError, Options, contact_sheet, main, sample
 
 PROMPT = "커다란 토끼가 풀밭에 서 있다."

@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from loader.files import TEMPORARY, file_xxh3, write_atomic
 from loader.manifest import decode_hashes, decode_index
-from shardgen.encode.write import (
-    TEMPORARY,
-    file_xxh3,
-    remove_leftovers,
-    stored_size,
-    write_atomic,
-    write_shard,
-)
+from shardgen.encode.write import remove_leftovers, stored_size, write_shard
 
 SAMPLES = [
     (f"{i:032x}", {"jpg": bytes([i]) * 700, "json": b"{}" * i, "latent.zst": os.urandom(512 * i)})

@@ -25,7 +25,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 
-from loader.sample import Bucket
+from loader.shape import WAN22, Bucket
 from shardgen.media.pictures import encode_mp4
 
 FPS = 24.0
@@ -240,7 +240,7 @@ def main() -> None:
     try:
         image = Image.open(arguments.image).convert("RGB") if arguments.image else None
         options = Options(
-            Bucket.parse(arguments.shape),
+            WAN22.parse(arguments.shape),
             arguments.steps,
             arguments.guidance,
             arguments.seed,

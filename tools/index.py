@@ -30,6 +30,7 @@ import torch
 import xxhash
 from PIL import Image, ImageOps
 
+from loader.files import file_xxh3, write_atomic
 from loader.manifest import (
     MANIFEST_FILE,
     MEDIA,
@@ -49,7 +50,6 @@ from loader.sample import (
     JSON,
     MP4,
     TEXT,
-    Bucket,
     SampleMeta,
     TensorInfo,
     encode_meta,
@@ -57,8 +57,9 @@ from loader.sample import (
     is_bt709,
     sample_key,
 )
+from loader.shape import WAN22, Bucket
 from shardgen.encode.text import TextEncoder
-from shardgen.encode.write import file_xxh3, write_atomic, write_shard
+from shardgen.encode.write import write_shard
 from shardgen.rules.prompt import prompt_clean
 
 SIDE = 32  # TI2V-5B takes multiples of this
@@ -152,7 +153,7 @@ def examine(
         num_frames=bucket.num_frames,
         shot=0,
         media_xxh3=media_xxh3,
-        latent=TensorInfo("float16", bucket.latent_shape),
+        latent=TensorInfo("float16", WAN22.latent_shape(bucket)),
         text=TensorInfo("float16", (0, 0)),
     )
     media = Member(f"{key}.{kind}", members[kind].offset, members[kind].size)
@@ -207,7 +208,7 @@ def write_index(
     """
     if (output / MANIFEST_FILE).exists():
         raise ValueError(f"{output} is a dataset already; take another folder")
-    Bucket.parse(f"{SIDE}x{SIDE}x{num_frames}")
+    WAN22.parse(f"{SIDE}x{SIDE}x{num_frames}")
     refused: Counter[str] = Counter()
     shards: list[ShardInfo] = []
     media: dict[str, ShardInfo] = {}

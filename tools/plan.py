@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from loader.config import load_toml
 from loader.read import read_dataset
-from loader.sample import MAX_TEXT_TOKENS, Bucket
+from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22, Bucket
 from train.activations.plan import GROUPS, Kept, Shape, describe, parse_activation_memory, plan_run
 from train.config import TrainConfig
 from train.model.load import read_config
@@ -197,7 +198,7 @@ def step_of(
     """Count one sample: forward, the backward pass with respect to activations and adapters, and
     what is recomputed.
     """
-    tokens, d, blocks = bucket.num_tokens, config.dim, config.num_layers
+    tokens, d, blocks = WAN22.num_tokens(bucket), config.dim, config.num_layers
     attention = attention_flops(config, tokens)
     first, other = (linear_flops(config, tokens, targets, rank, needs) for needs in (False, True))
     gemm_total = sum(map(sum, first.values())) + (blocks - 1) * sum(map(sum, other.values()))
@@ -324,7 +325,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
     dtype_bytes = 4 if config.model.dtype == "float32" else 2
     budget_bytes = parse_activation_memory(config.activation_memory)
     resident = resident_parts(config, wan)
-    largest = max(shares, key=lambda bucket: bucket.num_tokens)
+    largest = max(shares, key=lambda bucket: WAN22.num_tokens(bucket))
     lines = [
         f"memory of one GPU, micro_batch {config.micro_batch}, activation_memory = {config.activation_memory}"
     ]
@@ -339,7 +340,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
     for card in CARDS:
         room_bytes = 0.95 * (card.memory_gib * GIB - sum(resident.values()))
         shapes = {
-            bucket: Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS)
+            bucket: Shape(config.micro_batch, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
             for bucket in shares
         }
         plans = plan_run(
@@ -418,7 +419,7 @@ def main() -> None:
     try:
         config = load_toml(arguments.config, TrainConfig, arguments.set)
         wan = read_config(Path(config.model.path) / "transformer" / "config.json")
-        shares = {Bucket.parse(arguments.shape): 1.0} if arguments.shape else buckets_of(config)
+        shares = {WAN22.parse(arguments.shape): 1.0} if arguments.shape else buckets_of(config)
         print(report(config, wan, shares, arguments.gpus))
     except (ValueError, OSError) as error:
         sys.exit(f"plan: {error}")

@@ -23,7 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from loader.config import load_toml
 from loader.feed import Batch
-from loader.sample import MAX_TEXT_TOKENS, Bucket
+from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22, Bucket
 from tools.plan import CARDS, Card
 from train.activations import plan as remat
 from train.config import TrainConfig
@@ -171,7 +172,7 @@ def random_batch(bucket: Bucket, micro_batch: int, text_dim: int, device: torch.
     """Random samples, every other one image-to-video."""
     generator = torch.Generator(device).manual_seed(0)
     latent = torch.randn(
-        micro_batch, *bucket.latent_shape, device=device, generator=generator
+        micro_batch, *WAN22.latent_shape(bucket), device=device, generator=generator
     ).half()
     text = (
         0.2
@@ -214,7 +215,7 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
         0,
         nf4=config.lora.base == "nf4",
     )
-    shape = remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS)
+    shape = remat.Shape(config.micro_batch, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
     budget_bytes = remat.parse_activation_memory(config.activation_memory)
     plans = remat.plan_run(
         model.config,
@@ -253,7 +254,7 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     rows = rows_of(
         profiler.key_averages(group_by_input_shape=True),
         model.config,
-        config.micro_batch * bucket.num_tokens,
+        config.micro_batch * WAN22.num_tokens(bucket),
         dtype.itemsize,
         card,
     )
@@ -290,7 +291,7 @@ def main() -> None:
         print(
             profile_step(
                 config,
-                Bucket.parse(arguments.shape),
+                WAN22.parse(arguments.shape),
                 arguments.output or config.output_dir,
                 arguments.random,
             )

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from loader.files import atomic_file, sync_folder
+
 FOLDER = "checkpoints"
 STATE_FILE = "state.pt"
 _NAME = re.compile(r"step-(\d{8})")
@@ -44,15 +46,13 @@ def save(
         shutil.rmtree(left)
     temporary = folder / f".tmp-{step}"
     temporary.mkdir()
-    with open(temporary / STATE_FILE, "wb") as file:
+    with atomic_file(temporary / STATE_FILE) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
     save_lora(temporary)
-    _fsync_folder(temporary)
+    sync_folder(temporary)
     target = folder / f"step-{step:08d}"
     os.replace(temporary, target)
-    _fsync_folder(folder)
+    sync_folder(folder)
     for _, old in _all(output)[:-keep]:
         # a kill while it is deleted must not leave half of a checkpoint
         doomed = old.with_name(f".tmp-{old.name}")
@@ -99,11 +99,3 @@ def load(folder: Path, config: dict[str, object], changeable: frozenset[str]) ->
 def _all(output: Path) -> list[tuple[int, Path]]:
     names = [(_NAME.fullmatch(path.name), path) for path in (output / FOLDER).glob("step-*")]
     return sorted((int(match.group(1)), path) for match, path in names if match)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

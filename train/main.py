@@ -21,6 +21,7 @@ import torch
 from loader.config import dump_toml, load_toml
 from loader.feed import Feed
 from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22
 from loader.vae.encoder import load_vae_encoder
 from train import checkpoint, optim
 from train.activations import plan as remat
@@ -111,7 +112,7 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
     )
 
     shapes = {
-        bucket: remat.Shape(config.micro_batch, bucket.num_tokens, MAX_TEXT_TOKENS)
+        bucket: remat.Shape(config.micro_batch, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
         for bucket in feed.buckets
     }
     plans = remat.plan_run(
@@ -184,7 +185,7 @@ def train(config: TrainConfig, world: dist.World, stack: ExitStack) -> None:
             stopwatch.lap("forward_s")
             micro_step.backward()
             stopwatch.lap("backward_s")
-            num_tokens += batch.bucket.num_tokens * len(batch.keys) * world.size
+            num_tokens += WAN22.num_tokens(batch.bucket) * len(batch.keys) * world.size
         dist.all_reduce_sum(flat_parameters.buffer, world)
         stopwatch.lap("sync_s")
         lr = optim.learning_rate(

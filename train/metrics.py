@@ -5,7 +5,6 @@ Only measured values are written. A resumed run first drops the lines past its c
 killed run may have left, so that the file always reads as one run.
 """
 
-import os
 import resource
 import sys
 import time
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from loader.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 Record = dict[str, float | int | None]
@@ -36,9 +37,7 @@ class Metrics:
                 for line in path.read_bytes().splitlines(keepends=True)
                 if line.endswith(b"\n") and msgspec.json.decode(line)["step"] <= first_step
             ]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, path)
+            write_atomic(path, b"".join(kept))
         self._file = open(path, "ab")  # closed in __exit__
         self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(

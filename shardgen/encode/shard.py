@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 
+from loader.files import file_xxh3, write_atomic
 from loader.sample import (
     EMPTY_PROMPT_FILE,
     JPG,
@@ -31,16 +32,16 @@ from loader.sample import (
     LATENT,
     MP4,
     TEXT,
-    Bucket,
     SampleMeta,
     TensorInfo,
     encode_meta,
     encode_tensor,
 )
+from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
 from shardgen.encode.text import EncodedText, TextEncoder
 from shardgen.encode.unit import EncodeSpec, Lost, ShardJob, ShardResult
-from shardgen.encode.write import file_xxh3, write_atomic, write_shard
+from shardgen.encode.write import write_shard
 from shardgen.media.footage import Frames, MediaError, decode_windows
 from shardgen.media.pictures import encode_jpeg, encode_mp4, window_faults
 from shardgen.rules.shards import Window

@@ -10,22 +10,18 @@ killed run leaves is a `*.tmp` file, which the next run removes. Left out: compr
 are compressed already).
 """
 
-import filecmp
-import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
+from loader.files import TEMPORARY, atomic_file, write_atomic
 from loader.manifest import Member, ShardInfo, encode_hashes, encode_index
 from loader.sample import MEMBERS
 
 BLOCK_BYTES = 512
 TAR, IDX, XXH3 = ".tar", ".idx", ".xxh3"
-TEMPORARY = ".tmp"
 END = bytes(2 * BLOCK_BYTES)
 
 
@@ -83,38 +79,6 @@ def tar_header(name: str, size: int) -> bytes:
     return entry.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name only when the block ends well: temporary, synced,
-    renamed. Raises OSError.
-
-    A file that holds these bytes already stays as it is.
-    """
-    # two processes never share one
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if path.is_file() and filecmp.cmp(temporary, path, shallow=False):
-            return
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file by way of `atomic_file`."""
-    with atomic_file(path) as file:
-        file.write(data)
-
-
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete the temporary files that a killed run left below `folder`; returns them. Only the
     build's owner may.
@@ -130,12 +94,3 @@ def stored_size(folder: Path, name: str) -> int | None:
     if not all((folder / (name + suffix)).is_file() for suffix in (TAR, IDX, XXH3)):
         return None
     return (folder / (name + TAR)).stat().st_size
-
-
-def file_xxh3(path: Path) -> str:
-    """xxh3_128 hex of a file's bytes. Raises OSError."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()

@@ -28,7 +28,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image, ImageOps
 from PIL.Image import DecompressionBombError
 
-from loader.sample import Bucket
+from loader.shape import Bucket
 
 Frames = np.ndarray[Any, Any]  # uint8 RGB, full range: [H, W, 3] or [F, H, W, 3]
 Fitting = Literal["letterbox", "crop"]

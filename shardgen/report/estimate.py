@@ -10,7 +10,7 @@ rate: it is taken from the last build in this output folder, and without one the
 from collections import Counter
 from collections.abc import Mapping
 
-from loader.sample import Bucket
+from loader.shape import WAN22, Bucket
 from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.tables import ACCEPTED, FETCHED, REJECTED, SKIPPED, SOUND, UNREADABLE, WANTED
 from shardgen.config import ShardgenConfig
@@ -90,7 +90,7 @@ def estimate(catalog: Catalog, config: ShardgenConfig) -> str:
 
 def bytes_per_sample(bucket: Bucket) -> int:
     """Latent and text as float16, and a first frame at a quarter of a byte per pixel for video."""
-    channels, frames, height, width = bucket.latent_shape
+    channels, frames, height, width = WAN22.latent_shape(bucket)
     picture = bucket.width_px * bucket.height_px // 4 if bucket.num_frames > 1 else 0
     return 2 * channels * frames * height * width + 2 * TEXT_ROWS * TEXT_DIM + picture
 

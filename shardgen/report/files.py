@@ -16,12 +16,12 @@ from typing import Any
 
 import msgspec
 
+from loader.files import atomic_file, write_atomic
 from loader.manifest import ShardInfo
-from loader.sample import Bucket
+from loader.shape import Bucket
 from shardgen.catalog.catalog import Catalog, CatalogError
 from shardgen.catalog.tables import ACCEPTED, FINAL
 from shardgen.config import ShardgenConfig
-from shardgen.encode.write import atomic_file, write_atomic
 from shardgen.media.footage import Probe, fit
 from shardgen.report.figures import Check, Figures, against_targets, metadata_line
 

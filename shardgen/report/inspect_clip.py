@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from PIL import Image, ImageDraw
 
 from loader.config import load_toml
-from loader.sample import Bucket
+from loader.shape import WAN22
 from shardgen.catalog.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig
 from shardgen.media.download import find_local
@@ -140,7 +140,7 @@ def window_strips(path: Path, windows: Sequence[Window], fitting: Fitting) -> li
     strips: list[tuple[int, Image.Image]] = []
     for shape in dict.fromkeys(window.bucket for window in windows):
         places = [i for i, window in enumerate(windows) if window.bucket == shape]
-        bucket = Bucket.parse(shape)
+        bucket = WAN22.parse(shape)
         starts_ms = [windows[i].start_ms for i in places]
         for index, frames in decode_windows(path, starts_ms, windows[0].fps, bucket, fitting):
             count = min(COLUMNS, bucket.num_frames)

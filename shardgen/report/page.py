@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from loader.config import load_toml
-from loader.sample import Bucket
+from loader.files import write_atomic
+from loader.shape import Bucket
 from shardgen.catalog.catalog import Catalog, CatalogError
 from shardgen.catalog.tables import FINAL, UNREADABLE
 from shardgen.config import ShardgenConfig
-from shardgen.encode.write import write_atomic
 from shardgen.media.download import find_local
 from shardgen.media.footage import MediaError, decode_windows, probe
 from shardgen.media.pictures import encode_jpeg

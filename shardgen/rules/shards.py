@@ -19,7 +19,7 @@ import msgspec
 import xxhash
 
 from loader.manifest import shard_name
-from loader.sample import Bucket
+from loader.shape import Bucket
 from shardgen.labels.parse import Label, TimecodeError, Timed, timecode_frame
 
 MAX_SHOTS = 500

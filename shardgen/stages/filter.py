@@ -20,7 +20,8 @@ from typing import TypeVar
 import msgspec
 import xxhash
 
-from loader.sample import Bucket, sample_key
+from loader.sample import sample_key
+from loader.shape import Bucket
 from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.drafts import Draft
 from shardgen.catalog.tables import (

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from loader.files import write_atomic
 from loader.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -33,14 +34,14 @@ from loader.sample import (
     LATENT,
     MP4,
     TEXT,
-    Bucket,
     SampleMeta,
     TensorInfo,
     encode_meta,
     encode_tensor,
     sample_key,
 )
-from shardgen.encode.write import write_atomic, write_shard
+from loader.shape import WAN22, Bucket
+from shardgen.encode.write import write_shard
 
 
 def write_synthetic_dataset(
@@ -59,7 +60,7 @@ def write_synthetic_dataset(
     """
     shards: list[ShardInfo] = []
     for name, num_samples in buckets.items():
-        bucket = Bucket.parse(name)
+        bucket = WAN22.parse(name)
         keys = sorted(
             sample_key(f"{seed:032x}", f"{i:07d}", 0, 0, bucket, 24.0) for i in range(num_samples)
         )
@@ -82,7 +83,7 @@ def _samples(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     for i, key in enumerate(keys):
         rng = np.random.default_rng(int(key, 16))
-        latent = rng.standard_normal(bucket.latent_shape, np.float32).astype(np.float16)
+        latent = rng.standard_normal(WAN22.latent_shape(bucket), np.float32).astype(np.float16)
         text = rng.standard_normal((int(rng.integers(60, 260)), text_dim), np.float32).astype(
             np.float16
         )

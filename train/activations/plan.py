@@ -37,7 +37,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from loader.sample import Bucket
+from loader.shape import Bucket
 from train.activations.offload import HostInputs
 from train.model.wan import Block, RunBlock, Wan, WanConfig
 

@@ -12,16 +12,16 @@ converter would count both).
 """
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from loader.files import write_atomic
 from train.kernels.lowrank import dropout_keys
 from train.kernels.pointwise import row_stride
 from train.lora.linear import LoRALinear
@@ -342,8 +342,4 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
     assert len(metadata) <= 1, (
         "safetensors writes several entries in any order, and equal runs must give equal bytes"
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(dict(sorted(tensors.items())), temporary, metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, save(dict(sorted(tensors.items())), metadata))

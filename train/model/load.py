@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loader.sample import LATENT_CHANNELS
+from loader.shape import WAN22
 from train.model.wan import Projections, Wan, WanConfig
 
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -118,14 +118,14 @@ def read_config(path: Path) -> WanConfig:
         raise WeightsError(
             f"{path}: image cross-attention (Wan2.1 I2V) is not supported; use a Wan2.2 model"
         )
-    if {config.in_channels, config.out_channels} != {LATENT_CHANNELS} or config.patch_size != (
+    if {config.in_channels, config.out_channels} != {WAN22.channels} or config.patch_size != (
         1,
         2,
         2,
     ):
         raise WeightsError(
             f"{path}: in_channels {config.in_channels}, out_channels {config.out_channels}, patch_size "
-            f"{config.patch_size}, where Wan2.2-TI2V-5B has {LATENT_CHANNELS}, {LATENT_CHANNELS} and "
+            f"{config.patch_size}, where Wan2.2-TI2V-5B has {WAN22.channels}, {WAN22.channels} and "
             f"(1, 2, 2); A14B can't be trained yet"
         )
     if not config.cross_attn_norm or config.attention_head_dim % 2:

@@ -1,0 +1,76 @@
+"""Whole files or none: the one way in which newsreel puts a file in its place, and a file's hash.
+
+A reader must never meet half of a file, and what a program has said to be written must survive a
+power cut. So the bytes go to a temporary file beside the target, are synced, and get their name
+by a rename, whose folder is synced too. A killed process leaves at most a `*.tmp` file.
+"""
+
+import filecmp
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+TEMPORARY = ".tmp"
+_READ_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A binary file to write that becomes `path` when the block ends, and is removed when it
+    raises. Raises OSError.
+
+    A file that holds these bytes already stays as it is. `durable=False` leaves out the syncs,
+    for caches whose entries can be checked and made again.
+    """
+    # two processes or threads never share one
+    name = f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}"
+    temporary = path.with_name(name)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        if _are_equal(temporary, path):
+            return
+        temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _are_equal(first: Path, second: Path) -> bool:
+    try:
+        return filecmp.cmp(first, second, shallow=False)
+    except FileNotFoundError:
+        return False
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file by way of `atomic_file`. Raises OSError."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk: a rename is a change of the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_xxh3(path: Path) -> str:
+    """xxh3_128 hex of a file's bytes. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""files.py: a file has its name only when all of its bytes are there."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from loader.files import atomic_file, file_xxh3, write_atomic
+
+
+def test_a_file_replaces_the_one_before_and_leaves_nothing_else(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", b"old")
+    write_atomic(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", b"old")
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "a") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_equal_bytes_leave_the_file_untouched(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", b"same")
+    os.utime(tmp_path / "a", (1, 1))
+    write_atomic(tmp_path / "a", b"same")
+    assert (tmp_path / "a").stat().st_mtime == 1
+
+
+def test_a_killed_writer_leaves_no_file_of_that_name(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from loader.files import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"])
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".tmp")
+
+
+def test_threads_that_write_one_name_never_mix_their_bytes(tmp_path: Path) -> None:
+    contents = [bytes([i]) * 100_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda data: write_atomic(tmp_path / "a", data), contents * 4))
+    assert (tmp_path / "a").read_bytes() in contents
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_hash_is_that_of_all_bytes(tmp_path: Path) -> None:
+    data = os.urandom((1 << 20) + 3)
+    (tmp_path / "a").write_bytes(data)
+    assert file_xxh3(tmp_path / "a") == xxhash.xxh3_128_hexdigest(data)
