@@ -1,0 +1,136 @@
+"""tools.doctor names what is in the way, says what to do, and never stops at the first fault."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tools.doctor import host, run
+from tools.doctor.__main__ import HOST_CHECKS, main
+from tools.doctor.finding import Finding, guarded
+from train.config import DataConfig, ModelConfig, TrainConfig
+
+
+def config(model: Path, dataset: Path, output: Path) -> TrainConfig:
+    return TrainConfig(
+        output=str(output),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        data=DataConfig(datasets=[str(dataset)]),
+        num_steps=1,
+        global_batch=1,
+    )
+
+
+@pytest.fixture
+def dataset(tiny_dataset: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
+
+
+def test_an_intact_dataset_is_ok(tiny_dataset: Path, tmp_path: Path) -> None:
+    (finding,) = run.datasets(config(tmp_path, tiny_dataset, tmp_path))
+    assert finding.status == "ok" and "samples" in finding.text
+
+
+def test_a_flipped_byte_in_a_shard_is_found(dataset: Path, tmp_path: Path) -> None:
+    tar = sorted((dataset / "train").glob("*.tar"))[0]
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1  # inside the first member
+    tar.write_bytes(data)
+    (finding,) = run.datasets(config(tmp_path, dataset, tmp_path))
+    assert finding.status == "failure" and tar.name in finding.text
+    assert finding.advice == f"shardgen verify {dataset}"
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx", ".xxh3"])
+def test_a_missing_file_of_a_shard_is_named(dataset: Path, tmp_path: Path, suffix: str) -> None:
+    path = sorted((dataset / "train").glob(f"*{suffix}"))[-1]
+    path.unlink()
+    (finding,) = run.datasets(config(tmp_path, dataset, tmp_path))
+    assert finding.status == "failure" and path.name in finding.text
+
+
+def test_missing_model_files_are_named_with_the_command_that_fetches_them(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    weights = next((model / "transformer").glob("*.safetensors"))
+    weights.unlink()
+    shutil.rmtree(model / "vae")
+    findings = {f.name: f for f in run.model_files(config(model, tmp_path, tmp_path))}
+    transformer, vae = findings["model transformer"], findings["model vae"]
+    assert transformer.status == "failure" and "safetensors" in transformer.text
+    assert "Wan-AI/Wan2.2-TI2V-5B-Diffusers" in transformer.advice
+    # training from stored latents does not read the VAE
+    assert vae.status == "warning" and "config.json" in vae.text
+    assert findings["model tokenizer"].status == "ok"
+
+
+def test_a_sharded_folder_is_held_to_its_own_index(tmp_path: Path) -> None:
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    files = {"a": "part-1.safetensors", "b": "part-2.safetensors"}
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    (folder / "part-1.safetensors").write_bytes(b"")
+    findings = {f.name: f for f in run.model_files(config(tmp_path, tmp_path, tmp_path))}
+    assert "part-2.safetensors missing" in findings["model transformer"].text
+
+
+def test_a_package_outside_its_range_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "0.1" if name == "diffusers" else real(name)
+    )
+    (finding,) = host.packages()
+    assert finding.status == "failure" and "diffusers 0.1 is not" in finding.text
+
+
+def test_a_check_that_breaks_off_is_a_failure_and_the_others_go_on() -> None:
+    def broken() -> Iterator[Finding]:
+        yield Finding("first", "ok", "before the fault")
+        raise OSError("no such device")
+
+    findings = list(guarded("gpu", broken))
+    assert [f.status for f in findings] == ["ok", "failure"]
+    assert "OSError: no such device" in findings[1].text
+
+
+def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    (finding,) = run.disk(config(tmp_path, tmp_path, tmp_path / "runs" / "new"))
+    assert "MB/s" in finding.text and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the checks of the host that start no processes."""
+    for name in ("imports", "bitsandbytes", "DALI"):
+        monkeypatch.delitem(HOST_CHECKS, name)
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_gpu_the_checks_of_cards_are_skipped_by_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--json"]) == 0
+    findings = msgspec.json.decode(capsys.readouterr().out, type=list[Finding])
+    skipped = {finding.name for finding in findings if finding.status == "skipped"}
+    assert {"gpu", "host to device", "all-reduce", "video engines"} <= skipped
+
+
+@pytest.mark.usefixtures("quick")
+def test_exit_codes_tell_a_failure_from_a_wrong_call(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.toml"
+    assert main([str(path)]) == 2
+    path.write_text(
+        f'output = "{tmp_path / "run"}"\nnum_steps = 1\nglobal_batch = 1\n'
+        f'[model]\npath = "{tiny_checkpoint}"\n[data]\ndatasets = ["{tmp_path / "absent"}"]\n'
+    )
+    assert main([str(path)]) == 1
+    assert "FAILURE  dataset" in capsys.readouterr().out
