@@ -42,7 +42,7 @@ def make_clips(folder: Path, bucket: Bucket = LARGE) -> None:
     """
     import av
 
-    from shardgen.media.footage import BT601, BT709, FULL, NARROW, SCALER
+    from shardgen.media.colour import BT601, BT709, FULL, NARROW, SCALER
     from shardgen.media.pictures import encode_mp4
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,8 @@ import av
 import numpy as np
 
 from loader.shape import WAN22, Bucket
-from shardgen.media.footage import decode_window, fit
+from shardgen.media.decode import decode_window
+from shardgen.media.geometry import fit
 
 SAR, NTSC, START_MS = Fraction(32, 27), Fraction(30000, 1001), 1000
 

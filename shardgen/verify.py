@@ -56,7 +56,8 @@ from loader.sample import (
 from loader.shape import WAN22, Bucket
 from shardgen.encode.executors import Failure, run_local
 from shardgen.encode.write import BLOCK_BYTES, END, IDX, TAR, XXH3, tar_header
-from shardgen.media.footage import MediaError, probe
+from shardgen.media.errors import MediaError
+from shardgen.media.probe import probe
 
 
 class Checked(NamedTuple):

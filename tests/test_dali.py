@@ -14,7 +14,7 @@ from loader.dali import DecodeError, FirstFrames, FrameDecoder
 from loader.feed import Feed
 from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
-from shardgen.media.footage import BT601, BT709
+from shardgen.media.colour import BT601, BT709
 from shardgen.media.pictures import encode_mp4
 from tools.fake.batch import write_synthetic_dataset
 

@@ -24,7 +24,7 @@ from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
 from shardgen.encode.shard import EncodeError, encode_shard
 from shardgen.encode.unit import EncodeSpec, Lost, ShardJob, encode_unit
-from shardgen.media.footage import decode_window
+from shardgen.media.decode import decode_window
 from shardgen.media.pictures import encode_mp4
 from shardgen.rules.shards import ShardPlan, Window
 

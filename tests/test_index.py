@@ -21,7 +21,7 @@ from loader.read import TooManyDamagedError
 from loader.vae.encoder import VAEEncoder, load_vae_encoder
 from shardgen.cli import main as shardgen
 from shardgen.encode.text import TextEncoder
-from shardgen.media.footage import BT709
+from shardgen.media.colour import BT709
 from shardgen.verify import verify_dataset
 from tools.index import tar_samples, write_index
 

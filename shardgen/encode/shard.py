@@ -42,7 +42,8 @@ from loader.vae.encoder import load_vae_encoder
 from shardgen.encode.text import EncodedText, TextEncoder
 from shardgen.encode.unit import EncodeSpec, Lost, ShardJob, ShardResult
 from shardgen.encode.write import write_shard
-from shardgen.media.footage import Frames, MediaError, decode_windows
+from shardgen.media.decode import Frames, decode_windows
+from shardgen.media.errors import MediaError
 from shardgen.media.pictures import encode_jpeg, encode_mp4, window_faults
 from shardgen.rules.shards import Window
 

@@ -6,7 +6,7 @@ its first unit.
 import msgspec
 
 from loader.manifest import ShardInfo
-from shardgen.media.footage import Fitting
+from shardgen.media.geometry import Fitting
 from shardgen.media.pictures import Mp4Encoder
 from shardgen.rules.shards import ShardPlan
 

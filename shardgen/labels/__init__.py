@@ -1,1 +1,5 @@
-"""Label files: bytes to Label."""
+"""Label files: bytes to Label.
+
+parse     the JSON, field by field, and what is wrong with it
+timecode  timecodes, lengths and dates
+"""

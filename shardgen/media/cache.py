@@ -20,7 +20,7 @@ def cached_files(cache: Path) -> list[tuple[int, int, Path]]:
     return sorted((status.st_mtime_ns, status.st_size, path) for status, path in files)
 
 
-class Room:
+class CacheBudget:
     """How much the cache may still take. `full` and `hold` are for the fetching threads, the rest
     for the one that writes the catalog.
     """
@@ -44,7 +44,7 @@ class Room:
         with self._lock:
             self._arriving[media_xxh3] -= 1
 
-    def take(self, size_bytes: int) -> bool:
+    def add(self, size_bytes: int) -> bool:
         """Count a new file; True if the limit is passed now and something should be evicted."""
         self.held_bytes += size_bytes
         return self.held_bytes > self.limit_bytes and not self.full

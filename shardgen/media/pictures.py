@@ -14,7 +14,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from shardgen.media.footage import BT709, FULL, NARROW, SCALER, Frames
+from shardgen.media.colour import BT709, FULL, NARROW, SCALER
+from shardgen.media.decode import Frames
 
 Mp4Encoder = Literal["libx264", "h264_nvenc"]
 # levels of 255; percentiles, because letterbox bars are black in any window
@@ -41,7 +42,7 @@ _OPTIONS = {
 
 
 class PictureError(ValueError):
-    """A picture member can't be made as the recipe asks; the message says why and the way out."""
+    """A picture member can't be made as the recipe asks; the message says why and how to fix it."""
 
 
 def encode_jpeg(picture: Frames, quality: int = 95) -> bytes:

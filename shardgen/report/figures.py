@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from shardgen.config import TARGET, TargetsConfig
 from shardgen.labels.parse import Label
-from shardgen.media.footage import Probe
+from shardgen.media.probe import Probe
 
 NOT_MEASURED, NOT_SET = "not measured", "not set"
 _SENTENCE_END = re.compile(r"[.!?…。]+(?:[\"'”’)]*)(?:\s|$)")

@@ -10,7 +10,6 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from loader.shape import Bucket
 from shardgen.catalog.catalog import Catalog, CatalogError
 from shardgen.catalog.tables import ACCEPTED, FINAL
 from shardgen.config import ShardgenConfig
-from shardgen.media.footage import Probe, fit
+from shardgen.media.probe import Probe
 from shardgen.report.figures import Check, Figures, against_targets, metadata_line
 
 REPORT_FILE, METADATA_FILE = "quality_report.json", "metadata.jsonl"
@@ -97,14 +96,8 @@ def write_reports(
                 assert probe is not None
                 windows = catalog.clip_windows(row["id"])
                 prompts = list(dict.fromkeys(window.prompt for window in windows))
-                factor = fit(
-                    probe.width_px,
-                    probe.height_px,
-                    Fraction(probe.sar_num, probe.sar_den),
-                    probe.rotation_deg,
-                    Bucket.parse(windows[0].bucket),
-                    config.windows.fit,
-                ).factor
+                bucket = Bucket.parse(windows[0].bucket)
+                factor = probe.fit(bucket, config.windows.fit).factor
                 figures.add_accepted(probe, prompts)
                 lengths_s[int(probe.duration_s)] += probe.media_type == "video"
                 flags.update(row["flags"].split())

@@ -17,8 +17,11 @@ from loader.config import load_toml
 from loader.shape import WAN22
 from shardgen.catalog.catalog import Catalog, CatalogError
 from shardgen.config import ShardgenConfig
-from shardgen.media.download import find_local
-from shardgen.media.footage import Fitting, MediaError, Probe, decode_windows, probe
+from shardgen.media.decode import decode_windows
+from shardgen.media.errors import MediaError
+from shardgen.media.geometry import Fitting
+from shardgen.media.local import find_local
+from shardgen.media.probe import Probe, probe
 from shardgen.rules.shards import PlanError, Window
 from shardgen.stages.filter import clip_prompt, clip_windows
 

@@ -20,9 +20,11 @@ from loader.shape import Bucket
 from shardgen.catalog.catalog import Catalog, CatalogError
 from shardgen.catalog.tables import FINAL, UNREADABLE
 from shardgen.config import ShardgenConfig
-from shardgen.media.download import find_local
-from shardgen.media.footage import MediaError, decode_windows, probe
+from shardgen.media.decode import decode_windows
+from shardgen.media.errors import MediaError
+from shardgen.media.local import find_local
 from shardgen.media.pictures import encode_jpeg
+from shardgen.media.probe import probe
 from shardgen.report.figures import Check
 from shardgen.report.wording import CHECKS, wording
 

@@ -20,7 +20,8 @@ import xxhash
 
 from loader.manifest import shard_name
 from loader.shape import Bucket
-from shardgen.labels.parse import Label, TimecodeError, Timed, timecode_frame
+from shardgen.labels.parse import Label, Timed
+from shardgen.labels.timecode import TimecodeError, timecode_frame
 
 MAX_SHOTS = 500
 _FRAME_MS = 1001 / 30

@@ -15,18 +15,12 @@ from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.drafts import Urls
 from shardgen.catalog.tables import UNAVAILABLE, WANTED, Outcome
 from shardgen.config import ShardgenConfig, cache_folder
-from shardgen.media.cache import Room
-from shardgen.media.download import (
-    PERMANENT,
-    Fetched,
-    FetchError,
-    Patience,
-    check_url,
-    download,
-    find_local,
-    hash_local,
-    in_parallel,
-)
+from shardgen.media.cache import CacheBudget
+from shardgen.media.download import PERMANENT, RetryPolicy, download
+from shardgen.media.errors import FetchError
+from shardgen.media.local import Fetched, find_local, hash_local
+from shardgen.media.parallel import in_parallel
+from shardgen.media.urls import check_url
 
 Advance = Callable[[int], None]
 
@@ -49,28 +43,34 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
     """
     fetch, cache = config.fetch, cache_folder(config)
     schemes, max_bytes = tuple(fetch.schemes), int(fetch.max_file_gib * 2**30)
-    patience = Patience(fetch.timeout_s, fetch.retries, fetch.backoff_s, max_bytes)
-    room = Room(cache, int(fetch.cache_limit_gib * 2**30))
+    retry = RetryPolicy(fetch.timeout_s, fetch.retries, fetch.backoff_s, max_bytes)
+    budget = CacheBudget(cache, int(fetch.cache_limit_gib * 2**30))
 
-    def get(request: _Request) -> Fetched:
+    def fetch_or_hash(request: _Request) -> Fetched:
         if not request.host:
             return hash_local(Path(request.source))
-        if room.full:
+        if budget.full:
             raise FetchError(
                 "cache_full",
                 f"{cache} holds {fetch.cache_limit_gib} GiB that shards still need; build "
                 f"again to go on, or raise fetch.cache_limit_gib",
                 may_pass=True,
             )
-        return download(request.source, cache, schemes, patience, arriving=room.hold)
+        return download(request.source, cache, schemes, retry, arriving=budget.hold)
+
+    def get(request: _Request) -> Fetched | FetchError:
+        try:
+            return fetch_or_hash(request)
+        except FetchError as error:
+            return error
 
     with Urls(catalog.db) as urls:
         requests = _requests(catalog, config, urls, advance)
         for request, got in in_parallel(
             requests,
             get,
-            lambda request: request.host,
             workers=fetch.workers,
+            host_of=lambda request: request.host,
             per_host=fetch.per_host,
         ):
             if isinstance(got, FetchError):
@@ -79,9 +79,9 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
                 )
             else:
                 catalog.record_source(request.clips, request.source, *got)
-                room.release(got.media_xxh3)
-                if request.host and room.take(got.size_bytes):
-                    catalog.forget_files(room.evict(catalog.unused_media()))
+                budget.release(got.media_xxh3)
+                if request.host and budget.add(got.size_bytes):
+                    catalog.forget_files(budget.evict(catalog.unused_media()))
             advance(len(request.clips))
 
 

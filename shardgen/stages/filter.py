@@ -12,7 +12,6 @@ and on each arrow a clip may end: skipped, rejected, unavailable, duplicate.
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -37,8 +36,9 @@ from shardgen.catalog.tables import (
 )
 from shardgen.config import PromptConfig, ShardgenConfig
 from shardgen.labels.parse import Label
-from shardgen.media.download import FetchError, in_parallel
-from shardgen.media.footage import MediaError, Probe, fit, probe
+from shardgen.media.errors import MediaError
+from shardgen.media.parallel import in_parallel
+from shardgen.media.probe import Probe, probe
 from shardgen.rules.prompt import join_sentences, prompt_clean
 from shardgen.rules.quality import Scores, Verdict, judge_label, judge_media, score_caption
 from shardgen.rules.shards import (
@@ -201,14 +201,11 @@ def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
                 probes[row["media_xxh3"]] = MediaError(row["error_reason"], row["error_detail"])
         todo = dict.fromkeys(row["media_xxh3"] for row in rows if row["media_xxh3"] not in probes)
         files = [(media_xxh3, catalog.media_files(media_xxh3)) for media_xxh3 in todo]
-        for (media_xxh3, _), found in in_parallel(
-            files, _probe, lambda item: "", workers=workers, per_host=1
-        ):
-            # no fact about these bytes: the next build hashes what is there then
-            if isinstance(found, FetchError):
-                probes[media_xxh3] = MediaError(found.reason, found.detail)
-                continue
+        for (media_xxh3, _), found in in_parallel(files, _probe, workers=workers):
             probes[media_xxh3] = found
+            # no fact about these bytes: the next build hashes what is there then
+            if isinstance(found, Vanished):
+                continue
             if isinstance(found, Probe):
                 catalog.record_probe(media_xxh3, msgspec.json.encode(found))
             else:
@@ -222,9 +219,13 @@ def probe_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
         path.unlink(missing_ok=True)
 
 
+class Vanished(MediaError):
+    """No file holds the bytes of this hash any more: each is gone or was rewritten."""
+
+
 def _probe(item: tuple[str, list[sqlite3.Row]]) -> Probe | MediaError:
-    """What the bytes of this hash are. Raises FetchError if every file that held them is gone or
-    was rewritten since, while it was probed included.
+    """What the bytes of this hash are; Vanished if every file that held them is gone or was
+    rewritten since, while it was probed included.
     """
     media_xxh3, files = item
     for file in files:
@@ -239,18 +240,17 @@ def _probe(item: tuple[str, list[sqlite3.Row]]) -> Probe | MediaError:
         if unchanged(file):
             return found
     gone = not any(Path(file["path"]).exists() for file in files)
-    raise FetchError(
+    return Vanished(
         "media_missing" if gone else "media_changing",
         f"{', '.join(file['path'] for file in files)}: "
         f"{'gone' if gone else 'rewritten'} since {media_xxh3} was its hash; build again",
-        may_pass=True,
     )
 
 
 def _judge_media(row: sqlite3.Row, found: Probe | MediaError, config: ShardgenConfig) -> Outcome:
     if isinstance(found, MediaError):
         return Outcome(row["id"], UNAVAILABLE, found.reason, found.detail)
-    width_px, height_px = shown_size(found)
+    width_px, height_px = found.shown_size
     declared = (
         f"{row['declared_width_px']}x{row['declared_height_px']}"
         if row["declared_width_px"]
@@ -260,14 +260,7 @@ def _judge_media(row: sqlite3.Row, found: Probe | MediaError, config: ShardgenCo
     if buckets := nearest_aspect(
         width_px, height_px, _buckets(config.windows.buckets, row["media_type"])
     ):
-        upscale = fit(
-            found.width_px,
-            found.height_px,
-            Fraction(found.sar_num, found.sar_den),
-            found.rotation_deg,
-            buckets[0],
-            config.windows.fit,
-        ).factor
+        upscale = found.fit(buckets[0], config.windows.fit).factor
     verdict = judge_media(
         row["media_type"],
         row["declared_duration_s"],
@@ -282,17 +275,6 @@ def _judge_media(row: sqlite3.Row, found: Probe | MediaError, config: ShardgenCo
     return _outcome(
         row, SOUND, verdict, config.filters.score_only and found.media_type == row["media_type"]
     )
-
-
-def shown_size(found: Probe) -> tuple[int, int]:
-    """Width and height on the screen, in square pixels: stored size, pixel aspect ratio and
-    rotation applied.
-    """
-    width_px, height_px = (
-        max(round(found.width_px * found.sar_num / found.sar_den), 1),
-        found.height_px,
-    )
-    return (height_px, width_px) if found.rotation_deg % 180 else (width_px, height_px)
 
 
 def settle_duplicates(catalog: Catalog) -> None:
@@ -355,7 +337,7 @@ def clip_windows(
     Raises PlanError.
     """
     recipe, media_type = config.windows, row["media_type"]
-    buckets = nearest_aspect(*shown_size(found), _buckets(recipe.buckets, media_type))
+    buckets = nearest_aspect(*found.shown_size, _buckets(recipe.buckets, media_type))
     # its label's rule says so too, but that holds nobody up with score_only, or who inspects the
     # clip
     if not buckets:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from loader.shape import Bucket
-from shardgen.media.footage import decode_window, probe
+from shardgen.media.decode import decode_window
 from shardgen.media.pictures import (
     PictureError,
     choose_mp4_encoder,
@@ -18,6 +18,7 @@ from shardgen.media.pictures import (
     encode_mp4,
     window_faults,
 )
+from shardgen.media.probe import probe
 
 
 def test_jpeg_is_close_and_mp4_is_constant_rate_with_closed_short_gops(tmp_path: Path) -> None:
