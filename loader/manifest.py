@@ -16,11 +16,13 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 import xxhash
+from msgspec import UNSET, UnsetType
 
-from loader.sample import FORMAT_VERSION, split_member_name
-from loader.shape import WAN22, Bucket
+from loader.sample import split_member_name
+from loader.shape import WAN22, Bucket, LatentLayout
 
 MANIFEST_FILE = "manifest.json"
+VERSION_WITH_LAYOUT = 2  # version 1 says nothing of the layout: it is the Wan2.2 VAE's
 MEDIA = "media"  # in a recipe: the ShardInfo of each shard's foreign media, by the shard's name
 Split = Literal["train", "val"]
 
@@ -46,14 +48,30 @@ class ShardInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """manifest.json. `recipe` is what decided the bytes (models, rules, shapes); `recipe_id` is
-    its xxh3_128.
+    """manifest.json; made by `make_manifest`. `recipe` is what decided the bytes (models, rules,
+    shapes); `recipe_id` is its xxh3_128.
+
+    Version 2 adds `latent_layout`, and where samples have a member KEY.condition.zst, what that
+    one means (`condition`, for example "first_frame_and_grey"). Unset fields are not written.
     """
 
     recipe: dict[str, Any]
     recipe_id: str
     splits: dict[Split, list[ShardInfo]]
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
+    latent_layout: LatentLayout | UnsetType = UNSET
+    condition: str | UnsetType = UNSET
+
+    @property
+    def layout(self) -> LatentLayout:
+        """The layout of every latent in the dataset."""
+        return WAN22 if self.latent_layout is UNSET else self.latent_layout
+
+
+class _Version(msgspec.Struct):
+    """Of any manifest, older or newer: all other fields are ignored."""
+
+    format_version: int = 1
 
 
 class Member(NamedTuple):
@@ -72,6 +90,28 @@ def shard_name(split: str, bucket: Bucket, number: int) -> str:
 def recipe_id(recipe: dict[str, Any]) -> str:
     """xxh3_128 hex of the recipe as compact JSON with sorted keys."""
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(recipe, order="sorted"))
+
+
+def make_manifest(
+    recipe: dict[str, Any],
+    splits: dict[Split, list[ShardInfo]],
+    *,
+    layout: LatentLayout = WAN22,
+    condition: str = "",
+    version: int = 1,
+) -> Manifest:
+    """A manifest of `version`, or of version 2 if what it says needs that. The version is no part
+    of the recipe's identity.
+    """
+    manifest = Manifest(recipe=recipe, recipe_id=recipe_id(recipe), splits=splits)
+    if version < VERSION_WITH_LAYOUT and layout == WAN22 and not condition:
+        return manifest
+    return msgspec.structs.replace(
+        manifest,
+        format_version=VERSION_WITH_LAYOUT,
+        latent_layout=layout,
+        condition=condition or UNSET,
+    )
 
 
 def media_shards(manifest: Manifest) -> dict[str, ShardInfo]:
@@ -95,7 +135,15 @@ def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
     DatasetError.
     """
     try:
-        manifest = msgspec.json.decode(read(), type=Manifest)
+        data = read()
+        # first the version alone: what a newer one adds must not read as a fault of the file
+        version = msgspec.json.decode(data, type=_Version).format_version
+        if not 1 <= version <= VERSION_WITH_LAYOUT:
+            raise DatasetError(
+                f"{name}: format_version {version}, this program reads versions 1 to "
+                f"{VERSION_WITH_LAYOUT}; update newsreel, or build the dataset anew"
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
     except FileNotFoundError as error:
         raise DatasetError(
             f"{name}: no manifest; a dataset is complete once `shardgen build` has written "
@@ -103,10 +151,11 @@ def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
         ) from error
     except (OSError, msgspec.MsgspecError) as error:
         raise DatasetError(f"{name}: {error}") from error
-    if manifest.format_version != FORMAT_VERSION:
+    has_layout = manifest.latent_layout is not UNSET
+    if has_layout != (version == VERSION_WITH_LAYOUT) or (manifest.condition and not has_layout):
         raise DatasetError(
-            f"{name}: format_version {manifest.format_version}, this is version {FORMAT_VERSION}; "
-            f"update newsreel, or build the dataset anew"
+            f"{name}: format_version {version} {'with' if has_layout else 'without'} latent_layout: "
+            f"the file was edited or damaged"
         )
     if manifest.recipe_id != recipe_id(manifest.recipe):
         raise DatasetError(
@@ -114,7 +163,10 @@ def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
         )
     for shards in manifest.splits.values():
         for shard in shards:
-            WAN22.parse(shard.bucket)
+            try:
+                manifest.layout.parse(shard.bucket)
+            except ValueError as error:
+                raise DatasetError(f"{name}: shard {shard.name}: {error}") from error
     return manifest
 
 

@@ -4,7 +4,10 @@ any tool can use it.
 A sample is a run of adjacent members in a tar, all named by one key:
 
     KEY.json         SampleMeta, first
-    KEY.latent.zst   fp16 [48, (F-1)/4+1, H/16, W/16], posterior mean of the Wan2.2 VAE, normalised
+    KEY.latent.zst   fp16 [C, T, h, w] (Wan2.2: [48, (F-1)/4+1, H/16, W/16]), posterior mean of the
+                     VAE, normalised
+    KEY.condition.zst  fp16 [Cc, T, h, w], stored like a latent; only where a model concatenates
+                     to its input what can't be derived in training (the manifest says its meaning)
     KEY.text.zst     fp16 [num_tokens, 4096], UMT5 rows of the real tokens
     KEY.jpg          the first frame at the bucket's size (videos)
     KEY.mp4          the transcoded clip, only where the recipe asks for it
@@ -27,8 +30,9 @@ import zstandard
 from loader.shape import Bucket
 
 FORMAT_VERSION = 1
-JSON, LATENT, TEXT, JPG, MP4 = "json", "latent.zst", "text.zst", "jpg", "mp4"
-MEMBERS = (JSON, LATENT, TEXT, JPG, MP4)  # their order inside a sample
+JSON, LATENT, CONDITION, TEXT = "json", "latent.zst", "condition.zst", "text.zst"
+JPG, MP4 = "jpg", "mp4"
+MEMBERS = (JSON, LATENT, CONDITION, TEXT, JPG, MP4)  # their order inside a sample
 MAX_TEXT_TOKENS = 512
 EMPTY_PROMPT_FILE = "empty_prompt.text.zst"
 
@@ -112,14 +116,32 @@ def decode_meta(data: bytes | memoryview) -> SampleMeta:
     """Read KEY.json. Raises SampleError if it is not version 1 of the format."""
     try:
         meta = _meta_decoder.decode(data)
+        version = meta.format_version
     except msgspec.MsgspecError as error:
-        raise SampleError(f"{JSON} member: {error}") from error
-    if meta.format_version != FORMAT_VERSION or _KEY.fullmatch(meta.key) is None:
+        version = _version_of(data)
+        if version == FORMAT_VERSION:
+            raise SampleError(f"{JSON} member: {error}") from error
+    if version != FORMAT_VERSION:
         raise SampleError(
-            f"{meta.key}.{JSON}: format_version {meta.format_version} and this key are not of version "
+            f"{JSON} member: format_version {version}, this program reads version "
             f"{FORMAT_VERSION}; update newsreel, or build the dataset anew"
         )
+    if _KEY.fullmatch(meta.key) is None:
+        raise SampleError(f"{JSON} member: key {meta.key!r} is not 32 hexadecimal digits")
     return meta
+
+
+class _Version(msgspec.Struct):
+    """Of any KEY.json, older or newer: all other fields are ignored."""
+
+    format_version: int = FORMAT_VERSION
+
+
+def _version_of(data: bytes | memoryview) -> int:
+    try:
+        return msgspec.json.decode(data, type=_Version).format_version
+    except msgspec.MsgspecError:
+        return FORMAT_VERSION  # too damaged to say: the strict decoder's message is the better one
 
 
 def encode_tensor(array: np.ndarray[Any, Any], level: int = 3) -> bytes:
@@ -171,6 +193,23 @@ def decode_planes_into(data: bytes | memoryview, info: TensorInfo, out: memoryvi
                 raise SampleError("a tensor member's zstd frame holds more than it says")
     except zstandard.ZstdError as error:
         raise SampleError(f"a tensor member does not decompress: {error}") from error
+
+
+def condition_info(data: bytes | memoryview, latent: TensorInfo) -> TensorInfo:
+    """What a KEY.condition.zst holds: float16 [Cc, T, h, w] on the latent's grid, with as many
+    channels as its bytes make. Raises SampleError when they make no whole channel.
+    """
+    grid = latent.shape[1:]
+    try:
+        num_bytes = zstandard.frame_content_size(data)
+    except zstandard.ZstdError as error:
+        raise SampleError(f"a tensor member does not decompress: {error}") from error
+    num_channels, rest = divmod(num_bytes, 2 * math.prod(grid))
+    if rest or num_channels < 1:
+        raise SampleError(
+            f"{CONDITION} holds {num_bytes} bytes, no whole number of channels of {list(grid)}"
+        )
+    return TensorInfo("float16", (num_channels, *grid))
 
 
 def without_checksum(frame: memoryview) -> memoryview:

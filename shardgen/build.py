@@ -21,7 +21,14 @@ from tqdm import tqdm
 
 from loader.config import ConfigError, dump_toml
 from loader.files import write_atomic
-from loader.manifest import MANIFEST_FILE, Manifest, ShardInfo, Split, encode_manifest, recipe_id
+from loader.manifest import (
+    MANIFEST_FILE,
+    ShardInfo,
+    Split,
+    encode_manifest,
+    make_manifest,
+    recipe_id,
+)
 from loader.sample import EMPTY_PROMPT_FILE
 from shardgen.catalog.catalog import Catalog, CatalogError
 from shardgen.catalog.tables import FETCHED, INGESTED, SOUND, UNAVAILABLE, WANTED
@@ -124,7 +131,8 @@ def run_stages(
             "val": [info for split, info in finished if split == "val"],
         }
         write_atomic(
-            output / MANIFEST_FILE, encode_manifest(Manifest(recipe, recipe_id(recipe), splits))
+            output / MANIFEST_FILE,
+            encode_manifest(make_manifest(recipe, splits, version=config.manifest_version)),
         )
     print(summary(report, finished))
     yield "report"

@@ -170,6 +170,9 @@ class ShardgenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A whole build: `shardgen build CONFIG.toml`."""
 
     output: str  # the dataset folder
+    # 2 also names the latent layout; version 1 means that of Wan2.2-TI2V-5B, and older readers
+    # take it
+    manifest_version: Literal[1, 2] = 1
     labels: LabelsConfig
     windows: WindowsConfig
     encode: EncodeConfig

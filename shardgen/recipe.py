@@ -11,10 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from loader.config import ConfigError
 from loader.files import file_xxh3
+from loader.identity import folder_xxh3
 from shardgen.config import ShardgenConfig, recipe_of
 
 PACKAGES = ("av", "ftfy", "numpy", "pillow", "tokenizers", "torch", "transformers", "zstandard")
@@ -29,33 +28,26 @@ def full_recipe(
 
     Raises ConfigError if the model folder lacks a part.
     """
-    models = {
-        part: _folder_xxh3(Path(config.encode.model) / part, recall, remember)
-        for part in MODEL_PARTS
-    }
-    return recipe_of(config) | {
-        "models": models,
-        "packages": {name: version(name) for name in PACKAGES},
-    }
 
-
-def _folder_xxh3(
-    folder: Path, recall: Callable[[str], str], remember: Callable[[str, str], None]
-) -> str:
-    """xxh3_128 hex over the names and contents of all files in `folder`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-    if not files:
-        raise ConfigError(
-            f"encode.model: {folder} is missing or empty; give the folder of Wan2.2-TI2V-5B in diffusers "
-            f"layout, with {', '.join(MODEL_PARTS)}"
-        )
-    digest = xxhash.xxh3_128()
-    for path in files:
+    def recalled_xxh3(path: Path) -> str:
         status = path.stat()
         name = f"model {path.resolve()} {status.st_size} {status.st_mtime_ns}"
         content = recall(name)
         if not content:
             content = file_xxh3(path)
             remember(name, content)
-        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
-    return digest.hexdigest()
+        return content
+
+    models = {}
+    for part in MODEL_PARTS:
+        folder = Path(config.encode.model) / part
+        models[part] = folder_xxh3(folder, recalled_xxh3)
+        if not models[part]:
+            raise ConfigError(
+                f"encode.model: {folder} is missing or empty; give the folder of Wan2.2-TI2V-5B in "
+                f"diffusers layout, with {', '.join(MODEL_PARTS)}"
+            )
+    return recipe_of(config) | {
+        "models": models,
+        "packages": {name: version(name) for name in PACKAGES},
+    }

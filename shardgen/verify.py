@@ -37,6 +37,7 @@ from loader.manifest import (
     read_manifest,
 )
 from loader.sample import (
+    CONDITION,
     EMPTY_PROMPT_FILE,
     JPG,
     JSON,
@@ -48,12 +49,13 @@ from loader.sample import (
     SampleError,
     SampleMeta,
     TensorInfo,
+    condition_info,
     decode_meta,
     decode_tensor,
     sample_key,
     split_member_name,
 )
-from loader.shape import WAN22, Bucket
+from loader.shape import WAN22, Bucket, LatentLayout
 from shardgen.encode.executors import Failure, run_local
 from shardgen.encode.write import BLOCK_BYTES, END, IDX, TAR, XXH3, tar_header
 from shardgen.media.errors import MediaError
@@ -72,7 +74,9 @@ class Checked(NamedTuple):
 Opened = tuple[mmap.mmap, list[list[Member]], dict[str, str]]
 
 
-def check_shard(shard: tuple[str, ShardInfo, ShardInfo | None], dataset: Path) -> Checked:
+def check_shard(
+    shard: tuple[str, ShardInfo, ShardInfo | None], dataset: Path, layout: LatentLayout = WAN22
+) -> Checked:
     """Check one (split, shard, shard of foreign media) of `dataset` completely. Faults are
     returned, not raised.
     """
@@ -84,7 +88,7 @@ def check_shard(shard: tuple[str, ShardInfo, ShardInfo | None], dataset: Path) -
             checked.faults.extend(_tar_faults(data, index, hashes, info))
             for members in index:
                 checked.faults.extend(
-                    _sample_faults(data, members, split, info, checked, media is not None)
+                    _sample_faults(data, members, split, info, layout, checked, media is not None)
                 )
         if media is not None:
             stem = stem.with_name(media.name)
@@ -174,6 +178,7 @@ def _sample_faults(
     members: list[Member],
     split: str,
     info: ShardInfo,
+    layout: LatentLayout,
     checked: Checked,
     foreign: bool,
 ) -> Iterator[str]:
@@ -200,12 +205,15 @@ def _sample_faults(
             yield f"{place}: its metadata say key {meta.key} and belong to key {expected}"
         if (meta.split, meta.bucket) != (split, bucket):
             yield f"{place}: a sample of {meta.split} {meta.bucket} in a shard of {split} {bucket}"
-        if meta.latent.shape != WAN22.latent_shape(bucket):
-            yield f"{place}.{LATENT}: shape {list(meta.latent.shape)}, {bucket} has {list(WAN22.latent_shape(bucket))}"
+        if meta.latent.shape != layout.latent_shape(bucket):
+            yield f"{place}.{LATENT}: shape {list(meta.latent.shape)}, {bucket} has {list(layout.latent_shape(bucket))}"
         if len(meta.text.shape) != 2 or not 1 <= meta.text.shape[0] <= MAX_TEXT_TOKENS:
             yield f"{place}.{TEXT}: shape {list(meta.text.shape)}, expected [1 to {MAX_TEXT_TOKENS}, text dimension]"
         checked.text_dims.add(meta.text.shape[-1])
-        for name, tensor in [(LATENT, meta.latent), (TEXT, meta.text)][foreign:]:
+        tensors = [(LATENT, meta.latent), (TEXT, meta.text)][foreign:]
+        if CONDITION in stored:
+            tensors.append((CONDITION, condition_info(stored[CONDITION], meta.latent)))
+        for name, tensor in tensors:
             if not np.isfinite(decode_tensor(stored[name], tensor)).all():
                 yield f"{place}.{name}: holds inf or NaN"
         if meta.media_type == "video" and JPG not in stored and not foreign:
@@ -255,7 +263,7 @@ def verify_dataset(
     ]
     checked: dict[str, Checked] = {}
     for (_, info, _), result in run_local(
-        partial(check_shard, dataset=dataset), shards, num_workers
+        partial(check_shard, dataset=dataset, layout=manifest.layout), shards, num_workers
     ):
         if isinstance(result, Failure):
             yield f"{info.name}: {result}"

@@ -41,7 +41,7 @@ from loader.manifest import (
     encode_hashes,
     encode_index,
     encode_manifest,
-    recipe_id,
+    make_manifest,
     shard_name,
 )
 from loader.sample import (
@@ -255,7 +255,7 @@ def write_index(
         "num_frames": num_frames,
         MEDIA: {name: msgspec.to_builtins(info) for name, info in media.items()},
     }
-    manifest = Manifest(recipe=recipe, recipe_id=recipe_id(recipe), splits={split: shards})
+    manifest = make_manifest(recipe, {split: shards})
     if shards:
         write_atomic(output / EMPTY_PROMPT_FILE, encode_tensor(encoder.encode([""], 1)[""].rows))
         write_atomic(output / MANIFEST_FILE, encode_manifest(manifest))

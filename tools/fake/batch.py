@@ -24,7 +24,7 @@ from loader.manifest import (
     ShardInfo,
     Split,
     encode_manifest,
-    recipe_id,
+    make_manifest,
     shard_name,
 )
 from loader.sample import (
@@ -72,7 +72,7 @@ def write_synthetic_dataset(
                 write_shard(folder / split, shard_name(split, bucket, number), name, samples)
             )
     recipe = {"synthetic": dict(buckets), "text_dim": text_dim, "seed": seed}
-    manifest = Manifest(recipe=recipe, recipe_id=recipe_id(recipe), splits={split: shards})
+    manifest = make_manifest(recipe, {split: shards})
     write_atomic(folder / EMPTY_PROMPT_FILE, encode_tensor(np.full((1, text_dim), 0.5, np.float16)))
     write_atomic(folder / MANIFEST_FILE, encode_manifest(manifest))
     return manifest
