@@ -1,13 +1,16 @@
 """Base model against LoRA, same prompts, same seed, in diffusers' own pipeline, as a user of the
 LoRA would run it:
 
-    python -m tools.generate --model MODEL --lora RUN/lora.safetensors --output OUT --shape
-    832x480x49 --prompt "..."
+    python -m tools.generate --model MODEL --lora RUN/lora.safetensors --output OUT \
+        --shape 832x480x49 --prompt "..."
 
-A LoRA that did not load gives pictures too: the base model's. So nothing is written before two
-proofs: each tensor of the file sits in the transformer, and the pictures differ. OUT gets an MP4
-of each clip, contact_sheet.png with base above LoRA, and samples.json with what was measured.
-With --image every clip starts from that picture (I2V).
+A LoRA that did not load gives pictures too: the base model's. So nothing is written before the
+proofs: the file's tensors are finite and not all zero, each of them sits in the transformer, and
+the pictures are finite and differ. OUT gets an MP4 of each clip, contact_sheet.png with base
+above LoRA, and samples.json with what was measured. With --image every clip starts from that
+picture (I2V).
+
+For other programs: `check_lora`, `load_pipeline`, `apply_lora`, `generate`, `contact_sheet`.
 """
 
 import argparse
@@ -20,12 +23,18 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+)
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from loader.shape import WAN22, Bucket
+from shardgen.media.images import load_image
 from shardgen.media.pictures import encode_mp4
 
 FPS = 24.0
@@ -40,7 +49,9 @@ class NotAppliedError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate; equal for base and LoRA."""
+    """How to generate; equal for base and LoRA. shift: of the noise schedule, 5 at 720p and 3 at
+    480p; None: what the model folder's scheduler says.
+    """
 
     shape: Bucket
     num_steps: int
@@ -48,24 +59,63 @@ class Options:
     seed: int
     negative_prompt: str
     image: Image.Image | None
+    shift: float | None = None
 
 
-def load_pipeline(model: Path, device: str, dtype: torch.dtype, image_to_video: bool) -> Any:
+def check_lora(path: Path) -> int:
+    """Read a LoRA file through before minutes are spent on clips; returns its number of tensors.
+
+    Raises NotAppliedError for a file that is missing or damaged, holds no LoRA, holds NaN or
+    infinity, or whose lora_B are all zero: none of these has a picture to show.
+    """
+    num_tensors, has_effect = 0, False
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                if not torch.isfinite(tensor).all():
+                    raise NotAppliedError(
+                        f"{path}: {name} holds NaN or infinity: training had failed when this was "
+                        f"written; take the file of an earlier step"
+                    )
+                num_tensors += not name.endswith(".alpha")
+                has_effect |= ".lora_B." in name and bool(tensor.any())
+    except (OSError, SafetensorError) as error:
+        raise NotAppliedError(f"{path}: can't be read as safetensors: {error}") from error
+    if num_tensors == 0:
+        raise NotAppliedError(f"{path}: there is no LoRA tensor in it")
+    if not has_effect:
+        raise NotAppliedError(
+            f"{path}: all of its lora_B are zero: a LoRA before its first step has no effect"
+        )
+    return num_tensors
+
+
+def load_pipeline(
+    model: Path, device: str, dtype: torch.dtype, image_to_video: bool, shift: float | None = None
+) -> Any:
     """WanPipeline or WanImageToVideoPipeline; the VAE in float32. On a GPU each part is there
-    only while it works.
+    only while it works. `shift` replaces that of the folder's scheduler.
     """
     kind = WanImageToVideoPipeline if image_to_video else WanPipeline
     vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", dtype=torch.float32)
     pipeline = kind.from_pretrained(model, vae=vae, dtype=dtype)
+    if shift is not None:
+        pipeline.scheduler = UniPCMultistepScheduler.from_config(
+            pipeline.scheduler.config, flow_shift=shift
+        )
     pipeline.set_progress_bar_config(leave=False)
     if device == "cuda":
         pipeline.enable_model_cpu_offload()
     return pipeline
 
 
-def generate(pipeline: Any, prompt: str, options: Options) -> Frames:
+def generate(pipeline: Any, prompt: str, options: Options, subject: str) -> Frames:
     """One clip, uint8 [F, H, W, 3]; an image is letterboxed, as for training. The seed is of the
     CPU's generator, so devices agree on the noise.
+
+    Raises ValueError, naming `subject`, where the pictures hold NaN: cast to bytes they would
+    look like a black clip.
     """
     shape = options.shape
     image = (
@@ -85,34 +135,37 @@ def generate(pipeline: Any, prompt: str, options: Options) -> Frames:
         output_type="np",
         **image,
     ).frames[0]
+    if not np.isfinite(frames).all():
+        raise ValueError(
+            f"the pictures of {subject} hold NaN or infinity: in float16 activations may overflow, "
+            f"so try --dtype bfloat16 or float32; if that changes nothing, its weights are damaged"
+        )
     return np.asarray(np.clip(np.rint(frames * 255), 0, 255), np.uint8)
 
 
-def apply_lora(pipeline: Any, path: Path) -> tuple[int, list[float]]:
-    """Load a LoRA file (diffusers or ComfyUI keys); returns its number of tensors and the scales
+def apply_lora(pipeline: Any, path: Path, num_tensors: int) -> list[float]:
+    """Load a LoRA file of `num_tensors` tensors (diffusers or ComfyUI keys); returns the scales
     alpha/r in effect.
 
     Raises NotAppliedError unless exactly the file's tensors are in the transformer.
     """
-    with safe_open(path, framework="pt") as file:
-        wanted = sum(not name.endswith(".alpha") for name in file.keys())
     pipeline.load_lora_weights(str(path))
     loaded = [
         name
         for name, _ in pipeline.transformer.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     ]
-    if len(loaded) != wanted or not wanted:
+    if len(loaded) != num_tensors:
         raise NotAppliedError(
-            f"{path}: the file has {wanted} LoRA tensors, {len(loaded)} are in the transformer; its "
-            f"keys do not fit this model"
+            f"{path}: the file has {num_tensors} LoRA tensors, {len(loaded)} are in the "
+            f"transformer; its keys do not fit this model"
         )
     scales = {
         scale
         for module in pipeline.transformer.modules()
         for scale in getattr(module, "scaling", {}).values()
     }
-    return wanted, sorted(scales)
+    return sorted(scales)
 
 
 def mean_difference(base: Frames, lora: Frames) -> float:
@@ -120,8 +173,8 @@ def mean_difference(base: Frames, lora: Frames) -> float:
     difference = float(np.abs(base.astype(np.int16) - lora.astype(np.int16)).mean())
     if difference == 0.0:
         raise NotAppliedError(
-            "the LoRA's tensors are loaded, but its pictures equal the base model's: all of its "
-            "lora_B are zero (an untrained LoRA), or its effect is below one 8-bit level"
+            "the LoRA's tensors are loaded, but its pictures equal the base model's: its effect is "
+            "below one 8-bit level"
         )
     return difference
 
@@ -150,7 +203,7 @@ def contact_sheet(rows: list[tuple[str, Frames]]) -> Image.Image:
     return sheet
 
 
-def sample(
+def compare(
     model: Path,
     lora: Path,
     output: Path,
@@ -162,10 +215,11 @@ def sample(
     """Generate every prompt with the base and with the LoRA, prove the difference, then write all
     files.
     """
-    pipeline = load_pipeline(model, device, dtype, options.image is not None)
-    base = [generate(pipeline, prompt, options) for prompt in prompts]
-    num_tensors, scales = apply_lora(pipeline, lora)
-    tuned = [generate(pipeline, prompt, options) for prompt in prompts]
+    num_tensors = check_lora(lora)
+    pipeline = load_pipeline(model, device, dtype, options.image is not None, options.shift)
+    base = [generate(pipeline, prompt, options, "the base model") for prompt in prompts]
+    scales = apply_lora(pipeline, lora, num_tensors)
+    tuned = [generate(pipeline, prompt, options, str(lora)) for prompt in prompts]
     differences = [mean_difference(*pair) for pair in zip(base, tuned, strict=True)]
 
     output.mkdir(parents=True, exist_ok=True)
@@ -185,6 +239,7 @@ def sample(
                 "shape": str(options.shape),
                 "num_steps": options.num_steps,
                 "guidance": options.guidance,
+                "shift": pipeline.scheduler.config.flow_shift,
                 "seed": options.seed,
                 "image_to_video": options.image is not None,
                 "clips": [
@@ -199,13 +254,11 @@ def sample(
         encoding="utf-8",
     )
     print(
-        f"{lora}: all {num_tensors} tensors are in the transformer, scale {scales} (alpha / rank; in a "
-        f"ComfyUI file it is part of the tensors)"
+        f"{lora}: all {num_tensors} tensors are in the transformer, scale {scales} (alpha / rank; "
+        f"in a ComfyUI file it is part of the tensors)"
     )
     for number, (prompt, difference) in enumerate(zip(prompts, differences, strict=True), start=1):
-        print(
-            f"{number}: LoRA differs from base by {difference:.2f} of 255 levels on average: {prompt}"
-        )
+        print(f"{number}: differs from base by {difference:.2f} of 255 levels on average: {prompt}")
     print(f"{output / 'contact_sheet.png'}: base above LoRA, seed {options.seed}")
 
 
@@ -224,6 +277,9 @@ def main() -> None:
     parser.add_argument("--image", type=Path, help="first frame: image-to-video")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument(
+        "--shift", type=float, help="of the noise schedule: that of training (5 at 720p, 3 at 480p)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
@@ -238,7 +294,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "float16")
     try:
-        image = Image.open(arguments.image).convert("RGB") if arguments.image else None
+        image = load_image(arguments.image).convert("RGB") if arguments.image else None
         options = Options(
             WAN22.parse(arguments.shape),
             arguments.steps,
@@ -246,8 +302,9 @@ def main() -> None:
             arguments.seed,
             arguments.negative_prompt,
             image,
+            arguments.shift,
         )
-        sample(
+        compare(
             arguments.model,
             arguments.lora,
             arguments.output,
@@ -257,7 +314,7 @@ def main() -> None:
             getattr(torch, dtype),
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"sample: {error}")
+        sys.exit(f"generate: {error}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ effect is an error.
 """
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loader.shape import Bucket
-from tools.generate import NotAppliedError, Options, contact_sheet, main, sample
+from tools.generate import NotAppliedError, Options, compare, contact_sheet, load_pipeline, main
 
 PROMPT = "커다란 토끼가 풀밭에 서 있다."
 RANK, ALPHA = 4, 8.0
@@ -52,7 +53,7 @@ def _run(checkpoint: Path, lora: Path, output: Path, image: Image.Image | None =
     options = Options(
         Bucket(64, 64, 5), num_steps=2, guidance=5.0, seed=0, negative_prompt="", image=image
     )
-    sample(checkpoint, lora, output, [PROMPT], options, "cpu", torch.float32)
+    compare(checkpoint, lora, output, [PROMPT], options, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("image", [None, Image.new("RGB", (80, 50), "grey")], ids=["t2v", "i2v"])
@@ -90,6 +91,41 @@ def test_an_untrained_lora_is_an_error_and_writes_nothing(
     with pytest.raises(NotAppliedError, match="lora_B are zero"):
         _run(tiny_checkpoint, _write_lora(tmp_path / "zero.safetensors", 0.0), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_lora_with_nan_is_refused_by_tensor_before_anything_is_generated(
+    tmp_path: Path, value: float
+) -> None:
+    lora = _write_lora(tmp_path / "broken.safetensors", value)
+    with pytest.raises(NotAppliedError, match=r"to_q\.lora_B\.weight holds NaN or infinity"):
+        _run(tmp_path / "no model is needed for this", lora, tmp_path / "out")
+
+
+def test_a_missing_lora_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(NotAppliedError, match=r"absent\.safetensors: can't be read"):
+        _run(tmp_path / "no model", tmp_path / "absent.safetensors", tmp_path / "out")
+
+
+def test_a_base_model_that_makes_nan_is_named_and_not_its_lora(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    path = next((model / "transformer").glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["proj_out.bias"][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="pictures of the base model hold NaN"):
+        _run(model, _write_lora(tmp_path / "lora.safetensors", 0.5), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shift_of_training_replaces_the_folders(tiny_checkpoint: Path) -> None:
+    pipeline = load_pipeline(tiny_checkpoint, "cpu", torch.float32, False, shift=2.5)
+    pipeline.scheduler.set_timesteps(4)
+    plain = torch.linspace(1, 0, 5)[:4]
+    expected = 1000 * 2.5 * plain / (1 + 1.5 * plain)
+    assert torch.allclose(pipeline.scheduler.timesteps.float(), expected, atol=2.0)
 
 
 def test_keys_of_another_model_are_an_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
