@@ -1,23 +1,28 @@
 """A run is one TOML file: `load_toml` turns it into a frozen msgspec Struct, strictly.
 
 Strict means that an unknown key, a wrong type or a missing value ends the run with the file, the
-key and the way out named. `--set a.b=c` overrides one value on the command line and is checked
+key and how to fix it named. `--set a.b=c` overrides one value on the command line and is checked
 just as strictly. `dump_toml` writes the resolved configuration back, defaults included, so that a
 run's folder always says what really ran.
 """
 
+import re
 import tomllib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
+import tomli_w
 
 ConfigT = TypeVar("ConfigT", bound=msgspec.Struct)
+# as msgspec words it; group 2 is the table
+_UNKNOWN_KEY = re.compile(r"unknown field `([^`]+)`(?: - at `\$\.([^`\[]*)[^`]*`)?")
 
 
 class ConfigError(ValueError):
-    """The configuration can't be used; the message names the file, the key and the way out."""
+    """The configuration can't be used; the message names the file, the key and the remedy."""
 
 
 def load_toml(path: Path, kind: type[ConfigT], overrides: Sequence[str] = ()) -> ConfigT:
@@ -39,9 +44,7 @@ def load_toml(path: Path, kind: type[ConfigT], overrides: Sequence[str] = ()) ->
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         changed = f" (with --set {' --set '.join(overrides)})" if overrides else ""
-        raise ConfigError(
-            f"{path}{changed}: {error}; known keys: {', '.join(_known_keys(kind))}"
-        ) from error
+        raise ConfigError(f"{path}{changed}: {error}{_hint(str(error), kind)}") from error
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -61,14 +64,39 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-def _known_keys(kind: type, prefix: str = "") -> list[str]:
+def _hint(message: str, kind: type[msgspec.Struct]) -> str:
+    """What was meant by an unknown key: the nearest one, or else the keys of its table."""
+    match = _UNKNOWN_KEY.search(message)
+    if match is None:
+        return ""
+    name = match[1]
+    table = f"{match[2]}." if match[2] else ""
+    keys = _known_keys(kind)
+    here = {key.removeprefix(table).partition(".")[0] for key in keys if key.startswith(table)}
+    # a key of this table first, then one that stands in another table under this very name
+    near = [table + each for each in get_close_matches(name, sorted(here), n=1)]
+    near += [key for key in keys if key.rpartition(".")[2] == name]
+    near += get_close_matches(table + name, keys, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known keys here: {', '.join(sorted(here))}"
+
+
+def _known_keys(kind: type[msgspec.Struct], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for field in msgspec.structs.fields(kind):
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
-            keys += _known_keys(field.type, f"{prefix}{field.encode_name}.")
-        else:
-            keys.append(prefix + field.encode_name)
+        name = prefix + field.encode_name
+        table = _struct_in(field.type)
+        keys += _known_keys(table, f"{name}.") if table else [name]
     return keys
+
+
+def _struct_in(annotation: Any) -> type[msgspec.Struct] | None:
+    """The Struct of a field that is a table, an optional one, or a list of tables."""
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+        return annotation
+    found = (_struct_in(argument) for argument in get_args(annotation))
+    return next((each for each in found if each), None)
 
 
 def dump_toml(config: msgspec.Struct) -> str:
@@ -77,33 +105,12 @@ def dump_toml(config: msgspec.Struct) -> str:
     None has no spelling in TOML: such keys are left out, and reading them back gives their
     default, None.
     """
-    lines: list[str] = []
-    _dump_table(msgspec.to_builtins(config), "", lines)
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return tomli_w.dumps(_without_none(msgspec.to_builtins(config)))
 
 
-def _dump_table(table: dict[str, Any], name: str, lines: list[str]) -> None:
-    if name:
-        lines += ["", f"[{name}]"]
-    subtables = {key: value for key, value in table.items() if isinstance(value, dict)}
-    lines += [
-        f"{key} = {_dump_value(value)}"
-        for key, value in table.items()
-        if key not in subtables and value is not None
-    ]
-    for key, value in subtables.items():
-        _dump_table(value, f"{name}.{key}" if name else key, lines)
-
-
-def _dump_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_dump_value, value))}]"
+def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return (
-            "{ " + ", ".join(f"{key} = {_dump_value(item)}" for key, item in value.items()) + " }"
-        )
-    if isinstance(value, str):  # a JSON string is a TOML basic string
-        return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
-    return repr(value)
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_without_none(each) for each in value]
+    return value

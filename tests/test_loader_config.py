@@ -1,0 +1,102 @@
+"""config.py: a configuration is decoded strictly, a typo is answered with the key that was meant,
+and what is echoed reads back equal.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from loader.config import ConfigError, dump_toml, load_toml
+
+
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    folders: list[str] = []
+    i2v_share: float = 0.4
+    cache: str | None = None
+
+
+class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    prompt: str = ""
+    seed: int | None = None
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    output: str
+    data: Data = Data()
+    num_steps: int = 10
+    every_s: float | None = None
+    samples: list[Sample] = []
+
+
+def load(folder: Path, text: str, *overrides: str) -> Config:
+    (folder / "c.toml").write_text(text, encoding="utf-8")
+    return load_toml(folder / "c.toml", Config, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_step=3", "unknown field `num_step`; did you mean num_steps?"),
+        ("data.i2vshare=1", "unknown field `i2vshare` - at `$.data`; did you mean data.i2v_share?"),
+        ("i2v_share=1", "unknown field `i2v_share`; did you mean data.i2v_share?"),
+        ("dta.folders=['a']", "unknown field `dta`; did you mean data?"),
+        ("data.prompt='x'", "unknown field `prompt` - at `$.data`; did you mean samples.prompt?"),
+        (
+            "data.zzz=1",
+            "unknown field `zzz` - at `$.data`; known keys here: cache, folders, i2v_share",
+        ),
+        ("zzz=1", "`zzz`; known keys here: data, every_s, num_steps, output, samples"),
+        ("samples=[{promt = 'x'}]", "`promt` - at `$.samples[0]`; did you mean samples.prompt?"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_one_that_was_meant(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, 'output = "o"', override)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}/c.toml (with --set {override}): ")
+
+
+def test_a_wrong_value_names_its_key_and_nothing_else(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, 'output = "o"\nnum_steps = "ten"')
+    assert str(caught.value) == (f"{tmp_path}/c.toml: Expected `int`, got `str` - at `$.num_steps`")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("output = ", "not valid TOML"), ("num_steps = 1", "field `output`")]
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"c.toml: .*{message}"):
+        load(tmp_path, text)
+    with pytest.raises(ConfigError, match="absent.toml: can't read the configuration"):
+        load_toml(tmp_path / "absent.toml", Config)
+
+
+def test_what_is_echoed_reads_back_equal(tmp_path: Path) -> None:
+    config = Config(
+        output='C:\\a "b"\n\t\x7f 이미지',
+        data=Data(folders=["a" * 60, "b, ]", ""], i2v_share=1e-7),
+        samples=[Sample(prompt="x"), Sample()],
+    )
+    text = dump_toml(config)
+    assert load(tmp_path, text) == config
+    plain: dict[str, Any] = tomllib.loads(text)
+    assert "every_s" not in plain and "cache" not in plain["data"]  # None is left out
+
+
+def test_set_overrides_one_value_as_toml_or_plain_text(tmp_path: Path) -> None:
+    overrides = ("num_steps=3", "data.folders=['a', 'b']", "output=runs/a", "every_s=inf")
+    config = load(tmp_path, 'output = "o"', *overrides)
+    assert config == Config(
+        output="runs/a", num_steps=3, data=Data(folders=["a", "b"]), every_s=float("inf")
+    )
+    for wrong in ("num_steps", "=3"):
+        with pytest.raises(ConfigError, match="expected key=value"):
+            load(tmp_path, 'output = "o"', wrong)
+    with pytest.raises(ConfigError, match="output is a value, not a table"):
+        load(tmp_path, 'output = "o"', "output.x=1")
