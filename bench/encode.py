@@ -44,13 +44,10 @@ from loader.manifest import decode_index, read_manifest
 from loader.sample import JSON, LATENT, decode_meta, decode_tensor, split_member_name
 from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
-from shardgen.config import (
-    EncodeConfig,
-    ExecutorConfig,
-    LabelsConfig,
-    ShardgenConfig,
-    WindowsConfig,
-)
+from shardgen.config import ShardgenConfig
+from shardgen.encode.config import EncodeConfig, ExecutorConfig
+from shardgen.rules.config import WindowsConfig
+from shardgen.stages.config import LabelsConfig
 from shardgen.verify import verify_dataset
 from tools.fake.checkpoint import write_tiny_checkpoint
 from tools.fake.vae import LATENTS_MEAN, LATENTS_STD, WAN22, random_vae
