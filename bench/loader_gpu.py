@@ -333,7 +333,7 @@ def check_wait(folder: Path) -> Iterator[Row]:
 
 
 class Turns:
-    """Stands in for train.main's Feed: the batches of several feeds in turn, and a record of
+    """Stands in for train.setup's Feed: the batches of several feeds in turn, and a record of
     whose each was.
     """
 
@@ -362,8 +362,8 @@ class Turns:
 
 
 def check_raw(folder: Path, num_turns: int) -> Iterator[Row]:
-    from train import main
-    from train.parallel import mesh as dist
+    from train import main, setup
+    from train.parallel import mesh
 
     runs = {"latent": ("jpg", "latent"), "raw, jpg": ("jpg", "raw"), "raw, mp4": ("mp4", "raw")}
     config = write_run(folder, "raw", "jpg", "raw", (num_turns + 2) * len(runs))
@@ -380,10 +380,10 @@ def check_raw(folder: Path, num_turns: int) -> Iterator[Row]:
         )
         return turns[0]
 
-    setattr(main, "Feed", make)  # noqa: B010  the loop stays the trainer's own
+    setattr(setup, "Feed", make)  # noqa: B010  the loop stays the trainer's own
     with ExitStack() as stack:
         main.train(
-            load_toml(config, TrainConfig, []), stack.enter_context(dist.process_group()), stack
+            load_toml(config, TrainConfig, []), stack.enter_context(mesh.process_group()), stack
         )
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     waits: dict[str, list[float]] = {name: [] for name in runs}

@@ -3,7 +3,8 @@ bench.step --profile native`.
 
 One process per profile and shape: random weights of the real size, subjects interleaved, CUDA
 events, a whole optimizer step each. First it checks that what it times is right
-(bench/step_check.py); then it prints a table and writes it as JSON. Profiles:
+(bench/step_check.py, bench/step_check_training.py); then it prints a table and writes it as JSON.
+Profiles:
 
 - native: bfloat16, the card's best attention, nothing recomputed (diffusers: torch's best, cuDNN);
 - native32: the same, our activations planned for 30 GiB, some steps of it under a cap of 32
@@ -16,7 +17,6 @@ Cases: t2v and i2v with rank 16 on the six q/k/v, r32 with rank 32 on every laye
 """
 
 import argparse
-import gc
 import json
 import os
 import random
@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,20 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 import msgspec
 import torch
 
-from bench import step_check
+from bench import step_check_training
 from bench import step_subjects as subjects
-from loader.sample import MAX_TEXT_TOKENS
+from bench.our_step import ADAPTERS, Adapters, our_config, our_run
 from loader.shape import WAN22, Bucket
 from tools import plan
+from tools.fake.step import random_batch
 from train.activations import plan as remat
 from train.kernels import lowrank
-from train.model.attention import AttentionName, choose_attention
+from train.model.attention import AttentionName
 from train.model.wan import TI2V_5B, WanConfig
 
 GIB = 2**30
 CAP_GIB, PLANNED_GIB = 32, 30
+GRAPH_TOKENS = 4096
 PROFILES: dict[str, tuple[torch.dtype, AttentionName, bool]] = {
     "native": (torch.bfloat16, "auto", False),
     "native32": (torch.bfloat16, "auto", True),
@@ -63,54 +64,41 @@ class Bench:
         config: WanConfig,
         bucket: Bucket,
         profile: str,
-        adapters: subjects.Adapters,
+        adapters: Adapters,
         peers: list[str],
         device: torch.device,
-        graph_tokens: int,
     ):
         self.config, self.bucket, self.device = config, bucket, device
         self.dtype, name, self.capped = PROFILES[profile]
-        attention, self.attention = choose_attention(name, device, self.dtype)
         subjects.only_attention("efficient" if name == "efficient" else "cudnn")
         self.resident: dict[str, int] = {}
         self.steps: dict[str, subjects.Step] = {}
-        shape = remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
         with self._counting("peer"):
             self.reference = subjects.reference_model(config, device, self.dtype)
+        before = torch.cuda.memory_allocated()
         with self._counting("ours"):
-            self.model = subjects.our_model(self.reference, config, self.dtype)
-            self.adapters = subjects.attach(self.model, adapters)
+            self.run = our_run(
+                our_config(
+                    adapters,
+                    self.dtype,
+                    name,
+                    activation_memory="auto" if self.capped else "all",
+                    activation_offload=self.capped,
+                    cuda_graph_tokens=GRAPH_TOKENS,
+                ),
+                bucket,
+                model=subjects.our_model(self.reference, config, self.dtype),
+                # as on a card of its own, whatever the other subjects have taken
+                free_bytes=lambda _: PLANNED_GIB * GIB - torch.cuda.memory_allocated() + before,
+            )
+            self.steps["ours"] = subjects.our_step(self.run)
         with self._counting("frozen"):
             frozen = subjects.our_model(self.reference, config, self.dtype)
-        room = (
-            PLANNED_GIB * GIB
-            - self.resident["ours"]
-            - 12 * sum(p.numel() for p in self.adapters.parameters())
-        )
-        self.kept = remat.plan_shape(
-            config,
-            shape,
-            adapters.targets,
-            self.dtype.itemsize,
-            None if self.capped else float("inf"),
-            room,
-            attention,
-            self.capped,
-        )
-        with self._counting("ours"):
-            self.steps["ours"] = subjects.our_step(
-                self.model,
-                self.adapters,
-                self.attention,
-                bucket,
-                self.dtype,
-                self.kept,
-                graph_tokens,
-            )
+        self.kept, attention = self.run.plans[bucket], self.run.attention
         self.steps["frozen"] = subjects.frozen_step(
-            frozen, self.attention, bucket, self.kept, graph_tokens
+            frozen, attention, bucket, self.kept, GRAPH_TOKENS
         )
-        self.steps["floor"] = subjects.floor_step(self.model, bucket, self.dtype, self.attention)
+        self.steps["floor"] = self.floor()
         with self._counting("peer"):
             step = subjects.peer_step(self.reference, adapters, self.dtype) if peers else None
         compiled = (
@@ -123,6 +111,9 @@ class Bench:
             self.steps[peer] = self._peer(
                 step, compiled if "compiled" in peer else None, "checkpointing" in peer
             )
+
+    def floor(self) -> subjects.Step:
+        return subjects.floor_step(self.run.model, self.bucket, self.dtype, self.run.attention)
 
     def _peer(self, step: subjects.Step, compiled: Any, checkpointing: bool) -> subjects.Step:
         def run(batch: Any) -> torch.Tensor:
@@ -191,12 +182,10 @@ def rows_of(
     bench: Bench, case: str, i2v: bool, num_rounds: int, deadline_s: float
 ) -> list[dict[str, Any]]:
     """Interleave all subjects and return a row for each."""
-    batch = subjects.make_batch(bench.bucket, i2v, bench.device)
+    batch = random_batch(bench.bucket, bench.device, is_i2v=[i2v])
     small = WAN22.num_tokens(bench.bucket) <= 4096
     if small:
-        bench.steps["floor"] = subjects.graphed(
-            subjects.floor_step(bench.model, bench.bucket, bench.dtype, bench.attention), batch
-        )
+        bench.steps["floor"] = subjects.graphed(bench.floor(), batch)
     peaks_gib = {}  # of the warm-up too: what a replayed graph uses is not counted as allocated
     for name in bench.steps:
         begin_s = time.perf_counter()
@@ -223,7 +212,7 @@ def rows_of(
         # what ran before shows in the card's clock
         for name in order.sample(list(bench.steps), len(bench.steps)):
             runs[name].append(bench.time(name, batch))
-    adapters = subjects.ADAPTERS[CASES[case][0]]
+    adapters = ADAPTERS[CASES[case][0]]
     step = plan.step_of(
         bench.config, bench.bucket, list(adapters.targets), adapters.rank, 2, remat.Kept(None, 0.0)
     )
@@ -245,53 +234,6 @@ def rows_of(
         }
         for name, found in runs.items()
     ]
-
-
-def check(
-    config: WanConfig, bucket: Bucket, profile: str, device: torch.device
-) -> dict[str, step_check.Checks]:
-    dtype, attention, _ = PROFILES[profile]
-    small = Bucket(832, 480, 9)
-    found = {
-        "kernels": step_check.kernels_agree(device, dtype),
-        "linear": step_check.linear_agrees(device, dtype, nf4=False),
-        "200 steps": step_check.loss_curve(dtype, attention, device),
-    }
-    if find_spec("bitsandbytes"):
-        found["linear, NF4"] = step_check.linear_agrees(device, dtype, nf4=True)
-    for case, (adapters, i2v) in CASES.items():
-        found[f"2 blocks, {case}"] = step_check.gradients_agree(
-            config, bucket, i2v, subjects.ADAPTERS[adapters], dtype, attention, device
-        )
-        _free()
-    shallow = msgspec.structs.replace(config, num_layers=4)
-    reference = subjects.reference_model(shallow, device, dtype)
-    model = subjects.our_model(reference, shallow, dtype)
-    adapters32 = subjects.attach(model, subjects.ADAPTERS["r32"])
-    torch.use_deterministic_algorithms(True)
-    shape = remat.Shape(1, WAN22.num_tokens(small), MAX_TEXT_TOKENS)
-    targets = subjects.ADAPTERS["r32"].targets
-    plans = {
-        name: remat.plan_shape(shallow, shape, targets, 2, budget, offload="offload" in name)
-        for name, budget in (
-            ("block", 0.0),
-            ("100 MB", 1e8),
-            ("offload", 0.0),
-            ("100 MB, offload", 1e8),
-            ("graphs", float("inf")),
-            ("graphs, 100 MB", 1e8),
-        )
-    }
-    # cuDNN's backward pass is not deterministic
-    bitwise = "flash" if attention == "auto" else attention
-    found["same bits"] = step_check.same_bits(model, adapters32, small, dtype, bitwise, plans, 4096)
-    torch.use_deterministic_algorithms(False)
-    return found
-
-
-def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -343,7 +285,10 @@ def main() -> None:
             arguments.json.write_text(json.dumps(result, indent=1))
 
     if not arguments.no_check:
-        result["checks"] = check(config, bucket, arguments.profile, device)
+        dtype, attention, _ = PROFILES[arguments.profile]
+        result["checks"] = step_check_training.check(
+            config, bucket, dtype, attention, CASES, device
+        )
         for name, found in result["checks"].items():
             print(
                 f"check: {name}: "
@@ -360,11 +305,9 @@ def main() -> None:
             for value, limit in found.values()
         ):
             sys.exit("a check failed: nothing was timed")
-        _free()
+        step_check_training.free_memory()
     for adapters in dict.fromkeys(CASES[case][0] for case in cases):
-        bench = Bench(
-            config, bucket, arguments.profile, subjects.ADAPTERS[adapters], peers, device, 4096
-        )
+        bench = Bench(config, bucket, arguments.profile, ADAPTERS[adapters], peers, device)
         print(
             f"{adapters}: ours: {remat.describe(config, bench.kept)}; beside a model of "
             f"{bench.resident['ours'] / GIB:.2f} GiB",
@@ -376,7 +319,7 @@ def main() -> None:
             )
             save()
         del bench
-        _free()
+        step_check_training.free_memory()
     print(f"{result['card']}, {arguments.profile}, {arguments.shape}, {arguments.layers} blocks")
     print(
         "| case | subject | n | s/step (least to most) | tokens/s | TFLOP/s | of the floor | peak GiB | loss |"

@@ -1,28 +1,19 @@
-"""What bench.step proves before it times: every kernel against its eager twin on this card,
-gradients in half precision against float32 and PEFT, graphs and recomputation against the plain
-pass, and a whole loss curve in half precision.
+"""What bench.step proves about single kernels before it times: each Triton kernel and each adapted
+GEMM against its reference implementation, on this card at the real widths.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
-from bench import step_subjects as subjects
-from loader.sample import MAX_TEXT_TOKENS
-from loader.shape import WAN22, Bucket
-from train import flow, optim
-from train.activations import plan as remat
-from train.config import FlowConfig
 from train.kernels import lowrank
 from train.kernels import pointwise as elementwise
 from train.kernels.pointwise import Rows
 from train.lora import adapters as lora
 from train.lora.linear import lora_linear_eager
-from train.model.wan import TI2V_5B, Projections, Wan, WanConfig, rope_tables
-from train.step import MicroStep, prepare
+from train.model.wan import TI2V_5B, Projections, rope_tables
 
 Checks = dict[str, tuple[float, float]]  # what was measured, and the most that it may be
 
@@ -183,174 +174,3 @@ def linear_agrees(device: torch.device, dtype: torch.dtype, nf4: bool) -> Checks
             1e-2,
         )
     return found
-
-
-def gradients_agree(
-    config: WanConfig,
-    bucket: Bucket,
-    i2v: bool,
-    adapters: subjects.Adapters,
-    dtype: torch.dtype,
-    attention: str,
-    device: torch.device,
-) -> Checks:
-    """Our loss and LoRA gradients in `dtype` against diffusers + PEFT in float32, with equal
-    weights, no dropout.
-    """
-    adapters = adapters._replace(dropout=0.0)
-    config = msgspec.structs.replace(config, num_layers=2)
-    reference = subjects.reference_model(config, device, dtype)
-    model = subjects.our_model(reference, config, dtype)
-    ours = subjects.attach(model, adapters)
-    batch = subjects.make_batch(bucket, i2v, device)
-    inputs = prepare(batch, FlowConfig())
-    velocity = model(*inputs[:4], subjects.chosen_attention(attention, device, dtype))
-    loss = flow.sample_losses(velocity, inputs.target_BCThw, inputs.num_clean_frames_B).mean()
-    scale = settled_scale(loss, ours.parameters()) if dtype == torch.float16 else 1.0
-    if dtype != torch.float16:
-        loss.backward()
-    reference.float()
-    subjects.peer_step(reference, adapters, torch.float32)
-    theirs = {
-        name.replace(".default.weight", ""): p
-        for name, p in reference.named_parameters()
-        if p.requires_grad
-    }
-    for name, (a, b) in ours.tensors().items():
-        theirs[f"{name}.lora_A"].data.copy_(a)
-        theirs[f"{name}.lora_B"].data.copy_(b.to(dtype))  # what our GEMMs read
-        theirs[f"{name}.lora_A"].data.copy_(a.to(dtype))
-    subjects.only_attention("efficient")
-    expected = subjects.peer_loss(reference, batch, torch.float32)
-    expected.backward()
-    for parameter in ours.parameters():
-        assert parameter.grad is not None
-        parameter.data = parameter.grad / scale
-    worst, total = 0.0, [0.0, 0.0]
-    for name, pair in ours.tensors().items():
-        for kind, ours_g in zip("AB", pair, strict=True):
-            gradient = theirs[f"{name}.lora_{kind}"].grad
-            worst = max(worst, relative(ours_g, gradient))
-            total[0] += (ours_g - gradient).square().sum().item()
-            total[1] += gradient.square().sum().item()
-    return {
-        "loss": (abs(loss.item() / expected.item() - 1), 1e-3),
-        "gradient": ((total[0] / total[1]) ** 0.5, 2e-2),
-        "its worst tensor": (worst, 0.1),
-    }
-
-
-def settled_scale(loss: Tensor, parameters: Sequence[torch.nn.Parameter]) -> float:
-    """Backward with the loss scale that dynamic scaling comes down to: the largest at which
-    nothing overflows.
-    """
-    for exponent in range(40, 0, -1):
-        for parameter in parameters:
-            parameter.grad = None
-        (loss * 2.0**exponent).backward(retain_graph=True)
-        if all(p.grad is not None and bool(p.grad.isfinite().all()) for p in parameters):
-            print(f"  the loss scale settles at 2**{exponent}", flush=True)
-            return 2.0**exponent
-    raise AssertionError("gradients overflow at every scale")
-
-
-def same_bits(
-    model: Wan,
-    adapters: lora.LoRA,
-    bucket: Bucket,
-    dtype: torch.dtype,
-    attention: str,
-    plans: dict[str, remat.Kept],
-    max_graph_tokens: int,
-) -> Checks:
-    """Largest difference of the gradients of three accumulated samples, T2V, I2V and T2V, against
-    keeping all.
-    """
-    device = model.scale_shift_table.device
-    flat = optim.flatten(adapters.parameters())
-    chosen = subjects.chosen_attention(attention, device, dtype)
-    batches = [
-        subjects.make_batch(bucket, i2v, device, seed)
-        for seed, i2v in enumerate((False, True, False))
-    ]
-    found: Checks = {}
-    expected = None
-    for name, kept in ({"all": remat.Kept(None, 0.0)} | plans).items():
-        run_block = remat.block_runner(
-            model, {remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS): kept}
-        )
-        scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-        step = MicroStep(
-            model,
-            adapters.set_seeds,
-            chosen,
-            run_block,
-            scaler,
-            1 / 3,
-            max_graph_tokens if name.startswith("graphs") else 0,
-        )
-        for _ in range(2):  # a graph exists from the second round on
-            flat.buffer.zero_()
-            for batch in batches:
-                step.forward(prepare(batch, FlowConfig()))
-                step.backward()
-        if expected is None:
-            expected = flat.gradient.clone()
-        else:
-            found[name] = (
-                ((flat.gradient - expected).abs().max() / expected.abs().max()).item(),
-                0.0,
-            )
-    return found
-
-
-def loss_curve(
-    dtype: torch.dtype, attention: str, device: torch.device, num_steps: int = 200
-) -> Checks:
-    """A small model trained for `num_steps` in `dtype` and in float32: the largest difference of
-    20-step means.
-    """
-    config = msgspec.structs.replace(
-        TI2V_5B, num_layers=4, num_attention_heads=4, ffn_dim=1024, text_dim=4096
-    )
-    bucket = Bucket(256, 256, 9)
-    curves = []
-    for kind in (dtype, torch.float32):
-        reference = subjects.reference_model(config, device, kind)
-        model = subjects.our_model(reference, config, kind)
-        adapters = lora.attach(model, lora.TARGETS, 16, 16.0, 0.1, seed=1)
-        flat = optim.flatten(adapters.parameters())
-        optimizer = optim.make_optimizer(flat.vector, "adamw", 1e-3, (0.9, 0.999), 1e-8, 0.01)
-        scaler = torch.amp.GradScaler(device.type, 65536.0, enabled=kind == torch.float16)
-        name = attention if kind == dtype else "efficient"
-        step = MicroStep(
-            model,
-            adapters.set_seeds,
-            subjects.chosen_attention(name, device, kind),
-            None,
-            scaler,
-            1.0,
-            4096,
-        )
-        losses = []
-        for i in range(num_steps):
-            flat.buffer.zero_()
-            batch = subjects.make_batch(bucket, i % 3 == 0, device, seed=i % 8)
-            losses.append(step.forward(prepare(batch, FlowConfig())).clone())
-            step.backward()
-            scaler.unscale_(optimizer)
-            optim.clip_gradient(flat.gradient, 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            adapters.refresh()
-        curves.append(torch.stack(losses).view(-1, 20).mean(1))
-    ours, expected = curves
-    assert expected[-1] < 0.95 * expected[0], (
-        "the model must learn something, or the comparison says nothing"
-    )
-    return {
-        "largest difference of 20-step means": (
-            ((ours - expected).abs() / expected).max().item(),
-            1e-2,
-        )
-    }

@@ -8,7 +8,7 @@ recomputed, on random values, one block's buffers used again for the next.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,54 +16,24 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from bench.our_step import Adapters, add_gradients, update
 from loader.feed import Batch
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
-from train import flow, optim
+from train import flow
 from train.activations import plan as remat
-from train.config import FlowConfig
+from train.flow import FlowConfig
 from train.kernels import lowrank
 from train.lora import adapters as lora
 from train.model.attention import Attention, choose_attention
 from train.model.load import build_transformer
 from train.model.wan import Block, Projections, Wan, WanConfig
+from train.setup import Run
 from train.step import MicroStep, prepare
 
 # as diffusers loads it
 KEEP_FLOAT32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v")
-
-
-class Adapters(NamedTuple):
-    targets: tuple[str, ...]
-    rank: int
-    dropout: float
-
-
-ADAPTERS = {"r16": Adapters(QKV, 16, 0.0), "r32": Adapters(lora.TARGETS, 32, 0.1)}
 Step = Callable[[Batch], Tensor]  # a whole optimizer step; returns the loss
-
-
-def make_batch(bucket: Bucket, i2v: bool, device: torch.device, seed: int = 0) -> Batch:
-    """One random sample with 200 text tokens."""
-    generator = torch.Generator(device).manual_seed(seed)
-    latent = torch.randn(1, *WAN22.latent_shape(bucket), generator=generator, device=device).half()
-    text = torch.zeros(1, MAX_TEXT_TOKENS, 4096, device=device, dtype=torch.float16)
-    text[:, :200] = 0.2 * torch.randn(1, 200, 4096, generator=generator, device=device).half()
-    return Batch(
-        latent,
-        text,
-        None,
-        is_i2v=[i2v],
-        caption_dropped=[False],
-        seeds=[1000 + seed],
-        keys=[""],
-        bucket=bucket,
-        dataset=0,
-        epoch=0,
-        index=0,
-        wait_s=0.0,
-    )
 
 
 def reference_model(config: WanConfig, device: torch.device, dtype: torch.dtype) -> Any:
@@ -99,48 +69,12 @@ def our_model(reference: Any, config: WanConfig, dtype: torch.dtype) -> Wan:
     )
 
 
-def attach(model: Wan, adapters: Adapters) -> lora.LoRA:
-    """With B other than zero, so that every gradient is."""
-    ours = lora.attach(
-        model, adapters.targets, adapters.rank, float(adapters.rank), adapters.dropout, seed=1
-    )
-    generator = torch.Generator(model.scale_shift_table.device).manual_seed(2)
-    for _, b in ours.tensors().values():
-        b.normal_(std=0.02, generator=generator)
-    ours.refresh()
-    return ours
-
-
-def our_step(
-    model: Wan,
-    adapters: lora.LoRA,
-    attention: Attention,
-    bucket: Bucket,
-    dtype: torch.dtype,
-    kept: remat.Kept,
-    max_graph_tokens: int,
-) -> Step:
+def our_step(run: Run) -> Step:
     """What train/main.py does in a step."""
-    device = model.scale_shift_table.device
-    flat = optim.flatten(adapters.parameters())
-    optimizer = optim.make_optimizer(flat.vector, "adamw", 1e-5, (0.9, 0.999), 1e-8, 0.01)
-    scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-    run_block = remat.block_runner(
-        model, {remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS): kept}
-    )
-    micro_step = MicroStep(
-        model, adapters.set_seeds, attention, run_block, scaler, 1.0, max_graph_tokens
-    )
 
     def step(batch: Batch) -> Tensor:
-        flat.buffer.zero_()
-        loss = micro_step.forward(prepare(batch, FlowConfig()))
-        micro_step.backward()
-        scaler.unscale_(optimizer)
-        optim.clip_gradient(flat.gradient, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        adapters.refresh()
+        loss = add_gradients(run, [batch])
+        update(run)
         return loss
 
     return step

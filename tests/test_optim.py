@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from train import optim
+from train.optim import OptimConfig
 
 
 def make(seed: int = 0) -> list[nn.Parameter]:
@@ -32,9 +33,11 @@ def test_parameters_and_gradients_are_views_of_one_vector() -> None:
     "step, expected", [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (60, 0.5), (110, 0.0)]
 )
 def test_warm_up_is_linear_and_the_cosine_ends_at_zero(step: int, expected: float) -> None:
-    assert optim.learning_rate(step, 1.0, "cosine", 10, 110) == pytest.approx(expected)
+    cosine = OptimConfig(lr=1.0, schedule="cosine", warmup_steps=10)
+    assert optim.learning_rate(step, 110, cosine) == pytest.approx(expected)
     if step >= 10:
-        assert optim.learning_rate(step, 1.0, "constant", 10, 110) == 1.0
+        constant = OptimConfig(lr=1.0, schedule="constant", warmup_steps=10)
+        assert optim.learning_rate(step, 110, constant) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from loader.shape import WAN22, Bucket
 from tools import plan
 from tools.fake.batch import write_synthetic_dataset
 from train.activations.plan import Kept, Shape, block_runner, plan_run
-from train.config import DataConfig, ModelConfig, TrainConfig
+from train.config import DataConfig, TrainConfig
 from train.lora import adapters as lora
 from train.model.attention import choose_attention
+from train.model.config import ModelConfig
 from train.model.load import load_transformer
 from train.model.wan import TI2V_5B, Wan
 

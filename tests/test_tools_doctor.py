@@ -12,7 +12,8 @@ import pytest
 from tools.doctor import host, run
 from tools.doctor.__main__ import HOST_CHECKS, main
 from tools.doctor.finding import Finding, guarded
-from train.config import DataConfig, ModelConfig, TrainConfig
+from train.config import DataConfig, TrainConfig
+from train.model.config import ModelConfig
 
 
 def config(model: Path, dataset: Path, output: Path) -> TrainConfig:

@@ -22,9 +22,12 @@ from torch import Tensor
 from loader.config import dump_toml
 from tools.fake.batch import write_synthetic_dataset
 from train import checkpoint
-from train.config import DataConfig, LoRAConfig, ModelConfig, OptimConfig, TrainConfig
+from train.config import DataConfig, TrainConfig
 from train.lora import adapters as lora
+from train.lora.config import LoRAConfig
 from train.metrics import METRICS_FILE
+from train.model.config import ModelConfig
+from train.optim import OptimConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 6

@@ -155,7 +155,9 @@ def test_loss_after_five_adamw_steps_equals_peft(pair: tuple[Any, Wan]) -> None:
     reference, model = pair
     adapters, theirs = attach_both(reference, model)
     flat = optim.flatten(adapters.parameters())
-    ours_optimizer = optim.make_optimizer(flat.vector, "adamw", 1e-2, (0.9, 0.99), 1e-8, 0.05)
+    ours_optimizer = optim.make_optimizer(
+        flat.vector, optim.OptimConfig(lr=1e-2, beta2=0.99, weight_decay=0.05)
+    )
     their_optimizer = torch.optim.AdamW(
         theirs.values(), lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05
     )

@@ -18,21 +18,21 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from loader.config import load_toml
-from loader.feed import Batch
-from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
+from tools.fake.step import random_batch, random_transformer
 from tools.plan import CARDS, Card
-from train.activations import plan as remat
+from train import setup
+from train.activations.plan import describe
 from train.config import TrainConfig
-from train.lora import adapters as lora
-from train.model.attention import choose_attention
-from train.model.load import build_transformer, load_transformer, read_config, tensor_sources
-from train.model.wan import TI2V_5B, Wan, WanConfig
-from train.step import MicroStep, prepare
+from train.model.load import read_config
+from train.model.wan import TI2V_5B, WanConfig
+from train.parallel.mesh import World
+from train.step import prepare
 
 NUM_STEPS = 3
 OPERATIONS = (
@@ -146,121 +146,51 @@ def table(rows: list[Row], num_rows: int = 10) -> str:
     return "\n".join(lines)
 
 
-def random_transformer(config: WanConfig, device: torch.device, dtype: torch.dtype) -> Wan:
-    """Random weights, small enough for activations to stay near unit variance."""
-    with torch.device("meta"):
-        empty = Wan(config)
-    shapes = {}
-    for name, sources in tensor_sources(empty).items():
-        shape = empty.get_parameter(name).shape
-        for source in sources:
-            shapes[source] = (shape[0] // len(sources), *shape[1:])
-    generator = torch.Generator(device).manual_seed(0)
-    return build_transformer(
-        config,
-        shapes.keys(),
-        lambda name: (
-            torch.randn(shapes[name], device=device, generator=generator) / shapes[name][-1] ** 0.5
-        ),
-        device,
-        dtype,
-        "random weights",
-    )
-
-
-def random_batch(bucket: Bucket, micro_batch: int, text_dim: int, device: torch.device) -> Batch:
-    """Random samples, every other one image-to-video."""
-    generator = torch.Generator(device).manual_seed(0)
-    latent = torch.randn(
-        micro_batch, *WAN22.latent_shape(bucket), device=device, generator=generator
-    ).half()
-    text = (
-        0.2
-        * torch.randn(
-            micro_batch, MAX_TEXT_TOKENS, text_dim, device=device, generator=generator
-        ).half()
-    )
-    return Batch(
-        latent,
-        text,
-        None,
-        is_i2v=[bool(i % 2) for i in range(micro_batch)],
-        caption_dropped=[False] * micro_batch,
-        seeds=list(range(micro_batch)),
-        keys=[""] * micro_batch,
-        bucket=bucket,
-        dataset=0,
-        epoch=0,
-        index=0,
-        wait_s=0.0,
-    )
-
-
 def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool) -> str:
     """Profile NUM_STEPS micro-batches; writes the trace and returns the table."""
     device, dtype = torch.device("cuda", 0), getattr(torch, config.model.dtype)
-    name, attention = choose_attention(config.model.attention, device, dtype)
-    path = Path(config.model.path)
+    # one micro-batch on one GPU, and not as CUDA graphs, in which the profiler sees no operations
+    alone = msgspec.structs.replace(config, global_batch=config.micro_batch, cuda_graph_tokens=0)
+    model = None
     if random:
-        found = path / "transformer" / "config.json"
-        model = random_transformer(read_config(found) if found.exists() else TI2V_5B, device, dtype)
-    else:
-        model = load_transformer(path, device, dtype)
-    adapters = lora.attach(
-        model,
-        config.lora.targets,
-        config.lora.rank,
-        config.lora.alpha,
-        config.lora.dropout,
-        0,
-        nf4=config.lora.base == "nf4",
+        found = Path(config.model.path) / "transformer" / "config.json"
+        wan = read_config(found) if found.exists() else TI2V_5B
+        model = random_transformer(wan, device, dtype)
+    run = setup.build(alone, World(0, 1, device), [bucket], model=model)
+    batch = random_batch(
+        bucket,
+        device,
+        is_i2v=[bool(i % 2) for i in range(config.micro_batch)],
+        text_dim=run.model.config.text_dim,
     )
-    shape = remat.Shape(config.micro_batch, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
-    budget_bytes = remat.parse_activation_memory(config.activation_memory)
-    plans = remat.plan_run(
-        model.config,
-        [shape],
-        config.lora.targets,
-        dtype.itemsize,
-        budget_bytes,
-        remat.room_bytes(device) if budget_bytes is None else 0.0,
-        0,
-        name,
-        config.activation_offload,
-    )
-    scaler = torch.amp.GradScaler("cuda", config.optim.loss_scale, enabled=dtype == torch.float16)
-    step = MicroStep(
-        model, adapters.set_seeds, attention, remat.block_runner(model, plans), scaler, 1.0, 0
-    )
-    batch = random_batch(bucket, config.micro_batch, model.config.text_dim, device)
 
-    def run() -> None:
-        step.forward(prepare(batch, config.flow))
-        step.backward()
+    def micro_batch() -> None:
+        run.micro_step.forward(prepare(batch, config.flow))
+        run.micro_step.backward()
 
     for _ in range(2):
-        run()
+        micro_batch()
     torch.cuda.synchronize()
     with profile(
         activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True
     ) as profiler:
         for _ in range(NUM_STEPS):
-            run()
+            micro_batch()
         torch.cuda.synchronize()
     output.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(output / "trace.json.gz"))
     card_name = torch.cuda.get_device_name(device)
-    card = next((card for card in CARDS if card.name.split("-")[0] in card_name), None)
     rows = rows_of(
         profiler.key_averages(group_by_input_shape=True),
-        model.config,
+        run.model.config,
         config.micro_batch * WAN22.num_tokens(bucket),
         dtype.itemsize,
-        card,
+        card=next((card for card in CARDS if card.name.split("-")[0] in card_name), None),
     )
     return (
-        f"{card_name}, {config.model.dtype}, {name} attention, {bucket} x {config.micro_batch}: "
-        f"{remat.describe(model.config, plans[shape])}\n{table(rows)}\ntrace: {output / 'trace.json.gz'}"
+        f"{card_name}, {config.model.dtype}, {run.attention_name} attention, {bucket} x "
+        f"{config.micro_batch}: {describe(run.model.config, run.plans[bucket])}\n{table(rows)}\n"
+        f"trace: {output / 'trace.json.gz'}"
     )
 
 

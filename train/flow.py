@@ -12,12 +12,23 @@ Shapes: B samples, C latent channels, T/h/w latent frames, rows and columns, R =
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 TimestepDistribution = Literal["uniform", "logit_normal"]
+
+
+class FlowConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[flow]` table: from which noise levels the model learns."""
+
+    # 5 at 720p, 3 at 480p
+    shift: Annotated[float, Meta(gt=0.0)] = 5.0
+    # of u, before the shift
+    timesteps: TimestepDistribution = "uniform"
 
 
 class Noised(NamedTuple):

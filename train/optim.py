@@ -7,10 +7,31 @@ that logging costs no second all-reduce.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
+
+
+class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[optim]` table: the optimizer, its learning rate, clipping and loss scaling."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    # after the warm-up; a cosine goes from there to 0 at num_steps
+    lr: Annotated[float, Meta(gt=0.0)] = 1e-4
+    beta1: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.999
+    eps: Annotated[float, Meta(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.01
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Meta(ge=0)] = 0
+    # largest norm of the whole gradient; 0: no clipping
+    clip_norm: Annotated[float, Meta(ge=0.0)] = 1.0
+    # the first one, float16 only. Too high, it is halved in as many steps as it takes; too low,
+    # small gradients vanish until it has grown, which takes thousands of steps
+    loss_scale: Annotated[float, Meta(gt=0.0)] = 2.0**24
 
 
 class FlatParameters(NamedTuple):
@@ -44,24 +65,23 @@ def flatten(parameters: Sequence[nn.Parameter]) -> FlatParameters:
     return FlatParameters(vector, buffer, buffer[:total], buffer[total])
 
 
-def make_optimizer(
-    vector: nn.Parameter,
-    name: Literal["adamw", "adamw8bit"],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> torch.optim.Optimizer:
+def make_optimizer(vector: nn.Parameter, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW of torch (fused on the GPU), or bitsandbytes' with 8-bit states."""
-    if name == "adamw8bit":
+    betas = (config.beta1, config.beta2)
+    if config.name == "adamw8bit":
         import bitsandbytes  # slow to import, and probes for CUDA as it loads
 
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            [vector], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+            [vector], lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay
         )
         return optimizer
     return torch.optim.AdamW(
-        [vector], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=vector.is_cuda
+        [vector],
+        lr=config.lr,
+        betas=betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=vector.is_cuda,
     )
 
 
@@ -74,18 +94,16 @@ def is_lost(loss: float, grad_norm: float, loss_scale: float, scaling: bool) -> 
     return not math.isfinite(loss) or not (skipped or math.isfinite(grad_norm))
 
 
-def learning_rate(
-    step: int, lr: float, schedule: Literal["constant", "cosine"], warmup_steps: int, num_steps: int
-) -> float:
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """The rate of 0-based `step`: linear warm-up, then constant, or a cosine down to 0 at
     `num_steps`.
     """
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return lr
-    progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
-    return lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def clip_gradient(gradient: Tensor, clip_norm: float) -> Tensor:

@@ -1,14 +1,12 @@
-"""One micro-batch: what the model gets of it, the loss, the backward pass; as CUDA graphs where
-it is small.
+"""One micro-batch: what the model gets of it, the loss, and the backward pass.
+
+    MicroStep.forward(inputs) -> loss    by EagerStep or, for small shapes on a GPU, GraphedStep
+    MicroStep.backward()                 adds the gradient up
+    MicroStep.loss(inputs) -> loss       the loss alone, for instance under torch.no_grad()
 
 A micro-batch of a thousand tokens is thousands of kernels of a few microseconds, and launching
 them takes longer than they run. So a shape of at most `max_graph_tokens` tokens is captured once,
-its forward and its backward pass as a graph each, and replayed from then on: one launch. What
-changes from sample to sample (latents, text, timesteps, the number of clean frames, seeds) is
-copied into the tensors that the graphs read; adapters and gradients have fixed places anyway, and
-gradients accumulate inside the graph. The first micro-batch of each shape runs as it is, and so
-warms up everything that may not happen in a capture. Graphs of all shapes share one pool of
-memory, because they never run at once.
+its forward and its backward pass as a CUDA graph each, and replayed from then on: one launch.
 
 Shapes: B samples, C latent channels, T/h/w latent frames, rows, columns, S = 512 text tokens, R =
 2 modulation rows.
@@ -16,21 +14,21 @@ Shapes: B samples, C latent channels, T/h/w latent frames, rows, columns, S = 51
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loader.feed import Batch
 from train import flow
-from train.config import FlowConfig
+from train.flow import FlowConfig
 from train.model.attention import Attention
 from train.model.wan import RunBlock, Wan
 
 
 class Inputs(NamedTuple):
-    """See train.model.wan.Wan.forward for the first three and the text; seeds_B int64 decide LoRA
-    dropout.
+    """What a forward pass depends on. See train.model.wan.Wan.forward for the first three and the
+    text; `seeds_B`, int64, decides LoRA dropout.
     """
 
     latent_BCThw: Tensor
@@ -50,25 +48,78 @@ def prepare(batch: Batch, config: FlowConfig) -> Inputs:
         batch.latent_BCTHW, noise, sigmas, batch.is_i2v, batch.condition_BC1HW
     )
     return Inputs(
-        noised.latent_BCThw,
-        noised.t_BR,
-        noised.num_clean_frames_B,
-        batch.text_BSD,
-        noised.target_BCThw,
-        flow.to_device(batch.seeds, torch.int64, device),
+        latent_BCThw=noised.latent_BCThw,
+        t_BR=noised.t_BR,
+        num_clean_frames_B=noised.num_clean_frames_B,
+        text_BSD=batch.text_BSD,
+        target_BCThw=noised.target_BCThw,
+        seeds_B=flow.to_device(batch.seeds, torch.int64, device),
     )
 
 
-class _Graphs(NamedTuple):
-    inputs: Inputs
-    loss: Tensor
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
+LossFunction = Callable[[Inputs], Tensor]
+# (mean loss of a micro-batch) -> what `backward` is called on
+ScaleLoss = Callable[[Tensor], Tensor]
+
+
+class EagerStep:
+    """Forward and backward pass as ordinary PyTorch, for any shape."""
+
+    def __init__(self, loss: LossFunction, scale_loss: ScaleLoss):
+        self._loss, self._scale_loss = loss, scale_loss
+        self._last: Tensor | None = None
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        self._last = self._loss(inputs)
+        return self._last.detach()
+
+    def backward(self) -> None:
+        assert self._last is not None, "backward() needs a forward() of its own"
+        self._scale_loss(self._last).backward()
+        self._last = None
+
+
+class GraphedStep:
+    """Forward and backward pass of one shape as a CUDA graph each.
+
+    What changes from sample to sample (latents, text, timesteps, the number of clean frames,
+    seeds) is copied into the tensors that the graphs read. Adapters and gradients have fixed
+    places anyway, and gradients accumulate inside the graph. `pool` (of
+    torch.cuda.graph_pool_handle) is shared by the graphs of all shapes, which never run at once.
+    """
+
+    def __init__(
+        self,
+        loss: LossFunction,
+        scale_loss: ScaleLoss,
+        example: Inputs,
+        pool: Any,
+    ):
+        self._inputs = Inputs(*(value.clone() for value in example))
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # the feed's threads go on allocating and copying meanwhile: only this thread must not
+        with torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
+            captured = loss(self._inputs)
+        with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
+            scale_loss(captured).backward()
+        self._loss = captured.detach()
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        for place, value in zip(self._inputs, inputs, strict=True):
+            place.copy_(value)
+        self._forward.replay()
+        return self._loss
+
+    def backward(self) -> None:
+        self._backward.replay()
 
 
 class MicroStep:
-    """`forward` and then `backward` of one micro-batch; the gradient of `share` times its loss is
-    added up.
+    """`forward` and then `backward` of one micro-batch after another.
+
+    The gradient of `share` times the loss, scaled by `scaler`, is added to the parameters' `.grad`.
+    `set_seeds(seeds_B)` is called before each pass; `run_block` decides what blocks save for the
+    backward pass (train/activations/).
     """
 
     def __init__(
@@ -81,64 +132,69 @@ class MicroStep:
         share: float,
         max_graph_tokens: int,
     ):
-        self._model, self._set_seeds, self._attention, self._run_block = (
-            model,
-            set_seeds,
-            attention,
-            run_block,
-        )
-        self._scaler, self._share, self._max_graph_tokens = scaler, share, max_graph_tokens
-        self._graphs: dict[torch.Size, _Graphs | None] = {}  # None: warmed up
+        self._model, self._set_seeds = model, set_seeds
+        self._attention, self._run_block = attention, run_block
+        self._scaler, self._share = scaler, share
+        self._max_graph_tokens = max_graph_tokens
+        self._eager = EagerStep(self.loss, self._scale_loss)
+        # latent shape -> its graphs; None: the shape has been seen once
+        self._graphed: dict[torch.Size, GraphedStep | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        self._running: Tensor | _Graphs | None = None
+        self._current: EagerStep | GraphedStep = self._eager
 
     def forward(self, inputs: Inputs) -> Tensor:
         """The mean loss of the micro-batch: a float32 scalar without a graph, valid until the
-        next call.
+        next call. Raises ValueError if the text is not as wide as the model takes it.
         """
-        shape = inputs.latent_BCThw.shape
-        num_tokens = shape[0] * shape[2:].numel() // math.prod(self._model.config.patch_size)
-        if not inputs.latent_BCThw.is_cuda or num_tokens > self._max_graph_tokens:
-            self._running = self._loss(inputs)
-            return self._running.detach()
-        if shape not in self._graphs:
-            self._graphs[shape] = None
-            self._running = self._loss(inputs)
-            return self._running.detach()
-        graphs = self._graphs[shape] or self._capture(inputs)
-        self._graphs[shape] = self._running = graphs
-        for place, value in zip(graphs.inputs, inputs, strict=True):
-            place.copy_(value)
-        graphs.forward.replay()
-        return graphs.loss
+        self._current = self._step_for(inputs)
+        return self._current.forward(inputs)
 
     def backward(self) -> None:
         """Of the last `forward`."""
-        if isinstance(self._running, _Graphs):
-            self._running.backward.replay()
-        elif self._running is not None:
-            self._scaler.scale(self._running * self._share).backward()
-        self._running = None
+        self._current.backward()
 
-    def _loss(self, inputs: Inputs) -> Tensor:
-        latent_BCThw, t_BR, num_clean_frames_B, text_BSD, target_BCThw, seeds_B = inputs
-        if text_BSD.shape[2] != self._model.config.text_dim:
+    def loss(self, inputs: Inputs) -> Tensor:
+        """The mean loss of the micro-batch, float32 scalar. Without gradients (torch.no_grad)
+        nothing is saved, so any shape will do.
+        """
+        if inputs.text_BSD.shape[2] != self._model.config.text_dim:
             raise ValueError(
-                f"the dataset's text embeddings are {text_BSD.shape[2]} wide, the model's text_dim is "
-                f"{self._model.config.text_dim}: build the dataset with this model, or set model.path"
+                f"the dataset's text embeddings are {inputs.text_BSD.shape[2]} wide, the model's "
+                f"text_dim is {self._model.config.text_dim}: build the dataset with this model, "
+                f"or set model.path"
             )
-        self._set_seeds(seeds_B)
+        self._set_seeds(inputs.seeds_B)
         velocity_BCThw = self._model(
-            latent_BCThw, t_BR, num_clean_frames_B, text_BSD, self._attention, self._run_block
+            inputs.latent_BCThw,
+            inputs.t_BR,
+            inputs.num_clean_frames_B,
+            inputs.text_BSD,
+            self._attention,
+            self._run_block if torch.is_grad_enabled() else None,
         )
-        return flow.sample_losses(velocity_BCThw, target_BCThw, num_clean_frames_B).mean()
+        losses_B = flow.sample_losses(
+            velocity_BCThw, inputs.target_BCThw, inputs.num_clean_frames_B
+        )
+        return losses_B.mean()
 
-    def _capture(self, inputs: Inputs) -> _Graphs:
-        places = Inputs(*(value.clone() for value in inputs))
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # the feed's threads go on allocating and copying meanwhile: only this thread must not
-        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
-            loss = self._loss(places)
-        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
-            self._scaler.scale(loss * self._share).backward()
-        return _Graphs(places, loss.detach(), forward, backward)
+    def _scale_loss(self, loss: Tensor) -> Tensor:
+        scaled: Tensor = self._scaler.scale(loss * self._share)
+        return scaled
+
+    def _step_for(self, inputs: Inputs) -> EagerStep | GraphedStep:
+        shape = inputs.latent_BCThw.shape
+        num_tokens = shape[0] * shape[2:].numel() // math.prod(self._model.config.patch_size)
+        if self._pool is None or not inputs.latent_BCThw.is_cuda:
+            return self._eager
+        if num_tokens > self._max_graph_tokens:
+            return self._eager
+        # The first micro-batch of a shape runs eagerly, and so warms up everything that may not
+        # happen in a capture (cuBLAS handles, Triton's compilation, the loss scaler's tensor).
+        if shape not in self._graphed:
+            self._graphed[shape] = None
+            return self._eager
+        graphed = self._graphed[shape]
+        if graphed is None:
+            graphed = GraphedStep(self.loss, self._scale_loss, inputs, self._pool)
+            self._graphed[shape] = graphed
+        return graphed

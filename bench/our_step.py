@@ -1,0 +1,95 @@
+"""Our own step in benchmarks: put together by train.setup, as train/main.py's is, with random
+weights and batches.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from loader.feed import Batch
+from loader.shape import Bucket
+from train import optim, setup
+from train.activations.plan import room_bytes
+from train.config import DataConfig, TrainConfig
+from train.lora import adapters as lora
+from train.lora.config import SELF_AND_CROSS_QKV, LoRAConfig
+from train.model.config import ModelConfig
+from train.model.wan import Wan
+from train.optim import OptimConfig
+from train.parallel.mesh import World
+from train.step import prepare
+
+
+class Adapters(NamedTuple):
+    targets: tuple[str, ...]
+    rank: int
+    dropout: float
+
+
+ADAPTERS = {
+    "r16": Adapters(SELF_AND_CROSS_QKV, 16, 0.0),
+    "r32": Adapters(lora.TARGETS, 32, 0.1),
+}
+
+
+def our_config(
+    adapters: Adapters, dtype: torch.dtype, attention: str, **changes: Any
+) -> TrainConfig:
+    """A run of one sample a step on these adapters, alpha = rank; `changes` are its other keys."""
+    name = str(dtype).removeprefix("torch.")
+    config = TrainConfig(
+        output="",
+        model=ModelConfig(path="", dtype=name, attention=attention),  # type: ignore[arg-type]
+        data=DataConfig(datasets=[""]),
+        lora=LoRAConfig(
+            targets=list(adapters.targets),
+            rank=adapters.rank,
+            alpha=float(adapters.rank),
+            dropout=adapters.dropout,
+        ),
+        optim=OptimConfig(lr=1e-5, loss_scale=1024.0),
+        num_steps=1,
+        global_batch=1,
+        seed=1,
+        activation_memory="all",
+    )
+    return msgspec.structs.replace(config, **changes)
+
+
+def our_run(
+    config: TrainConfig,
+    bucket: Bucket,
+    model: Wan,
+    world: World | None = None,
+    free_bytes: Callable[[torch.device], float] = room_bytes,
+) -> setup.Run:
+    """The parts of a run on `model`, with B other than zero, so that every gradient is."""
+    device = model.scale_shift_table.device
+    world = world or World(data_rank=0, data_size=1, device=device)
+    run = setup.build(config, world, [bucket], model=model, free_bytes=free_bytes)
+    generator = torch.Generator(device).manual_seed(2)
+    for _, b in run.adapters.tensors().values():
+        b.normal_(std=0.02, generator=generator)
+    run.adapters.refresh()
+    return run
+
+
+def add_gradients(run: setup.Run, batches: Sequence[Batch]) -> Tensor:
+    """Zero the gradient, then forward and backward of each batch; returns the last one's loss."""
+    run.flat.buffer.zero_()
+    for batch in batches:
+        loss = run.micro_step.forward(prepare(batch, run.config.flow))
+        run.micro_step.backward()
+    return loss
+
+
+def update(run: setup.Run) -> None:
+    """What train/main.py does from the gradient on: clip, step, refresh."""
+    run.scaler.unscale_(run.optimizer)
+    optim.clip_gradient(run.flat.gradient, run.config.optim.clip_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.adapters.refresh()

@@ -1,0 +1,260 @@
+"""From a configuration to the parts of a training run; no other place puts our step together, so
+that what tools and benchmarks measure is what train/main.py runs.
+
+    feed = open_feed(config, world)              batches; a benchmark makes its own
+    run = build(config, world, feed.buckets)     model (or the one given), adapters, optimizer, ...
+    first_step = run.resume(feed)                of the newest checkpoint, or 0
+
+Left out: the order of a step, which stands in train/main.py.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loader.feed import Feed
+from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22, Bucket
+from loader.vae.encoder import load_vae_encoder
+from train import checkpoint, optim
+from train.activations import plan as activations
+from train.config import TrainConfig, flat, resumable_changes
+from train.lora import adapters as lora
+from train.model.attention import Attention, choose_attention
+from train.model.load import load_transformer
+from train.model.wan import Wan
+from train.parallel.mesh import World
+from train.step import MicroStep
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run on one process."""
+
+    config: TrainConfig
+    world: World
+    model: Wan
+    attention_name: str
+    attention: Attention
+    adapters: lora.LoRA
+    # all LoRA parameters, their gradient and the loss, each one vector
+    flat: optim.FlatParameters
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    # what each shape saves for the backward pass
+    plans: dict[Bucket, activations.Kept]
+    micro_step: MicroStep
+    # micro-batches that this process accumulates in an optimizer step
+    num_micro: int
+
+    def resume(self, feed: Feed) -> int:
+        """Take up the newest checkpoint in the output folder, or the file `lora.init`; returns
+        the number of finished steps. Raises CheckpointError, LoRAError, and ValueError for a run
+        that is longer than `num_steps`.
+        """
+        newest = checkpoint.latest(self.config.output_dir)
+        if newest is None:
+            if self.config.lora.init:
+                lora.load_diffusers(self.adapters, Path(self.config.lora.init))
+            return 0
+        state = checkpoint.load(newest, flat(self.config), resumable_changes(self.config))
+        num_done: int = state["step"]
+        if num_done > self.config.num_steps:
+            raise ValueError(
+                f"num_steps = {self.config.num_steps}: {newest} is {num_done} steps on already; "
+                f"ask for as many or more, or choose another output"
+            )
+        self.flat.vector.data.copy_(state["parameters"])
+        self.adapters.refresh()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        feed.load_state_dict(state["feed"])
+        return num_done
+
+    def save_checkpoint(self, num_done: int, feed_state: dict[str, Any]) -> None:
+        """Write the checkpoint after `num_done` steps; `feed_state` came with their last batch."""
+        state = {
+            "step": num_done,
+            "config": flat(self.config),
+            "parameters": self.flat.vector.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "feed": feed_state,
+        }
+        checkpoint.save(
+            self.config.output_dir,
+            num_done,
+            state,
+            save_lora=lambda folder: lora.save_both(self.adapters, folder),
+            keep=self.config.keep_checkpoints,
+        )
+
+    def describe(self) -> list[str]:
+        """What was chosen, as lines of the log."""
+        summary = (
+            f"{len(self.adapters.tensors())} adapters, {self.flat.vector.numel():,} parameters on "
+            f"{self.world.data_size} x {self.world.device.type}; {self.config.model.dtype}, "
+            f"{self.attention_name} attention, activation_memory = {self.config.activation_memory}"
+        )
+        plans = [
+            f"{bucket}: {activations.describe(self.model.config, plan)}"
+            for bucket, plan in self.plans.items()
+        ]
+        return [summary, *plans]
+
+
+def open_feed(config: TrainConfig, world: World) -> Feed:
+    """The training batches of this process. Raises ValueError for datasets that can't be used."""
+    data, vae = config.data, None
+    micro_batches(config, world)  # refuses a global batch that can't be divided
+    if data.condition == "raw":
+        dtype = getattr(torch, config.model.dtype)
+        vae = load_vae_encoder(Path(config.model.path), world.device, dtype)
+    return Feed(
+        data.datasets,
+        split="train",
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        rank=world.data_rank,
+        world_size=world.data_size,
+        seed=config.seed,
+        i2v_share=data.i2v_share,
+        caption_dropout=data.caption_dropout,
+        condition=data.condition,
+        device=world.device,
+        num_threads=data.num_threads,
+        max_ahead=data.max_ahead,
+        vae=vae,
+        weights=data.weights or None,
+        max_damaged=data.max_damaged,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
+        cache_bytes=int(data.cache_gib * 2**30),
+    )
+
+
+def feed_bytes(config: TrainConfig, feed: Feed) -> float:
+    """An allowance for what the feed takes on the device beside its batches."""
+    if config.data.condition == "latent":
+        return 0.0
+    return activations.raw_bytes(feed.buckets, feed.encodes_clips)
+
+
+def build(
+    config: TrainConfig,
+    world: World,
+    buckets: Sequence[Bucket],
+    *,
+    model: Wan | None = None,
+    feed_bytes: float = 0.0,
+    free_bytes: Callable[[torch.device], float] = activations.room_bytes,
+) -> Run:
+    """Everything but the feed, for batches of these `buckets`.
+
+    model: trained instead of the weights in `model.path` (random ones, in a benchmark).
+    feed_bytes: what the feed will take on the device. free_bytes(device): what the process can
+    still take there; asked if activation_memory = "auto", when all that stays from step to step
+    has its place but for the optimizer's state.
+
+    Raises ValueError for a configuration that can't run here, WeightsError, LoRAError.
+    """
+    device, dtype = world.device, getattr(torch, config.model.dtype)
+    num_micro = micro_batches(config, world)
+    budget_bytes = activations.parse_activation_memory(config.activation_memory)
+    _set_precision(config)
+    attention_name, attention = choose_attention(
+        config.model.attention, device, dtype, config.deterministic
+    )
+    if attention_name == "math" and config.activation_memory not in ("all", "block"):
+        raise ValueError(
+            f'activation_memory = "{config.activation_memory}": attention = "math" is many small '
+            f'operations, none of which can be saved alone; use "all" or "block"'
+        )
+
+    # -- the frozen base and its adapters ----------------------------------------------------
+    if model is None:
+        model = load_transformer(Path(config.model.path), device, dtype)
+    adapters = lora.attach(
+        model,
+        targets=config.lora.targets,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        seed=config.seed,
+        nf4=config.lora.base == "nf4",
+    )
+    flat_parameters = optim.flatten(adapters.parameters())
+    optimizer = optim.make_optimizer(flat_parameters.vector, config.optim)
+    scaler = torch.amp.GradScaler(
+        device.type, config.optim.loss_scale, enabled=dtype == torch.float16
+    )
+
+    # -- what each shape saves for the backward pass -----------------------------------------
+    room_bytes = 0.0
+    if budget_bytes is None:
+        optimizer_bytes = 8 * flat_parameters.vector.numel()  # made by its first step
+        room_bytes = free_bytes(device) - optimizer_bytes - feed_bytes
+    shapes = {
+        bucket: activations.Shape(config.micro_batch, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
+        for bucket in buckets
+    }
+    plans = activations.plan_run(
+        model.config,
+        list(shapes.values()),
+        targets=config.lora.targets,
+        dtype_bytes=dtype.itemsize,
+        budget_bytes=budget_bytes,
+        room_bytes=room_bytes,
+        max_graph_tokens=config.cuda_graph_tokens if device.type == "cuda" else 0,
+        attention=attention_name,
+        offload=config.activation_offload,
+    )
+
+    micro_step = MicroStep(
+        model,
+        set_seeds=adapters.set_seeds,
+        attention=attention,
+        run_block=activations.block_runner(model, plans),
+        scaler=scaler,
+        share=1 / (num_micro * world.data_size),
+        max_graph_tokens=config.cuda_graph_tokens,
+    )
+    return Run(
+        config=config,
+        world=world,
+        model=model,
+        attention_name=attention_name,
+        attention=attention,
+        adapters=adapters,
+        flat=flat_parameters,
+        optimizer=optimizer,
+        scaler=scaler,
+        plans={bucket: plans[shape] for bucket, shape in shapes.items()},
+        micro_step=micro_step,
+        num_micro=num_micro,
+    )
+
+
+def micro_batches(config: TrainConfig, world: World) -> int:
+    """How many micro-batches a process accumulates in a step. Raises ValueError if the global
+    batch can't be divided equally.
+    """
+    num_micro, rest = divmod(config.global_batch, config.micro_batch * world.data_size)
+    if rest:
+        raise ValueError(
+            f"global_batch = {config.global_batch} is not a multiple of micro_batch x processes = "
+            f"{config.micro_batch} x {world.data_size}"
+        )
+    return num_micro
+
+
+def _set_precision(config: TrainConfig) -> None:
+    """torch's switches for the whole process."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first GEMM runs
+        torch.use_deterministic_algorithms(True)
+    # sums over K = 14336 overflow in fp16
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
