@@ -12,7 +12,7 @@ from torch import Tensor
 from loader.feed import Batch
 from loader.shape import Bucket
 from train import optim, setup
-from train.activations.plan import room_bytes
+from train.activations.budget import room_bytes
 from train.config import DataConfig, TrainConfig
 from train.lora import adapters as lora
 from train.lora.config import SELF_AND_CROSS_QKV, LoRAConfig
@@ -65,11 +65,19 @@ def our_run(
     model: Wan,
     world: World | None = None,
     free_bytes: Callable[[torch.device], float] = room_bytes,
+    tensor_cores: bool = True,
 ) -> setup.Run:
     """The parts of a run on `model`, with B other than zero, so that every gradient is."""
     device = model.scale_shift_table.device
     world = world or World(data_rank=0, data_size=1, device=device)
-    run = setup.build(config, world, [bucket], model=model, free_bytes=free_bytes)
+    run = setup.build(
+        config,
+        world,
+        [bucket],
+        model=model,
+        free_bytes=free_bytes,
+        tensor_cores=tensor_cores,
+    )
     generator = torch.Generator(device).manual_seed(2)
     for _, b in run.adapters.tensors().values():
         b.normal_(std=0.02, generator=generator)

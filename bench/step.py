@@ -40,7 +40,6 @@ from loader.shape import WAN22, Bucket
 from tools import plan
 from tools.fake.step import random_batch
 from train.activations import plan as remat
-from train.kernels import lowrank
 from train.model.attention import AttentionName
 from train.model.wan import TI2V_5B, WanConfig
 
@@ -52,6 +51,8 @@ PROFILES: dict[str, tuple[torch.dtype, AttentionName, bool]] = {
     "native32": (torch.bfloat16, "auto", True),
     "volta": (torch.float16, "efficient", True),
 }
+# without the low-rank kernels that need tensor cores
+NO_TENSOR_CORES = ("volta",)
 CASES = {"t2v": ("r16", False), "i2v": ("r16", True), "r32": ("r32", False)}
 PEERS = ("eager, checkpointing", "compiled, checkpointing", "compiled")
 
@@ -88,15 +89,16 @@ class Bench:
                 ),
                 bucket,
                 model=subjects.our_model(self.reference, config, self.dtype),
+                tensor_cores=profile not in NO_TENSOR_CORES,
                 # as on a card of its own, whatever the other subjects have taken
                 free_bytes=lambda _: PLANNED_GIB * GIB - torch.cuda.memory_allocated() + before,
             )
             self.steps["ours"] = subjects.our_step(self.run)
         with self._counting("frozen"):
             frozen = subjects.our_model(self.reference, config, self.dtype)
-        self.kept, attention = self.run.plans[bucket], self.run.attention
+        self.plan, attention = self.run.plans[bucket], self.run.attention
         self.steps["frozen"] = subjects.frozen_step(
-            frozen, attention, bucket, self.kept, GRAPH_TOKENS
+            frozen, attention, bucket, self.plan, GRAPH_TOKENS
         )
         self.steps["floor"] = self.floor()
         with self._counting("peer"):
@@ -147,7 +149,7 @@ class Bench:
 
     def under_the_cap(self, batch: Any) -> dict[str, float]:
         """Our step with no more memory for it than a card of 32 GiB has: seconds, and how often
-        in a step the allocator had to give back what it kept and try again. Out of memory ends
+        in a step the allocator had to give back what it held and try again. Out of memory ends
         the run.
         """
         torch.cuda.empty_cache()
@@ -214,7 +216,12 @@ def rows_of(
             runs[name].append(bench.time(name, batch))
     adapters = ADAPTERS[CASES[case][0]]
     step = plan.step_of(
-        bench.config, bench.bucket, list(adapters.targets), adapters.rank, 2, remat.Kept(None, 0.0)
+        bench.config,
+        bench.bucket,
+        list(adapters.targets),
+        adapters.rank,
+        2,
+        remat.ShapePlan(None, 0.0),
     )
     median = {name: statistics.median(run["s"] for run in found) for name, found in runs.items()}
     return [
@@ -267,7 +274,6 @@ def main() -> None:
     )
     config = msgspec.structs.replace(TI2V_5B, num_layers=arguments.layers)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    lowrank.TENSOR_CORE_KERNELS = arguments.profile != "volta"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
@@ -287,7 +293,13 @@ def main() -> None:
     if not arguments.no_check:
         dtype, attention, _ = PROFILES[arguments.profile]
         result["checks"] = step_check_training.check(
-            config, bucket, dtype, attention, CASES, device
+            config,
+            bucket,
+            dtype,
+            attention,
+            CASES,
+            device,
+            tensor_cores=arguments.profile not in NO_TENSOR_CORES,
         )
         for name, found in result["checks"].items():
             print(
@@ -309,7 +321,7 @@ def main() -> None:
     for adapters in dict.fromkeys(CASES[case][0] for case in cases):
         bench = Bench(config, bucket, arguments.profile, ADAPTERS[adapters], peers, device)
         print(
-            f"{adapters}: ours: {remat.describe(config, bench.kept)}; beside a model of "
+            f"{adapters}: ours: {remat.describe(config, bench.plan)}; beside a model of "
             f"{bench.resident['ours'] / GIB:.2f} GiB",
             flush=True,
         )

@@ -42,24 +42,27 @@ def check(
     attention: str,
     cases: dict[str, tuple[str, bool]],
     device: torch.device,
+    tensor_cores: bool,
 ) -> dict[str, Checks]:
     """Every check, by name. `cases`: name -> (of ADAPTERS, whether image-to-video)."""
     found = {
-        "kernels": step_check.kernels_agree(device, dtype),
-        "linear": step_check.linear_agrees(device, dtype, nf4=False),
-        "200 steps": loss_curve(dtype, attention, device),
+        "kernels": step_check.kernels_agree(device, dtype, tensor_cores),
+        "linear": step_check.linear_agrees(device, dtype, False, tensor_cores),
+        "200 steps": loss_curve(dtype, attention, device, tensor_cores),
     }
     if find_spec("bitsandbytes"):
-        found["linear, NF4"] = step_check.linear_agrees(device, dtype, nf4=True)
+        found["linear, NF4"] = step_check.linear_agrees(device, dtype, True, tensor_cores)
     for case, (adapters, i2v) in cases.items():
         found[f"2 blocks, {case}"] = gradients_agree(
-            config, bucket, i2v, ADAPTERS[adapters], dtype, attention, device
+            config, bucket, i2v, ADAPTERS[adapters], dtype, attention, device, tensor_cores
         )
         free_memory()
     # cuDNN's backward pass is not deterministic
     bitwise = "flash" if attention == "auto" else attention
     shallow = msgspec.structs.replace(config, num_layers=4)
-    found["same bits"] = same_bits(shallow, Bucket(832, 480, 9), dtype, bitwise, device)
+    found["same bits"] = same_bits(
+        shallow, Bucket(832, 480, 9), dtype, bitwise, device, tensor_cores
+    )
     return found
 
 
@@ -76,6 +79,7 @@ def gradients_agree(
     dtype: torch.dtype,
     attention: str,
     device: torch.device,
+    tensor_cores: bool,
 ) -> Checks:
     """Our loss and LoRA gradients in `dtype` against diffusers + PEFT in float32, with equal
     weights, no dropout.
@@ -84,7 +88,7 @@ def gradients_agree(
     config = msgspec.structs.replace(config, num_layers=2)
     reference = subjects.reference_model(config, device, dtype)
     model = subjects.our_model(reference, config, dtype)
-    run = our_run(our_config(adapters, dtype, attention), bucket, model)
+    run = our_run(our_config(adapters, dtype, attention), bucket, model, tensor_cores=tensor_cores)
     batch = random_batch(bucket, device, is_i2v=[i2v])
     loss = run.micro_step.loss(prepare(batch, run.config.flow))
     scale = settled_scale(loss, run) if dtype == torch.float16 else 1.0
@@ -135,7 +139,12 @@ def settled_scale(loss: Tensor, run: setup.Run) -> float:
 
 
 def same_bits(
-    config: WanConfig, bucket: Bucket, dtype: torch.dtype, attention: str, device: torch.device
+    config: WanConfig,
+    bucket: Bucket,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    tensor_cores: bool,
 ) -> Checks:
     """Largest difference of the gradients of three accumulated samples, T2V, I2V and T2V, between
     each of WAYS and the first, which saves everything.
@@ -158,7 +167,8 @@ def same_bits(
             cuda_graph_tokens=graph_tokens,
             deterministic=True,
         )
-        run = our_run(run_config, bucket, subjects.our_model(reference, config, dtype))
+        model = subjects.our_model(reference, config, dtype)
+        run = our_run(run_config, bucket, model, tensor_cores=tensor_cores)
         for _ in range(2):  # a graph exists from the second round on
             add_gradients(run, batches)
         if expected is None:
@@ -171,7 +181,11 @@ def same_bits(
 
 
 def loss_curve(
-    dtype: torch.dtype, attention: str, device: torch.device, num_steps: int = 200
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    tensor_cores: bool,
+    num_steps: int = 200,
 ) -> Checks:
     """A small model trained for `num_steps` in `dtype` and in float32: the largest difference of
     20-step means.
@@ -190,7 +204,9 @@ def loss_curve(
             attention if kind == dtype else "efficient",
             optim=OptimConfig(lr=1e-3, loss_scale=65536.0, clip_norm=1.0),
         )
-        run = setup.build(config, World(0, 1, device), [bucket], model=model)
+        run = setup.build(
+            config, World(0, 1, device), [bucket], model=model, tensor_cores=tensor_cores
+        )
         losses = []
         for i in range(num_steps):
             batch = random_batch(bucket, device, is_i2v=[i % 3 == 0], seed=i % 8)

@@ -22,6 +22,7 @@ from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
 from train import flow
 from train.activations import plan as remat
+from train.activations.runner import block_runner
 from train.flow import FlowConfig
 from train.kernels import lowrank
 from train.lora import adapters as lora
@@ -81,7 +82,7 @@ def our_step(run: Run) -> Step:
 
 
 def frozen_step(
-    model: Wan, attention: Attention, bucket: Bucket, kept: remat.Kept, max_graph_tokens: int
+    model: Wan, attention: Attention, bucket: Bucket, plan: remat.ShapePlan, max_graph_tokens: int
 ) -> Step:
     """Forward and backward of the base alone; the patch embedding's bias keeps the gradient alive
     through block 0.
@@ -89,8 +90,8 @@ def frozen_step(
     device = model.scale_shift_table.device
     bias = model.patch_embedding.bias.requires_grad_(True)
     bias.grad = torch.zeros_like(bias)
-    run_block = remat.block_runner(
-        model, {remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS): kept}
+    run_block = block_runner(
+        model, {remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS): plan}
     )
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     micro_step = MicroStep(
@@ -186,7 +187,7 @@ def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attent
                 assert isinstance(module, Projections | lora.LoRAProjections)
                 weight, rows = module.weight, lengths.get(name, length)
                 num_out, total = weight.shape
-                width = total - module.num_spare
+                width = total - module.num_padding
                 x, dy = buffer(rows, total), buffer(rows, num_out)
                 # the text and the first block's input do not
                 needs_dx = name != "kv" and (index or name != "qkv")
@@ -194,7 +195,13 @@ def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attent
                 if isinstance(module, lora.LoRAProjections):
                     low = x[:, :width] @ module.a.T
                     # reads dy once if it can
-                    low, _ = lowrank.through_b(dy, low, weight[:, width:], module.blocks)
+                    low, _ = lowrank.through_b(
+                        dy,
+                        low,
+                        weight[:, width:],
+                        module.spans,
+                        tensor_cores=module.tensor_cores,
+                    )
                     torch.mm(low.T, x[:, :width], out_dtype=torch.float32)
                     if needs_dx:
                         dx = low @ module.a

@@ -14,19 +14,17 @@ from typing import Any
 from loader.config import ConfigError
 from loader.files import file_xxh3
 from loader.identity import folder_xxh3
+from shardgen.config import ShardgenConfig, recipe_of
 
 PACKAGES = ("av", "ftfy", "numpy", "pillow", "tokenizers", "torch", "transformers", "zstandard")
 MODEL_PARTS = ("text_encoder", "tokenizer", "vae")  # the transformer takes no part in a dataset
 
 
 def full_recipe(
-    rules: dict[str, Any],
-    model: Path,
-    recall: Callable[[str], str],
-    remember: Callable[[str, str], None],
+    config: ShardgenConfig, recall: Callable[[str], str], remember: Callable[[str, str], None]
 ) -> dict[str, Any]:
-    """The recipe as plain JSON types: `rules` is what of the configuration decides bytes.
-    `recall` and `remember` store hashes of model files from run to run.
+    """The recipe as plain JSON types. `recall` and `remember` keep hashes of model files from run
+    to run.
 
     Raises ConfigError if the model folder lacks a part.
     """
@@ -42,12 +40,14 @@ def full_recipe(
 
     models = {}
     for part in MODEL_PARTS:
-        folder = model / part
+        folder = Path(config.encode.model) / part
         models[part] = folder_xxh3(folder, recalled_xxh3)
         if not models[part]:
             raise ConfigError(
                 f"encode.model: {folder} is missing or empty; give the folder of Wan2.2-TI2V-5B in "
                 f"diffusers layout, with {', '.join(MODEL_PARTS)}"
             )
-    packages = {name: version(name) for name in PACKAGES}
-    return rules | {"models": models, "packages": packages}
+    return recipe_of(config) | {
+        "models": models,
+        "packages": {name: version(name) for name in PACKAGES},
+    }

@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from train import optim
+from train.lora.linear import AdapterParameter
 from train.optim import OptimConfig
 
 
-def make(seed: int = 0) -> list[nn.Parameter]:
+def make(seed: int = 0) -> list[AdapterParameter]:
     torch.manual_seed(seed)
-    return [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
+    return [AdapterParameter(torch.randn(4, 3)), AdapterParameter(torch.randn(5))]
 
 
 def test_parameters_and_gradients_are_views_of_one_vector() -> None:

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from loader.shape import WAN22, Bucket
 from tools import plan
 from tools.fake.batch import write_synthetic_dataset
-from train.activations.plan import Kept, Shape, block_runner, plan_run
+from train.activations.plan import Shape, ShapePlan, plan_run
+from train.activations.runner import block_runner
 from train.config import DataConfig, TrainConfig
 from train.lora import adapters as lora
 from train.model.attention import choose_attention
@@ -168,7 +169,7 @@ def test_a_time_is_for_the_kernel_that_runs_or_there_is_none(
 
 
 def test_slower_attention_takes_longer_by_what_it_is_slower() -> None:
-    step = plan.step_of(TI2V_5B, Bucket.parse("1280x704x49"), QKV, 16, 2, Kept(None, 0.0))
+    step = plan.step_of(TI2V_5B, Bucket.parse("1280x704x49"), QKV, 16, 2, ShapePlan(None, 0.0))
     times = {
         name: plan.seconds(step, plan.CARDS[-1], name) for name in plan.CARDS[-1].attention_flops
     }

@@ -24,6 +24,7 @@ from tools.fake.batch import write_synthetic_dataset
 from train import checkpoint
 from train.config import DataConfig, TrainConfig
 from train.lora import adapters as lora
+from train.lora import files
 from train.lora.config import LoRAConfig
 from train.metrics import METRICS_FILE
 from train.model.config import ModelConfig
@@ -113,7 +114,7 @@ def one_rank(base: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_two_ranks_equal_one_rank_with_two_micro_batches(two_ranks: Path, one_rank: Path) -> None:
-    ours, theirs = (load_file(output / lora.DIFFUSERS_FILE) for output in (two_ranks, one_rank))
+    ours, theirs = (load_file(output / files.DIFFUSERS_FILE) for output in (two_ranks, one_rank))
     assert difference(ours, theirs) < 1e-6
     fresh_b = [tensor for name, tensor in ours.items() if name.endswith("lora_B.weight")]
     assert min(tensor.abs().max().item() for tensor in fresh_b) > 1e-4  # every adapter was trained
@@ -141,7 +142,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     base: TrainConfig, two_ranks: Path, tmp_path: Path, step: int, delay_s: float
 ) -> None:
     kill_and_resume(base, tmp_path, step, delay_s)
-    for name in (lora.DIFFUSERS_FILE, lora.COMFYUI_FILE):
+    for name in (files.DIFFUSERS_FILE, files.COMFYUI_FILE):
         assert (tmp_path / name).read_bytes() == (two_ranks / name).read_bytes()
     ours, theirs = records(tmp_path), records(two_ranks)
     assert [r["step"] for r in ours] == list(range(1, NUM_STEPS + 1))
@@ -157,8 +158,8 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(
     base: TrainConfig, two_ranks: Path, tmp_path: Path, step: int, delay_s: float
 ) -> None:
     kill_and_resume(base, tmp_path, step, delay_s)
-    assert (tmp_path / lora.DIFFUSERS_FILE).read_bytes() == (
-        two_ranks / lora.DIFFUSERS_FILE
+    assert (tmp_path / files.DIFFUSERS_FILE).read_bytes() == (
+        two_ranks / files.DIFFUSERS_FILE
     ).read_bytes()
 
 
@@ -181,7 +182,10 @@ def test_resumed_on_one_rank_it_goes_on_with_the_same_samples(
     assert "8 batches of 2 an epoch; samples left out each epoch" in said
     whole = tmp_path / "whole"
     finish(start(base, whole, 2, optim=msgspec.structs.replace(base.optim, schedule="constant")))
-    ours, theirs = load_file(tmp_path / lora.DIFFUSERS_FILE), load_file(whole / lora.DIFFUSERS_FILE)
+    ours, theirs = (
+        load_file(tmp_path / files.DIFFUSERS_FILE),
+        load_file(whole / files.DIFFUSERS_FILE),
+    )
     for key in ours:
         assert (ours[key] - theirs[key]).norm() / theirs[key].norm() < 1e-4
     # other samples have other losses
@@ -193,8 +197,8 @@ def test_deterministic_algorithms_are_enough_for_training_and_change_no_bit_on_a
     base: TrainConfig, one_rank: Path, tmp_path: Path
 ) -> None:
     finish(start(base, tmp_path, 1, deterministic=True))
-    assert (tmp_path / lora.DIFFUSERS_FILE).read_bytes() == (
-        one_rank / lora.DIFFUSERS_FILE
+    assert (tmp_path / files.DIFFUSERS_FILE).read_bytes() == (
+        one_rank / files.DIFFUSERS_FILE
     ).read_bytes()
 
 
@@ -218,8 +222,8 @@ def test_recomputing_blocks_changes_no_bit(
     base: TrainConfig, one_rank: Path, tmp_path: Path
 ) -> None:
     finish(start(base, tmp_path, 1, activation_memory="all"))
-    assert (tmp_path / lora.DIFFUSERS_FILE).read_bytes() == (
-        one_rank / lora.DIFFUSERS_FILE
+    assert (tmp_path / files.DIFFUSERS_FILE).read_bytes() == (
+        one_rank / files.DIFFUSERS_FILE
     ).read_bytes()
 
 
@@ -237,7 +241,9 @@ def test_float16_with_loss_scaling_and_8_bit_adamw_resumes_exactly(
     finish(start(base, whole, 1, num_steps=28, **changes))
     finish(start(base, parts, 1, num_steps=14, **changes))  # the scale is still on its way down
     finish(start(base, parts, 1, num_steps=28, **changes))
-    assert (parts / lora.DIFFUSERS_FILE).read_bytes() == (whole / lora.DIFFUSERS_FILE).read_bytes()
+    assert (parts / files.DIFFUSERS_FILE).read_bytes() == (
+        whole / files.DIFFUSERS_FILE
+    ).read_bytes()
     scales = [record["loss_scale"] for record in records(whole)]
     # halved until gradients fit
     assert scales[0] == 2.0**39 and scales[13] < 2.0**30 and scales[-1] == scales[-2]
@@ -272,7 +278,7 @@ def test_a_run_that_goes_on_needs_its_first_lora_no_more(
     base: TrainConfig, one_rank: Path, tmp_path: Path
 ) -> None:
     init = tmp_path / "init.safetensors"
-    shutil.copy(one_rank / lora.DIFFUSERS_FILE, init)
+    shutil.copy(one_rank / files.DIFFUSERS_FILE, init)
     changes: dict[str, Any] = {
         "lora": msgspec.structs.replace(base.lora, init=str(init)),
         "optim": OptimConfig(lr=1e-3),

@@ -24,7 +24,8 @@ from loader.config import load_toml
 from loader.read import read_dataset
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
-from train.activations.plan import GROUPS, Kept, Shape, describe, parse_activation_memory, plan_run
+from train.activations.budget import parse_activation_memory
+from train.activations.plan import GROUPS, Shape, ShapePlan, describe, plan_run
 from train.config import TrainConfig
 from train.model.load import read_config
 from train.model.wan import WanConfig
@@ -193,7 +194,12 @@ def attention_flops(config: WanConfig, num_tokens: int) -> dict[str, float]:
 
 
 def step_of(
-    config: WanConfig, bucket: Bucket, targets: list[str], rank: int, dtype_bytes: int, kept: Kept
+    config: WanConfig,
+    bucket: Bucket,
+    targets: list[str],
+    rank: int,
+    dtype_bytes: int,
+    activations: ShapePlan,
 ) -> Step:
     """Count one sample: forward, the backward pass with respect to activations and adapters, and
     what is recomputed.
@@ -219,14 +225,14 @@ def step_of(
             width, num_out, _ = layer_sizes(config)[video_targets[0]]
             moved += blocks * dtype_bytes * tokens * (4 * width + len(names) * num_out)
     num_kernels = float(blocks * KERNELS_PER_BLOCK)
-    if kept.blocks is not None:
-        for block in kept.blocks:
+    if activations.saved is not None:
+        for block in activations.saved:
             attention_total += sum(value for name, value in attention.items() if name not in block)
             gemm_total += sum(
                 forward
                 for name, (forward, _) in other.items()
                 if name not in block and name != "ffn.down"
-            )  # its output is kept: the next block's input
+            )  # its output is saved: the next block's input
             # but not what B reads
             gemm_total += 2.0 * tokens * config.ffn_dim * rank * ("ffn.net.2" in targets)
         moved, num_kernels = moved + blocks * forward_bytes, 1.3 * num_kernels
@@ -334,7 +340,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         "",
         f"{config.num_steps:,} steps of {config.global_batch} samples on {num_gpus} GPU(s), shapes "
         + ", ".join(f"{bucket} ({share:.0%})" for bucket, share in shares.items()),
-        f"  {'card':<16}{'GiB':>6} {'fits':<5}{'s/step':>8}{'days':>7}   what is kept at {largest}; rates",
+        f"  {'card':<16}{'GiB':>6} {'fits':<5}{'s/step':>8}{'days':>7}   what is saved at {largest}; rates",
     ]
     tight = False
     for card in CARDS:

@@ -21,7 +21,7 @@ from loader.config import dump_toml, load_toml
 from loader.shape import WAN22
 from train import checkpoint, optim, setup
 from train.config import TrainConfig
-from train.lora import adapters as lora
+from train.lora import files as lora_files
 from train.metrics import Metrics, Report, Scalars, Stopwatch, peak_memory_gib, record_of
 from train.parallel import mesh
 from train.parallel.mesh import World
@@ -103,7 +103,7 @@ def train(config: TrainConfig, world: World, stack: ExitStack) -> None:
                 raise ValueError(
                     f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}, "
                     f"loss scale {record['loss_scale']}. Start a new output with a lower optim.lr, from "
-                    f"lora.init = the {lora.DIFFUSERS_FILE} in "
+                    f"lora.init = the {lora_files.DIFFUSERS_FILE} in "
                     f"{checkpoint.latest(output) or 'an earlier run'}"
                 )
             if metrics:
@@ -113,10 +113,10 @@ def train(config: TrainConfig, world: World, stack: ExitStack) -> None:
         stopwatch.lap("other_s")
     mesh.barrier(world)
     if metrics:
-        lora.save_both(run.adapters, output)
+        lora_files.save_both(run.adapters, output)
         metrics.say(
-            f"{config.num_steps} steps done: {output / lora.DIFFUSERS_FILE} (diffusers), "
-            f"{output / lora.COMFYUI_FILE} (ComfyUI)"
+            f"{config.num_steps} steps done: {output / lora_files.DIFFUSERS_FILE} (diffusers), "
+            f"{output / lora_files.COMFYUI_FILE} (ComfyUI)"
         )
 
 

@@ -14,6 +14,8 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
+from train.lora.linear import AdapterParameter
+
 
 class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The `[optim]` table: the optimizer, its learning rate, clipping and loss scaling."""
@@ -45,9 +47,9 @@ class FlatParameters(NamedTuple):
     loss: Tensor
 
 
-def flatten(parameters: Sequence[nn.Parameter]) -> FlatParameters:
+def flatten(parameters: Sequence[AdapterParameter]) -> FlatParameters:
     """Move float32 `parameters` into one vector, in place: each becomes a view of it, and so does
-    its gradient, which whoever computes it may add to where it lies (train/lora/linear.py).
+    its gradient, which keeps its place (see AdapterParameter).
     """
     assert all(p.dtype == torch.float32 for p in parameters)
     total = sum(p.numel() for p in parameters)
@@ -59,7 +61,7 @@ def flatten(parameters: Sequence[nn.Parameter]) -> FlatParameters:
         vector.data[offset:end].copy_(parameter.data.flatten())
         parameter.data = vector.data[offset:end].view(parameter.shape)
         parameter.grad = buffer[offset:end].view(parameter.shape)
-        parameter.adds_in_place = True  # type: ignore[attr-defined]
+        parameter.adds_in_place = True
         offset = end
     vector.grad = buffer[:total]
     return FlatParameters(vector, buffer, buffer[:total], buffer[total])

@@ -22,8 +22,11 @@ from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
 from train import checkpoint, optim
 from train.activations import plan as activations
+from train.activations.budget import parse_activation_memory, raw_bytes, room_bytes
+from train.activations.runner import block_runner
 from train.config import TrainConfig, flat, resumable_changes
 from train.lora import adapters as lora
+from train.lora import files as lora_files
 from train.model.attention import Attention, choose_attention
 from train.model.load import load_transformer
 from train.model.wan import Wan
@@ -46,7 +49,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     # what each shape saves for the backward pass
-    plans: dict[Bucket, activations.Kept]
+    plans: dict[Bucket, activations.ShapePlan]
     micro_step: MicroStep
     # micro-batches that this process accumulates in an optimizer step
     num_micro: int
@@ -59,7 +62,7 @@ class Run:
         newest = checkpoint.latest(self.config.output_dir)
         if newest is None:
             if self.config.lora.init:
-                lora.load_diffusers(self.adapters, Path(self.config.lora.init))
+                lora_files.load_diffusers(self.adapters, Path(self.config.lora.init))
             return 0
         state = checkpoint.load(newest, flat(self.config), resumable_changes(self.config))
         num_done: int = state["step"]
@@ -89,7 +92,7 @@ class Run:
             self.config.output_dir,
             num_done,
             state,
-            save_lora=lambda folder: lora.save_both(self.adapters, folder),
+            save_lora=lambda folder: lora_files.save_both(self.adapters, folder),
             keep=self.config.keep_checkpoints,
         )
 
@@ -140,7 +143,7 @@ def feed_bytes(config: TrainConfig, feed: Feed) -> float:
     """An allowance for what the feed takes on the device beside its batches."""
     if config.data.condition == "latent":
         return 0.0
-    return activations.raw_bytes(feed.buckets, feed.encodes_clips)
+    return raw_bytes(feed.buckets, feed.encodes_clips)
 
 
 def build(
@@ -150,20 +153,22 @@ def build(
     *,
     model: Wan | None = None,
     feed_bytes: float = 0.0,
-    free_bytes: Callable[[torch.device], float] = activations.room_bytes,
+    free_bytes: Callable[[torch.device], float] = room_bytes,
+    tensor_cores: bool = True,
 ) -> Run:
     """Everything but the feed, for batches of these `buckets`.
 
     model: trained instead of the weights in `model.path` (random ones, in a benchmark).
     feed_bytes: what the feed will take on the device. free_bytes(device): what the process can
     still take there; asked if activation_memory = "auto", when all that stays from step to step
-    has its place but for the optimizer's state.
+    has its place but for the optimizer's state. tensor_cores: False for the low-rank products of
+    a card before sm_80 (train/kernels/lowrank.py), in a benchmark.
 
     Raises ValueError for a configuration that can't run here, WeightsError, LoRAError.
     """
     device, dtype = world.device, getattr(torch, config.model.dtype)
     num_micro = micro_batches(config, world)
-    budget_bytes = activations.parse_activation_memory(config.activation_memory)
+    budget_bytes = parse_activation_memory(config.activation_memory)
     _set_precision(config)
     attention_name, attention = choose_attention(
         config.model.attention, device, dtype, config.deterministic
@@ -185,6 +190,7 @@ def build(
         dropout=config.lora.dropout,
         seed=config.seed,
         nf4=config.lora.base == "nf4",
+        tensor_cores=tensor_cores,
     )
     flat_parameters = optim.flatten(adapters.parameters())
     optimizer = optim.make_optimizer(flat_parameters.vector, config.optim)
@@ -193,10 +199,10 @@ def build(
     )
 
     # -- what each shape saves for the backward pass -----------------------------------------
-    room_bytes = 0.0
+    planned_bytes = 0.0
     if budget_bytes is None:
         optimizer_bytes = 8 * flat_parameters.vector.numel()  # made by its first step
-        room_bytes = free_bytes(device) - optimizer_bytes - feed_bytes
+        planned_bytes = free_bytes(device) - optimizer_bytes - feed_bytes
     shapes = {
         bucket: activations.Shape(config.micro_batch, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
         for bucket in buckets
@@ -207,7 +213,7 @@ def build(
         targets=config.lora.targets,
         dtype_bytes=dtype.itemsize,
         budget_bytes=budget_bytes,
-        room_bytes=room_bytes,
+        room_bytes=planned_bytes,
         max_graph_tokens=config.cuda_graph_tokens if device.type == "cuda" else 0,
         attention=attention_name,
         offload=config.activation_offload,
@@ -217,7 +223,7 @@ def build(
         model,
         set_seeds=adapters.set_seeds,
         attention=attention,
-        run_block=activations.block_runner(model, plans),
+        run_block=block_runner(model, plans),
         scaler=scaler,
         share=1 / (num_micro * world.data_size),
         max_graph_tokens=config.cuda_graph_tokens,

@@ -13,9 +13,6 @@ from collections.abc import Iterable
 
 import ftfy
 
-from shardgen.labels.parse import Label
-from shardgen.rules.config import PromptConfig
-
 _SPACE = re.compile(r"\s+")
 IMAGE_WORD = "이미지"
 
@@ -30,36 +27,35 @@ def squeeze(text: str) -> str:
     return _SPACE.sub(" ", text).strip()
 
 
-def prompt_of(
-    label: Label,
-    media_type: str,
+def join_sentences(
     scenes: Iterable[str],
     objects: Iterable[str],
+    semantic: Iterable[str],
+    stt: str,
+    application: Iterable[str],
+    media_type: str,
     *,
-    parts: PromptConfig,
+    use_scene: bool,
+    use_object: bool,
+    use_semantic: bool,
+    use_stt: bool,
+    use_application: bool,
 ) -> str:
-    """The sentences that `parts` asks for, in the recipe's order, each once, on one line; not yet
-    cleaned. `scenes` and `objects` are those of one shot, or of all.
+    """The sentences that the recipe asks for, in its order, each once, on one line; not yet
+    cleaned.
 
     A scene description that speaks of an image ("이미지") on a video is dropped: it was generated
     from something else.
     """
     chosen: list[str] = []
-    if parts.scene:
+    if use_scene:
         chosen += [text for text in scenes if media_type != "video" or IMAGE_WORD not in text]
-    if parts.object:
+    if use_object:
         chosen += objects
-    if parts.semantic:
-        chosen += label.semantic
-    if parts.stt:
-        chosen.append(label.stt_script)
-    if parts.application:
-        chosen += label.application
+    if use_semantic:
+        chosen += semantic
+    if use_stt:
+        chosen.append(stt)
+    if use_application:
+        chosen += application
     return " ".join(dict.fromkeys(filter(None, map(squeeze, chosen))))
-
-
-def clip_prompt(label: Label, media_type: str, parts: PromptConfig) -> str:
-    """The caption that the label rules judge: the prompt of all shots together."""
-    scenes = [scene.text for scene in label.scenes]
-    objects = [each.text for each in label.objects]
-    return prompt_of(label, media_type, scenes, objects, parts=parts)

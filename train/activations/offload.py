@@ -1,132 +1,167 @@
-"""Inputs of blocks that wait for the backward pass in the host's memory, and are back on the GPU
-a block ahead.
+"""Inputs of blocks that wait for the backward pass in the host's memory.
 
-A block that computes again what it has not kept needs its inputs for that: the residual stream in
-float32 and, unless an adapted ffn.down keeps it anyway, what the block before left to be added to
-it. At 1280x704x49 those of 30 blocks take 3.9 and 2.0 GiB, in which the results of 30 large GEMMs
-can be kept instead. They go out over PCIe while the next blocks run, to pinned memory that stays
-from step to step, and come back while the block behind them runs backward, on a stream of their
-own. Those of two blocks at a time are on the GPU: whoever lets go of one has waited for its copy,
-so that the allocator can hand its memory out again at once.
+A block that is recomputed needs its inputs for that: the residual stream in float32 and, unless
+an adapted ffn.down saves it anyway, the pending residual of the block before. At 1280x704x49
+those of 30 blocks take 3.9 and 2.0 GiB, in which the results of 30 large GEMMs can be saved
+instead.
+
+The copies run on a stream of their own. While the next blocks run forward, the inputs go over
+PCIe to pinned memory, which is allocated once. While a block runs backward, those of the block
+before it come back. So the inputs of two blocks at a time are on the GPU. A tensor is released
+only after the stream of the computation has waited for its copy: the allocator can then hand its
+memory out again at once.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class _Parked:
-    """Stands for a tensor in autograd's graph. Those of the last block, needed first, stay where
-    they are.
+class CopyStream:
+    """Copies between host and GPU beside the computation; on the CPU they happen at once.
+
+    Neither tensor of a copy may be released before `wait_for` its event.
     """
 
-    def __init__(self, pass_: int, block: int, host: Tensor, stays: Tensor | None):
-        self.pass_, self.block, self.host, self.stays = pass_, block, host, stays
-        self.coming: tuple[Tensor, torch.cuda.Event | None] | None = None
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, destination: Tensor, source: Tensor) -> Any:
+        """Start a copy of what the computation has written so far; returns its event."""
+        if self._stream is None:
+            destination.copy_(source)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            destination.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+    def wait_for(self, event: Any) -> None:
+        """Let the computation's stream wait; the host does not."""
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+
+
+class _Outgoing(NamedTuple):
+    """A tensor that is held until its copy to the host is done."""
+
+    block: int
+    tensor: Tensor
+    copied: Any  # the event of its copy
+
+
+class _Incoming(NamedTuple):
+    tensor: Tensor
+    copied: Any
+
+
+class _Offloaded:
+    """Stands for a tensor in autograd's graph.
+
+    `resident` is the tensor itself where it stays on the GPU: that of the last block, which the
+    backward pass needs first.
+    """
+
+    def __init__(self, forward_pass: int, block: int, host: Tensor, resident: Tensor | None):
+        self.forward_pass, self.block = forward_pass, block
+        self.host, self.resident = host, resident
+        self.incoming: _Incoming | None = None
 
 
 class HostInputs:
-    """For a model of `num_blocks`, with room for inputs of so many bytes each (`num_bytes`, in
-    their order).
+    """Host memory for the inputs of `num_blocks` blocks: `num_bytes` gives the size of each of a
+    block's inputs, in their order.
 
-    One micro-batch at a time: its backward pass before the next forward pass. Raises ValueError
-    where the host has not that much memory to pin (remat.pinned_bytes of each).
+    One micro-batch at a time: its backward pass comes before the next forward pass. Raises
+    ValueError where the host has not that much memory to pin (plan.pinned_bytes of each).
     """
 
-    def __init__(self, num_blocks: int, num_bytes: Sequence[int], device: torch.device):
-        self._num_blocks, self._pass = num_blocks, 0
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(
+        self,
+        num_blocks: int,
+        num_bytes: Sequence[int],
+        device: torch.device,
+        copies: CopyStream | None = None,
+    ):
+        self._num_blocks, self._device, self._forward_pass = num_blocks, device, 0
+        self._copies = CopyStream(device) if copies is None else copies
         try:
             self._host = [
                 torch.empty(
-                    (num_blocks - 1) * size, dtype=torch.uint8, pin_memory=self._stream is not None
+                    (num_blocks - 1) * size, dtype=torch.uint8, pin_memory=device.type == "cuda"
                 )
                 for size in num_bytes
             ]
         except RuntimeError as error:
             sizes = " + ".join(f"{(num_blocks - 1) * size / 2**30:.1f}" for size in num_bytes)
             raise ValueError(
-                f"activation_offload: {sizes} GiB of the host's memory, each as the next power of two, "
-                f"can't be pinned ({error}); set it to false, or free memory"
+                f"activation_offload: {sizes} GiB of the host's memory, each as the next power of "
+                f"two, can't be pinned ({error}); set it to false, or free memory"
             ) from error
-        self._parked: dict[int, list[_Parked]] = {}
-        self._leaving: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._offloaded: dict[int, list[_Offloaded]] = {}
+        self._outgoing: deque[_Outgoing] = deque()
 
     def hooks(
         self, block: int, inputs: Sequence[Tensor]
     ) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
-        """For torch.autograd.graph.saved_tensors_hooks around block `block`, of which `inputs`
-        are to be parked.
+        """For torch.autograd.graph.saved_tensors_hooks around block `block`, whose `inputs` are
+        to be offloaded. What else autograd saves there stays as it is.
         """
         if block == 0:
-            self._pass += 1
-            self._let_go_before(self._num_blocks)
-        places = {tensor.data_ptr(): number for number, tensor in enumerate(inputs)}
-        self._parked[block] = []
+            self._forward_pass += 1
+            self._release_before(self._num_blocks)
+        numbers = {tensor.data_ptr(): number for number, tensor in enumerate(inputs)}
+        self._offloaded[block] = []
 
         def pack(tensor: Tensor) -> Any:
-            number = places.get(tensor.data_ptr())
-            return tensor if number is None else self._park(block, number, tensor)
+            number = numbers.get(tensor.data_ptr())
+            return tensor if number is None else self._offload(block, number, tensor)
 
         def unpack(packed: Any) -> Tensor:
-            return self._back(packed) if isinstance(packed, _Parked) else packed
+            return self._restore(packed) if isinstance(packed, _Offloaded) else packed
 
         return pack, unpack
 
-    def _park(self, block: int, number: int, tensor: Tensor) -> _Parked:
+    def _offload(self, block: int, number: int, tensor: Tensor) -> _Offloaded:
         if block == self._num_blocks - 1:
-            return _Parked(self._pass, block, torch.empty(0), tensor.detach())
-        host = self._host[number][block * tensor.nbytes : (block + 1) * tensor.nbytes].view(
-            tensor.dtype
-        )
-        parked = _Parked(self._pass, block, host.view(tensor.shape), None)
-        self._leaving.append((block, tensor, self._copy(parked.host, tensor)))
-        self._let_go_before(block - 1)
-        self._parked[block].append(parked)
-        return parked
+            return _Offloaded(self._forward_pass, block, torch.empty(0), tensor.detach())
+        place = self._host[number][block * tensor.nbytes : (block + 1) * tensor.nbytes]
+        host = place.view(tensor.dtype).view(tensor.shape)
+        offloaded = _Offloaded(self._forward_pass, block, host, None)
+        self._outgoing.append(_Outgoing(block, tensor, self._copies.copy(host, tensor)))
+        # inputs of this block and of the one before may still be on their way, older ones are not
+        self._release_before(block - 1)
+        self._offloaded[block].append(offloaded)
+        return offloaded
 
-    def _back(self, parked: _Parked) -> Tensor:
-        assert parked.pass_ == self._pass, (
+    def _restore(self, offloaded: _Offloaded) -> Tensor:
+        assert offloaded.forward_pass == self._forward_pass, (
             "the next forward pass has overwritten what this backward pass needs"
         )
-        self._let_go_before(self._num_blocks)
-        if parked.stays is not None:
-            tensor = parked.stays
+        self._release_before(self._num_blocks)
+        if offloaded.resident is not None:
+            tensor = offloaded.resident
         else:
-            tensor, arrived = self._fetch(parked)
-            parked.coming = None
-            self._wait_for(arrived)
-        for before in self._parked.get(parked.block - 1, ()):
+            tensor, copied = self._fetch(offloaded)
+            offloaded.incoming = None
+            self._copies.wait_for(copied)
+        # the backward pass comes to the block before next
+        for before in self._offloaded.get(offloaded.block - 1, ()):
             self._fetch(before)
         return tensor
 
-    def _fetch(self, parked: _Parked) -> tuple[Tensor, torch.cuda.Event | None]:
-        if parked.coming is None:
-            tensor = torch.empty_like(
-                parked.host, device=self._stream.device if self._stream else "cpu"
-            )
-            parked.coming = tensor, self._copy(tensor, parked.host)
-        return parked.coming
+    def _fetch(self, offloaded: _Offloaded) -> _Incoming:
+        if offloaded.incoming is None:
+            tensor = torch.empty_like(offloaded.host, device=self._device)
+            copied = self._copies.copy(tensor, offloaded.host)
+            offloaded.incoming = _Incoming(tensor, copied)
+        return offloaded.incoming
 
-    def _copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Returns the event after it, None on the CPU. Neither tensor may be let go of before
-        that is waited for.
-        """
-        if self._stream is None:
-            to.copy_(source)
-            return None
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            to.copy_(source, non_blocking=True)
-        return self._stream.record_event()
-
-    def _let_go_before(self, block: int) -> None:
-        while self._leaving and self._leaving[0][0] < block:
-            self._wait_for(self._leaving.popleft()[2])
-
-    def _wait_for(self, event: torch.cuda.Event | None) -> None:
-        if event is not None and self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(event)
+    def _release_before(self, block: int) -> None:
+        while self._outgoing and self._outgoing[0].block < block:
+            outgoing = self._outgoing.popleft()
+            self._copies.wait_for(outgoing.copied)

@@ -1,1 +1,7 @@
-"""LoRA: adapters on a model, the linear layer that applies them, their files."""
+"""LoRA on the frozen transformer.
+
+adapters   the modules, and how they are attached to a model
+linear     the arithmetic: one GEMM for the layer and its adapters
+nf4        frozen weights in 4 bits
+files      what diffusers and ComfyUI load
+"""

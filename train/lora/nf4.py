@@ -2,8 +2,8 @@
 whenever a GEMM needs it.
 
 A quarter of bfloat16's bytes, for an error of a few per cent in each weight. The GEMM is the same
-as for a dense weight: what is unpacked gets B's columns behind it, and goes again after use,
-forward and backward.
+as for a dense weight: the unpacked weight gets B's columns behind it and is freed after use, in
+the forward and in the backward pass.
 """
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 
 class NF4Weight:
-    """[W | B] of train/lora/linear.py with W in NF4. `b_NR` (compute dtype, zeros at first) is
-    kept up to date by LoRA.
+    """The [W | B] buffer of train/kernels/layout.py with W in NF4.
+
+    `b_NR` (compute dtype, zeros at first) are B's columns, which LoRA.refresh renews.
     """
 
     def __init__(self, weight_NK: Tensor, num_low: int):
@@ -25,8 +26,15 @@ class NF4Weight:
             weight_NK.shape[0], num_low, dtype=weight_NK.dtype, device=weight_NK.device
         )
 
+    @property
+    def packed_bytes(self) -> int:
+        """What the quantised weight takes, without its statistics."""
+        num_bytes: int = self._packed.nbytes
+        return num_bytes
+
     def dense(self) -> Tensor:
         """[W | B] in the compute dtype, [N, K + R]: a new tensor."""
         import bitsandbytes.functional as bnb
 
-        return torch.cat([bnb.dequantize_4bit(self._packed, self._state), self.b_NR], 1)
+        weight_NK = bnb.dequantize_4bit(self._packed, self._state)
+        return torch.cat([weight_NK, self.b_NR], 1)

@@ -1,1 +1,7 @@
-"""The Wan transformer, its weights and its attention."""
+"""The Wan transformer.
+
+wan          the modules and the forward pass
+load         weights from a diffusers folder
+attention    which kernel runs, by name
+tag          names of the operations that the activation plan chooses from
+"""

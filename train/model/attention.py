@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from train.kernels.pointwise import empty_with_spare
+from train.kernels.layout import empty_padded
 
-Attention = Callable[..., Tensor]  # (q, k, v, num_spare = 0): see choose_attention
+Attention = Callable[..., Tensor]  # (q, k, v, num_padding = 0): see choose_attention
 AttentionName = Literal["auto", "flash4", "cudnn", "flash", "efficient", "math"]
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -38,7 +38,7 @@ def choose_attention(
     `deterministic` leaves out the kernels whose backward pass gives other bits each time,
     whatever torch is told: flash4 and cuDNN.
 
-    `attention(q, k, v, num_spare)` asks for so many free columns behind the output's rows of [B,
+    `attention(q, k, v, num_padding)` asks for so many free columns behind the output's rows of [B,
     L, H * E], which only flash4 grants: see train/lora/linear.py.
 
     Raises ValueError for a kernel that can't run here: it never becomes another one.
@@ -66,9 +66,9 @@ def choose_attention(
         )
     backend = _BACKENDS["cudnn" if name == "flash4" else name]
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, num_spare: int = 0) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, num_padding: int = 0) -> Tensor:
         if name == "flash4" and k.shape[2] >= MANY_KEYS:
-            out: Tensor = flash4_forward(*(x.transpose(1, 2) for x in (q, k, v)), num_spare)[
+            out: Tensor = flash4_forward(*(x.transpose(1, 2) for x in (q, k, v)), num_padding)[
                 0
             ].transpose(1, 2)
             return out
@@ -112,19 +112,19 @@ def _has_flash4(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-# Operations of torch's own, so that train/activations/plan.py can tell them from others and keep
+# Operations of torch's own, so that train/activations/runner.py can tell them from others and save
 # what they put out. The package's public function is an autograd function, which hides them; the
 # pair below it is pinned in configs/env/hopper.txt.
 
 
 @torch.library.custom_op("newsreel::flash4_forward", mutates_args=())
 def flash4_forward(
-    q_BLHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, num_spare: int
+    q_BLHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, num_padding: int
 ) -> tuple[Tensor, Tensor]:
     """Attention by flash-attn-4: out [B, L, H, E], and the log of the sums, float32 [B, H, L]."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out_BLD = empty_with_spare(q_BLHE, q_BLHE.shape[2] * v_BSHE.shape[3], num_spare, q_BLHE.dtype)
+    out_BLD = empty_padded(q_BLHE, q_BLHE.shape[2] * v_BSHE.shape[3], num_padding, q_BLHE.dtype)
     out_BLHE, lse_BHL = _flash_attn_fwd(
         q_BLHE, k_BSHE, v_BSHE, return_lse=True, out=out_BLD.unflatten(2, (q_BLHE.shape[2], -1))
     )[:2]
@@ -160,3 +160,12 @@ def _backward(ctx: Any, dout_BLHE: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 
 flash4_forward.register_autograd(_backward, setup_context=_keep_for_backward)
+
+# what calls attention, in the forward pass: the activation plan may save their outputs
+OPERATIONS = {
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.newsreel.flash4_forward.default,
+}

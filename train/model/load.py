@@ -33,8 +33,8 @@ _NORMS = {
 
 
 class WeightsError(ValueError):
-    """A model folder that can't be loaded; the message names the file, the tensor and the way
-    out.
+    """A model folder that can't be loaded; the message names the file, the tensor and what to
+    do.
     """
 
 
@@ -78,17 +78,18 @@ def build_transformer(
     unused = sorted(set(available) - {name for names in sources.values() for name in names})
     if missing or unused:
         raise WeightsError(
-            f"{where}: not the tensors of a Wan2.2 transformer: {len(missing)} missing {missing[:3]}, "
-            f"{len(unused)} unknown {unused[:3]}"
+            f"{where}: not the tensors of a Wan2.2 transformer: "
+            f"{len(missing)} missing {missing[:3]}, {len(unused)} unknown {unused[:3]}"
         )
     parameters = dict(model.named_parameters())
     for name, names in sources.items():
         meta = parameters[name]
         float32 = name.split(".")[0] in _FLOAT32_MODULES or not _is_gemm(name)
         target = torch.empty(meta.shape, dtype=torch.float32 if float32 else dtype, device=device)
+        # layers that read the same input are stacked: one GEMM
         row = 0
         for source in names:
-            # patch convolution -> GEMM; tables lose a leading 1
+            # the patch convolution becomes a matrix; tables lose a leading 1
             tensor = read(source).reshape(-1, *meta.shape[1:])
             if row + tensor.shape[0] > target.shape[0]:
                 raise WeightsError(
@@ -114,25 +115,29 @@ def read_config(path: Path) -> WanConfig:
             f"{path}: {error}; model.path must be a diffusers folder such as a download of "
             f"Wan-AI/Wan2.2-TI2V-5B-Diffusers"
         ) from error
+    _refuse_what_is_not_trained(config, path)
+    return config
+
+
+def _refuse_what_is_not_trained(config: WanConfig, path: Path) -> None:
+    """The only place that knows which Wan models newsreel trains. train.model.wan.Wan itself takes
+    any channels and patch size.
+    """
     if config.image_dim is not None or config.added_kv_proj_dim is not None:
         raise WeightsError(
             f"{path}: image cross-attention (Wan2.1 I2V) is not supported; use a Wan2.2 model"
         )
-    if {config.in_channels, config.out_channels} != {WAN22.channels} or config.patch_size != (
-        1,
-        2,
-        2,
-    ):
+    found = (config.in_channels, config.out_channels, config.patch_size)
+    trained = (WAN22.channels, WAN22.channels, (1, 2, 2))
+    if found != trained:
         raise WeightsError(
-            f"{path}: in_channels {config.in_channels}, out_channels {config.out_channels}, patch_size "
-            f"{config.patch_size}, where Wan2.2-TI2V-5B has {WAN22.channels}, {WAN22.channels} and "
-            f"(1, 2, 2); A14B can't be trained yet"
+            f"{path}: in_channels, out_channels and patch_size are {found}, where Wan2.2-TI2V-5B "
+            f"has {trained}; A14B can't be trained yet"
         )
     if not config.cross_attn_norm or config.attention_head_dim % 2:
         raise WeightsError(
             f"{path}: cross_attn_norm must be true and attention_head_dim even in Wan2.2"
         )
-    return config
 
 
 def tensor_sources(model: Wan) -> dict[str, list[str]]:
@@ -150,7 +155,8 @@ def tensor_sources(model: Wan) -> dict[str, list[str]]:
 
 
 def _is_gemm(name: str) -> bool:
-    return name.endswith((".weight", ".bias"))  # only Projections have such parameters
+    # only Projections have such parameters
+    return name.endswith((".weight", ".bias"))
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""The Wan2.2-TI2V-5B transformer (DiT), lean: what training with a frozen base needs. It knows
-nothing of LoRA.
+"""The Wan2.2 transformer (DiT), lean: what training with a frozen base needs. It knows nothing of
+LoRA.
 
 Three things differ from the diffusers model, and none of them changes the result:
 
@@ -13,23 +13,27 @@ Three things differ from the diffusers model, and none of them changes the resul
 Left out: image cross-attention (Wan2.1 I2V), and dropout, which Wan does not use.
 
 Shapes: B samples, L video tokens, S text tokens (512), D model width, H heads, C latent channels,
-T/h/w latent frames, rows and columns, R = 2 modulation rows (0: the clean first frame at t = 0;
-1: the rest). Source of names and constants: diffusers' transformer_wan.py, version 0.42.
+T/h/w latent frames, rows and columns, P = C * pt * ph * pw numbers of a patch, R = 2 modulation
+rows (0: the clean first frame at t = 0; 1: the rest). Source of names and constants: diffusers'
+transformer_wan.py, version 0.42.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.kernels.pointwise import Rows, gelu_tanh, residual_norm, split_norm_rope
+from train.kernels.layout import Rows
+from train.kernels.pointwise import gelu_tanh, residual_norm, split_norm_rope
 from train.model.attention import Attention
+from train.model.tag import tagged
 
-# how a block is run: see train/activations/plan.py
-RunBlock = Callable[..., tuple[Tensor, Tensor]] | None
+_ROPE_THETA = 10000.0
+_TIMESTEP_PERIOD = 10000.0
 
 
 class WanConfig(msgspec.Struct, frozen=True):
@@ -71,22 +75,25 @@ TI2V_5B = WanConfig(
 class Projections(nn.Module):
     """Linear layers that read the same input, as one GEMM: [..., in] -> [..., sum(out)].
 
-    `names` are the layers' names in the diffusers block, in the order of their rows, `sizes`
-    their output widths. Whoever makes the input leaves `num_spare` columns free behind each of
-    its rows; an adapter asks for some.
+    `layers`: the layers' names in the diffusers block, in the order of their rows, and their
+    output widths. `tag` names the GEMM for the activation plan (train/model/tag.py).
     """
 
-    num_spare = 0
+    # what an adapter needs behind each row of the input: see train/kernels/layout.py
+    num_padding = 0
 
-    def __init__(self, in_features: int, layers: dict[str, int]):
+    def __init__(self, in_features: int, layers: dict[str, int], tag: str = ""):
         super().__init__()
-        self.names, self.sizes = tuple(layers), tuple(layers.values())
+        self.tag, self.names, self.sizes = tag, tuple(layers), tuple(layers.values())
         self.weight = nn.Parameter(torch.empty(sum(self.sizes), in_features))
         self.bias = nn.Parameter(torch.empty(sum(self.sizes)))
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """With `gelu` x goes through GELU first: an adapter does both in one pass."""
-        return F.linear(gelu_tanh(x) if gelu else x, self.weight, self.bias)
+        if gelu:
+            x = gelu_tanh(x)
+        with tagged(self.tag):
+            return F.linear(x, self.weight, self.bias)
 
 
 class SelfAttention(nn.Module):
@@ -94,17 +101,19 @@ class SelfAttention(nn.Module):
         super().__init__()
         dim = config.dim
         self.num_heads, self.eps = config.num_attention_heads, config.eps
-        self.qkv = Projections(dim, {"attn1.to_q": dim, "attn1.to_k": dim, "attn1.to_v": dim})
-        self.out = Projections(dim, {"attn1.to_out.0": dim})
+        self.qkv = Projections(
+            dim, {"attn1.to_q": dim, "attn1.to_k": dim, "attn1.to_v": dim}, tag="attn1.qkv"
+        )
+        self.out = Projections(dim, {"attn1.to_out.0": dim}, tag="attn1.out")
         self.norm_q, self.norm_k = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
 
     def forward(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         q_BLD, k_BLD, v_BLD = split_norm_rope(
             self.qkv(x_BLD), (self.norm_q, self.norm_k), rope, self.num_heads, self.eps
         )
-        out: Tensor = self.out(
-            attend(q_BLD, k_BLD, v_BLD, self.num_heads, attention, self.out.num_spare)
-        )
+        with tagged("attn1"):
+            mixed_BLD = attend(q_BLD, k_BLD, v_BLD, self.num_heads, attention, self.out.num_padding)
+        out: Tensor = self.out(mixed_BLD)
         return out
 
 
@@ -115,9 +124,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         dim = config.dim
         self.num_heads, self.eps = config.num_attention_heads, config.eps
-        self.q = Projections(dim, {"attn2.to_q": dim})
-        self.kv = Projections(dim, {"attn2.to_k": dim, "attn2.to_v": dim})
-        self.out = Projections(dim, {"attn2.to_out.0": dim})
+        self.q = Projections(dim, {"attn2.to_q": dim}, tag="attn2.q")
+        self.kv = Projections(dim, {"attn2.to_k": dim, "attn2.to_v": dim}, tag="attn2.kv")
+        self.out = Projections(dim, {"attn2.to_out.0": dim}, tag="attn2.out")
         self.norm_q, self.norm_k = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
 
     def forward(self, x_BLD: Tensor, text_BSD: Tensor, attention: Attention) -> Tensor:
@@ -125,36 +134,46 @@ class CrossAttention(nn.Module):
         k_BSD, v_BSD = split_norm_rope(
             self.kv(text_BSD), (self.norm_k,), None, self.num_heads, self.eps
         )
-        out: Tensor = self.out(
-            attend(q_BLD, k_BSD, v_BSD, self.num_heads, attention, self.out.num_spare)
-        )
+        with tagged("attn2"):
+            mixed_BLD = attend(q_BLD, k_BSD, v_BSD, self.num_heads, attention, self.out.num_padding)
+        out: Tensor = self.out(mixed_BLD)
         return out
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
-        self.up = Projections(config.dim, {"ffn.net.0.proj": config.ffn_dim})
-        self.down = Projections(config.ffn_dim, {"ffn.net.2": config.dim})
+        self.up = Projections(config.dim, {"ffn.net.0.proj": config.ffn_dim}, tag="ffn.up")
+        self.down = Projections(config.ffn_dim, {"ffn.net.2": config.dim}, tag="ffn.down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         out: Tensor = self.down(self.up(x_BLD), gelu=True)
         return out
 
 
+class BlockInputs(NamedTuple):
+    """What every block of a forward pass takes, beside the stream and its pending residual."""
+
+    text_BSD: Tensor
+    boundary_B: Tensor  # int64: tokens before it use modulation row 0
+    rope: tuple[Tensor, Tensor]  # `rope_tables`
+    attention: Attention
+
+
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward. What the feed-forward adds to the stream is
-    left to whoever comes next, because its norm reads the stream anyway: [B, L, D] float32 and
-    what the last block left -> the same two.
+    """Self-attention, cross-attention, feed-forward.
+
+    What the feed-forward adds to the residual stream is left pending: the norm that comes next,
+    in the following block or at the end of the model, reads the stream anyway and adds it in the
+    same pass. So a block takes the stream and the pending residual of the block before, and
+    returns the same two.
     """
 
     def __init__(self, config: WanConfig):
         super().__init__()
-        self.attn1, self.attn2, self.ffn = (
-            SelfAttention(config),
-            CrossAttention(config),
-            FeedForward(config),
-        )
+        self.attn1 = SelfAttention(config)
+        self.attn2 = CrossAttention(config)
+        self.ffn = FeedForward(config)
         self.norm2_weight = nn.Parameter(torch.empty(config.dim))
         self.norm2_bias = nn.Parameter(torch.empty(config.dim))
         self.scale_shift_table = nn.Parameter(torch.empty(6, config.dim))
@@ -163,46 +182,63 @@ class Block(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        left_BLD: Tensor | None,
-        left_gate_BRD: Tensor | None,
-        text_BSD: Tensor,
+        pending_BLD: Tensor | None,
+        pending_gate_BRD: Tensor | None,
         tables_BR6D: Tensor,
-        boundary_B: Tensor,
-        rope: tuple[Tensor, Tensor],
-        attention: Attention,
+        inputs: BlockInputs,
     ) -> tuple[Tensor, Tensor]:
-        """`left_BLD` (None in the first block) is to be added times `left_gate_BRD`; tables:
-        `modulation_tables`.
+        """x: float32. `pending_BLD` times `pending_gate_BRD` is to be added to it (None in the
+        first block). Tables: see `modulation_tables`.
         """
+        text_BSD, boundary_B, rope, attention = inputs
+        dtype = text_BSD.dtype
         shift1, scale1, gate1, shift3, scale3, _ = (
-            Rows(rows, boundary_B) for rows in tables_BR6D.unbind(2)
+            Rows(rows_BRD, boundary_B) for rows_BRD in tables_BR6D.unbind(2)
         )
-        left_gate = None if left_gate_BRD is None else Rows(left_gate_BRD, boundary_B)
-        dtype, eps = text_BSD.dtype, self.eps
+        # the same for all tokens: the norm before cross-attention is not modulated
+        shift2, scale2 = Rows(self.norm2_bias, None), Rows(self.norm2_weight, None)
         x_BLD, h_BLD = residual_norm(
-            x_BLD, left_BLD, left_gate, shift1, scale1, eps, dtype, self.attn1.qkv.num_spare
+            x_BLD,
+            y_BLD=pending_BLD,
+            gate=None if pending_gate_BRD is None else Rows(pending_gate_BRD, boundary_B),
+            shift=shift1,
+            scale=scale1,
+            eps=self.eps,
+            dtype=dtype,
+            num_padding=self.attn1.qkv.num_padding,
         )
         x_BLD, h_BLD = residual_norm(
             x_BLD,
-            self.attn1(h_BLD, rope, attention),
-            gate1,
-            Rows(self.norm2_bias, None),
-            Rows(self.norm2_weight, None),
-            eps,
-            dtype,
-            self.attn2.q.num_spare,
+            y_BLD=self.attn1(h_BLD, rope, attention),
+            gate=gate1,
+            shift=shift2,
+            scale=scale2,
+            eps=self.eps,
+            dtype=dtype,
+            num_padding=self.attn2.q.num_padding,
         )
         x_BLD, h_BLD = residual_norm(
             x_BLD,
-            self.attn2(h_BLD, text_BSD, attention),
-            None,
-            shift3,
-            scale3,
-            eps,
-            dtype,
-            self.ffn.up.num_spare,
+            y_BLD=self.attn2(h_BLD, text_BSD, attention),
+            gate=None,
+            shift=shift3,
+            scale=scale3,
+            eps=self.eps,
+            dtype=dtype,
+            num_padding=self.ffn.up.num_padding,
         )
         return x_BLD, self.ffn(h_BLD)
+
+
+# run_block(index, block, x, pending, pending_gate, tables, inputs) -> (x, pending): how a block
+# is run, see train/activations/runner.py. None: plainly
+RunBlock = (
+    Callable[
+        [int, Block, Tensor, Tensor | None, Tensor | None, Tensor, BlockInputs],
+        tuple[Tensor, Tensor],
+    ]
+    | None
+)
 
 
 class Wan(nn.Module):
@@ -237,68 +273,67 @@ class Wan(nn.Module):
         attention: Attention,
         run_block: RunBlock = None,
     ) -> Tensor:
-        """Predict the velocity.
+        """Predict the velocity: float32 [B, out_channels, T, h, w].
 
-        latent_BCThw: noised latent, any float dtype. t_BR: float32 timesteps 0..1000 of the two
-        modulation rows. num_clean_frames_B: int64, latent frames at the start that use row 0
-        (I2V: 1, else 0). text_BSD: UMT5 rows, padded with zero rows to 512 **before** this call.
-        `run_block(index, block, *inputs)` says what each block keeps for the backward pass
-        (train/activations/plan.py); None: everything. Returns float32 [B, C, T, h, w].
+        latent_BCThw: noised latent of `in_channels`, any float dtype. t_BR: float32 timesteps
+        0..1000 of the two modulation rows. num_clean_frames_B: int64, latent frames at the start
+        that use row 0 (I2V: 1, else 0). text_BSD: UMT5 rows, padded with zero rows to 512
+        **before** this call. `run_block` decides what each block saves for the backward pass
+        (train/activations/runner.py); None: everything.
         """
-        dtype = self.patch_embedding.weight.dtype
-        x_BLD = self.patch_embedding(
-            patchify(latent_BCThw, self.config.patch_size).to(dtype)
-        ).float()
-        frames, rows, columns = latent_grid(latent_BCThw.shape, self.config.patch_size)
-        boundary_B = num_clean_frames_B * (rows * columns)
-        time_BRD = self.time_2(F.silu(self.time_1(timestep_embedding(t_BR, self.config.freq_dim))))
+        config, dtype = self.config, self.patch_embedding.weight.dtype
+        patches_BLP = patchify(latent_BCThw, config.patch_size)
+        x_BLD = self.patch_embedding(patches_BLP.to(dtype)).float()
+
+        # two modulation rows per sample: the time embedding stays in float32
+        embedding = timestep_embedding(t_BR, config.freq_dim)
+        time_BRD = self.time_2(F.silu(self.time_1(embedding)))
         time_BR6D = self.time_proj(F.silu(time_BRD)).unflatten(-1, (6, -1))
-        text_BSD = self.text_2(gelu_tanh(self.text_1(text_BSD.to(dtype))))
-        rope = rope_tables(frames, rows, columns, self.config.attention_head_dim, x_BLD.device)
-        left_BLD, left_gate_BRD = None, None
-        for index, (block, tables_BR6D) in enumerate(
-            zip(self.blocks, self.modulation_tables(time_BR6D), strict=True)
-        ):
-            inputs = (
-                x_BLD,
-                left_BLD,
-                left_gate_BRD,
-                text_BSD,
-                tables_BR6D,
-                boundary_B,
-                rope,
-                attention,
-            )
-            x_BLD, left_BLD = (
-                block(*inputs) if run_block is None else run_block(index, block, *inputs)
-            )
-            left_gate_BRD = tables_BR6D[:, :, 5]
+
+        grid = latent_grid(latent_BCThw.shape, config.patch_size)
+        inputs = BlockInputs(
+            text_BSD=self.text_2(gelu_tanh(self.text_1(text_BSD.to(dtype)))),
+            boundary_B=num_clean_frames_B * (grid.rows * grid.columns),
+            rope=rope_tables(*grid, config.attention_head_dim, x_BLD.device),
+            attention=attention,
+        )
+        pending_BLD, pending_gate_BRD = None, None
+        tables_NBR6D = self.modulation_tables(time_BR6D)
+        for index, (block, tables_BR6D) in enumerate(zip(self.blocks, tables_NBR6D, strict=True)):
+            block_inputs = (x_BLD, pending_BLD, pending_gate_BRD, tables_BR6D, inputs)
+            if run_block is None:
+                x_BLD, pending_BLD = block(*block_inputs)
+            else:
+                assert isinstance(block, Block)
+                x_BLD, pending_BLD = run_block(index, block, *block_inputs)
+            # the feed-forward's
+            pending_gate_BRD = tables_BR6D[:, :, 5]
+
+        boundary_B = inputs.boundary_B
         shift_BRD, scale_BRD = (self.scale_shift_table + time_BRD.unsqueeze(2)).unbind(2)
-        left_gate = None if left_gate_BRD is None else Rows(left_gate_BRD, boundary_B)
         _, h_BLD = residual_norm(
             x_BLD,
-            left_BLD,
-            left_gate,
-            Rows(shift_BRD, boundary_B),
-            Rows(1 + scale_BRD, boundary_B),
-            self.config.eps,
-            dtype,
+            y_BLD=pending_BLD,
+            gate=None if pending_gate_BRD is None else Rows(pending_gate_BRD, boundary_B),
+            shift=Rows(shift_BRD, boundary_B),
+            scale=Rows(1 + scale_BRD, boundary_B),
+            eps=config.eps,
+            dtype=dtype,
         )
-        return unpatchify(
-            self.proj_out(h_BLD).float(), (frames, rows, columns), self.config.patch_size
-        )
+        return unpatchify(self.proj_out(h_BLD).float(), grid, config.patch_size)
 
     def modulation_tables(self, time_BR6D: Tensor) -> Sequence[Tensor]:
         """Per block float32 [B, R, 6, D]: shift, scale and gate of self-attention, then of the
-        feed-forward.
+        feed-forward. 1 is already added to the scales.
         """
         if not self.blocks:
             return ()
+        # one addition for all blocks
         tables_N6D = torch.stack(
             [block.get_parameter("scale_shift_table") for block in self.blocks]
         )
         tables_NBR6D = tables_N6D[:, None, None] + time_BR6D
-        tables_NBR6D[:, :, :, 1::3] += 1  # the scales
+        tables_NBR6D[:, :, :, 1::3] += 1
         return tables_NBR6D.unbind(0)
 
 
@@ -308,18 +343,26 @@ def attend(
     v_BSD: Tensor,
     num_heads: int,
     attention: Attention,
-    num_spare: int = 0,
+    num_padding: int = 0,
 ) -> Tensor:
-    """Multi-head attention without a mask. q, k, v: [B, L|S, D] -> [B, L, D], `num_spare` columns
-    behind its rows free where the kernel can do so.
+    """Multi-head attention without a mask. q, k, v: [B, L|S, D] -> [B, L, D], with `num_padding`
+    elements behind its rows where the kernel can do so.
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BLD, k_BSD, v_BSD))
-    return attention(q, k, v, num_spare).transpose(1, 2).flatten(2)
+    return attention(q, k, v, num_padding).transpose(1, 2).flatten(2)
 
 
-def latent_grid(shape: torch.Size, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Tokens along time, height and width for a latent of [B, C, T, h, w]."""
-    return shape[2] // patch_size[0], shape[3] // patch_size[1], shape[4] // patch_size[2]
+class Grid(NamedTuple):
+    """Tokens along time, height and width."""
+
+    frames: int
+    rows: int
+    columns: int
+
+
+def latent_grid(shape: torch.Size, patch_size: tuple[int, int, int]) -> Grid:
+    """Of a latent of shape [B, C, T, h, w]."""
+    return Grid(*(size // patch for size, patch in zip(shape[2:], patch_size, strict=True)))
 
 
 def patchify(x_BCThw: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
@@ -329,17 +372,20 @@ def patchify(x_BCThw: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
     pt, ph, pw = patch_size
     # B C T pt h ph w pw
     x = x_BCThw.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).flatten(1, 3)
+    # B T h w C pt ph pw
+    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return x.flatten(4, 7).flatten(1, 3)
 
 
-def unpatchify(
-    x_BLP: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]
-) -> Tensor:
+def unpatchify(x_BLP: Tensor, grid: Grid, patch_size: tuple[int, int, int]) -> Tensor:
     """[B, L, pt*ph*pw*C] -> [B, C, T, h, w]; here the channel is the fastest index, unlike in
     `patchify`.
     """
-    x = x_BLP.unflatten(1, grid).unflatten(4, (*patch_size, -1))  # B T h w pt ph pw C
-    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    # B T h w pt ph pw C
+    x = x_BLP.unflatten(1, grid).unflatten(4, (*patch_size, -1))
+    # B C T pt h ph w pw
+    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -347,9 +393,8 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     with flip_sin_to_cos.
     """
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
+    step = torch.arange(half, device=t.device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(_TIMESTEP_PERIOD) * step / half)
     angles = t.unsqueeze(-1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -368,15 +413,18 @@ def rope_tables(
     """
     key = (frames, rows, columns, head_dim, device)
     if key not in _rope_cache:
+        # height and width get a third each, rounded down to pairs, time the rest
         side = 2 * (head_dim // 6)
+        axes = [(frames, head_dim - 2 * side), (rows, side), (columns, side)]
         angles = []
-        for axis, (size, dim) in enumerate(
-            [(frames, head_dim - 2 * side), (rows, side), (columns, side)]
-        ):
-            inverse = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        for axis, (size, dim) in enumerate(axes):
+            pair = torch.arange(0, dim, 2, dtype=torch.float64)
+            frequency = 1.0 / _ROPE_THETA ** (pair / dim)
+            position = torch.arange(size, dtype=torch.float64)
+            # this axis counts, the other two are repeated
             view = [1, 1, 1, -1]
             view[axis] = size
-            axis_angles = torch.outer(torch.arange(size, dtype=torch.float64), inverse).view(view)
+            axis_angles = torch.outer(position, frequency).view(view)
             angles.append(axis_angles.expand(frames, rows, columns, dim // 2))
         angles_LE = torch.cat(angles, dim=-1).flatten(0, 2)
         _rope_cache[key] = (angles_LE.cos().float().to(device), angles_LE.sin().float().to(device))

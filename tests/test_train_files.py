@@ -1,0 +1,149 @@
+"""The LoRA files: diffusers and ComfyUI get the effect that training had, with alpha other than
+the rank.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from train.lora import adapters as lora
+from train.lora import files
+from train.model.attention import choose_attention
+from train.model.load import load_transformer
+from train.model.wan import Wan
+
+RANK, ALPHA = 8, 20.0
+
+
+def trained(checkpoint: Path, targets: tuple[str, ...] = lora.TARGETS) -> tuple[Wan, lora.LoRA]:
+    """A model with adapters that are not zero."""
+    model = load_transformer(checkpoint, torch.device("cpu"), torch.float32)
+    adapters = lora.attach(model, targets, RANK, ALPHA, dropout=0.0, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for _, b in adapters.tensors().values():
+        b.copy_(0.2 * torch.randn(b.shape, generator=generator))
+    adapters.refresh()
+    return model, adapters
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return (
+        torch.randn(1, 48, 2, 6, 8, generator=generator),
+        torch.tensor([[700.0, 700.0]]),
+        torch.randn(1, 512, 32, generator=generator),
+    )
+
+
+@torch.no_grad()
+def ours(model: Wan) -> Tensor:
+    latent, t_BR, text = inputs()
+    out: Tensor = model(
+        latent,
+        t_BR,
+        torch.tensor([0]),
+        text,
+        choose_attention("math", torch.device("cpu"), torch.float32)[1],
+    )
+    return out
+
+
+@torch.no_grad()
+def theirs(transformer: Any) -> Tensor:
+    latent, t_BR, text = inputs()
+    out: Tensor = transformer(latent, t_BR[:, :1].repeat(1, 24), text, return_dict=False)[0]
+    return out
+
+
+@pytest.mark.parametrize(
+    "targets", [lora.TARGETS, ("attn1.to_q", "attn2.to_v")], ids=["all", "two"]
+)
+def test_diffusers_loads_the_file_and_moves_as_we_do(
+    tiny_checkpoint: Path, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    model, adapters = trained(tiny_checkpoint, targets)
+    files.save_both(adapters, tmp_path)
+    pipe = WanPipeline.from_pretrained(tiny_checkpoint)
+    base = theirs(pipe.transformer)
+    pipe.load_lora_weights(tmp_path, weight_name=files.DIFFUSERS_FILE)
+    moved = theirs(pipe.transformer)
+    torch.testing.assert_close(moved, ours(model), atol=1e-4, rtol=0)
+    assert (moved - base).abs().max() > 100 * 1e-4  # the effect is far larger than the tolerance
+
+
+def test_comfyui_file_holds_the_scaled_update_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    _, adapters = trained(tiny_checkpoint)
+    files.save_both(adapters, tmp_path)
+    converted = _convert_non_diffusers_wan_lora_to_diffusers(
+        load_file(tmp_path / files.COMFYUI_FILE)
+    )
+    for name, (a, b) in adapters.tensors().items():
+        update = (
+            converted[f"transformer.{name}.lora_B.weight"]
+            @ converted[f"transformer.{name}.lora_A.weight"]
+        )
+        torch.testing.assert_close(update, ALPHA / RANK * (b @ a), atol=1e-5, rtol=1e-5)
+    assert len(converted) == 2 * len(adapters.tensors())
+
+
+def test_diffusers_loads_the_comfyui_file_to_the_same_effect(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model, adapters = trained(tiny_checkpoint)
+    files.save_both(adapters, tmp_path)
+    pipe = WanPipeline.from_pretrained(tiny_checkpoint)
+    pipe.load_lora_weights(tmp_path, weight_name=files.COMFYUI_FILE)
+    torch.testing.assert_close(theirs(pipe.transformer), ours(model), atol=1e-4, rtol=0)
+
+
+def test_a_saved_lora_fills_fresh_adapters(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model, adapters = trained(tiny_checkpoint)
+    files.save_both(adapters, tmp_path)
+    fresh_model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
+    fresh = lora.attach(fresh_model, lora.TARGETS, RANK, ALPHA, dropout=0.0, seed=9)
+    files.load_diffusers(fresh, tmp_path / files.DIFFUSERS_FILE)
+    torch.testing.assert_close(ours(fresh_model), ours(model), atol=0, rtol=0)
+
+
+def test_another_alpha_or_other_targets_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    _, adapters = trained(tiny_checkpoint, ("attn1.to_q",))
+    files.save_both(adapters, tmp_path)
+    for targets, alpha, message in [
+        (("attn1.to_q",), 8.0, "make them equal"),
+        (("attn1.to_k",), ALPHA, "differ"),
+    ]:
+        model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
+        other = lora.attach(model, targets, RANK, alpha, dropout=0.0, seed=1)
+        with pytest.raises(lora.LoRAError, match=message):
+            files.load_diffusers(other, tmp_path / files.DIFFUSERS_FILE)
+    half = tmp_path / "half.safetensors"
+    half.write_bytes((tmp_path / files.DIFFUSERS_FILE).read_bytes()[:100])
+    for path in (half, tmp_path / "nowhere.safetensors"):
+        with pytest.raises(lora.LoRAError, match=f"{path.name}: can't be read as a LoRA file"):
+            files.load_diffusers(other, path)
+    with pytest.raises(lora.LoRAError, match=r"attn1\.to_z"):
+        lora.attach(model, ["attn1.to_z"], RANK, ALPHA, dropout=0.0, seed=1)
+
+
+def test_fresh_adapters_do_nothing_and_depend_on_the_seed_alone(tiny_checkpoint: Path) -> None:
+    model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
+    before = ours(model)
+    first = lora.attach(model, lora.TARGETS, RANK, ALPHA, dropout=0.0, seed=4)
+    torch.testing.assert_close(ours(model), before, atol=1e-6, rtol=0)
+    again = lora.attach(
+        load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32),
+        lora.TARGETS,
+        RANK,
+        ALPHA,
+        dropout=0.0,
+        seed=4,
+    )
+    for name, (a, _) in first.tensors().items():
+        assert torch.equal(a, again.tensors()[name][0])
+        assert 0.9 / a.shape[1] ** 0.5 < a.abs().max() <= 1 / a.shape[1] ** 0.5

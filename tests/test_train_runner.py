@@ -1,0 +1,159 @@
+"""What is saved is a matter of bytes and time only: the gradients are the same bit for bit."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from train.activations import plan, runner
+from train.activations.offload import HostInputs
+from train.lora import adapters as lora
+from train.model.attention import OPERATIONS, choose_attention
+from train.model.load import load_transformer
+from train.model.tag import tagged
+from train.model.wan import Wan
+
+CPU = torch.device("cpu")
+TOKENS, TEXT_TOKENS = 2 * 3 * 4, 512
+SHAPE = plan.Shape(2, TOKENS, TEXT_TOKENS)
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that really run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(
+    folder: Path,
+    budget_bytes: float,
+    offload: bool = False,
+    targets: tuple[str, ...] = lora.TARGETS,
+) -> tuple[list[Tensor], Counter[Any], Wan]:
+    model = load_transformer(folder, CPU, torch.float32)
+    adapters = lora.attach(model, targets, 8, 20.0, dropout=0.1, seed=1)
+    adapters.set_seeds(torch.tensor([7, 8]))
+    for _, b in adapters.tensors().values():
+        b.normal_(generator=torch.Generator().manual_seed(0))
+    adapters.refresh()
+    generator = torch.Generator().manual_seed(3)
+    latent, text = (
+        torch.randn(2, *shape, generator=generator) for shape in ((48, 2, 6, 8), (TEXT_TOKENS, 32))
+    )
+    _, attention = choose_attention("auto", CPU, torch.float32)
+    plans = plan.plan_run(
+        model.config, [SHAPE], targets, 4, budget_bytes, 0.0, max_graph_tokens=0, offload=offload
+    )
+    with Count() as count:
+        velocity = model(
+            latent,
+            torch.tensor([[0.0, 700.0]] * 2),
+            torch.tensor([0, 1]),
+            text,
+            attention,
+            runner.block_runner(model, plans),
+        )
+        velocity.square().mean().backward()
+    return [p.grad for p in adapters.parameters() if p.grad is not None], count.operations, model
+
+
+def test_every_budget_gives_the_same_bits_and_a_larger_one_computes_less_again(
+    tiny_checkpoint: Path,
+) -> None:
+    expected, operations, model = gradients(tiny_checkpoint, float("inf"))
+    sizes = plan.output_bytes(model.config, TOKENS, TEXT_TOKENS, 4)
+    everything = 2 * 2 * sum(sizes.values())  # two samples, two blocks
+    budgets = [0, 2 * sizes["attn1"], 4 * sizes["attn1"], everything // 2, everything]
+    num_gemms, num_attentions = [], []
+    for budget_bytes in budgets:
+        found, operations, _ = gradients(tiny_checkpoint, budget_bytes)
+        assert all(map(torch.equal, found, expected))
+        num_gemms.append(operations[torch.ops.aten.addmm.default])
+        num_attentions.append(sum(operations[op] for op in OPERATIONS))
+    # two blocks, self and cross, once or twice
+    assert num_attentions[:3] == [8, 7, 6] and num_attentions[4] == 4
+    assert num_gemms[0] == num_gemms[2] > num_gemms[3] > num_gemms[4]
+
+
+class Recording(HostInputs):
+    """Notes how many of the tensors that autograd saves in each block are offloaded."""
+
+    blocks: list[tuple[int, int]]  # (inputs offered, of them offloaded), in the order of calls
+
+    def hooks(
+        self, block: int, inputs: Sequence[Tensor]
+    ) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+        pack, unpack = super().hooks(block, inputs)
+        number = len(self.blocks)
+        self.blocks.append((len(inputs), 0))
+
+        def counting(tensor: Tensor) -> Any:
+            packed = pack(tensor)
+            offered, offloaded = self.blocks[number]
+            self.blocks[number] = (offered, offloaded + (packed is not tensor))
+            return packed
+
+        return counting, unpack
+
+
+@pytest.mark.parametrize(("targets", "num_offloaded"), [(lora.TARGETS, 1), (lora.TARGETS[:3], 2)])
+def test_offloaded_inputs_give_the_same_bits(
+    targets: tuple[str, ...],
+    num_offloaded: int,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pending residual is offloaded too, unless an adapted ffn.down saves it as its output.
+    Block 0 has none.
+    """
+    monkeypatch.setattr(Recording, "blocks", [], raising=False)
+    monkeypatch.setattr(runner, "HostInputs", Recording)
+    for budget_bytes in (0.0, 1e5):
+        expected, operations, _ = gradients(tiny_checkpoint, budget_bytes, targets=targets)
+        found, with_offload, _ = gradients(
+            tiny_checkpoint, budget_bytes, offload=True, targets=targets
+        )
+        assert all(map(torch.equal, found, expected))
+        assert (
+            with_offload[torch.ops.aten.addmm.default] == operations[torch.ops.aten.addmm.default]
+        )
+    assert Recording.blocks == 2 * [(1, 1), (num_offloaded, num_offloaded)]
+
+
+def test_an_operation_is_saved_by_its_tag_whatever_its_bias_or_order() -> None:
+    """Two attentions in the other order and a GEMM without a bias: neither a bias's address nor a
+    count of calls would tell them.
+    """
+    x = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(8, 8)
+
+    def function(x: Tensor) -> Tensor:
+        with tagged("second"):
+            y = F.linear(x, weight)
+        with tagged("first"):
+            return F.linear(y.tanh(), weight).sin()
+
+    operations = []
+    for saved in (frozenset[str](), frozenset({"first"}), frozenset({"first", "second"})):
+        with Count() as count:
+            out = checkpoint(
+                function, x, use_reentrant=False, context_fn=partial(runner.contexts, saved)
+            )
+            out.sum().backward()
+        operations.append(count.operations[torch.ops.aten.mm.default])
+    # two forward, two backward, and two, one or none recomputed
+    assert operations == [6, 5, 4]

@@ -1,0 +1,102 @@
+"""The VAE encoder computes what diffusers' does, and its first latent frame depends on the first
+frame alone.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from loader.vae.encoder import VAEEncoder, VAEError, load_vae_encoder
+
+CONFIGS = {
+    "ti2v_5b": dict(
+        base_dim=16,
+        z_dim=48,
+        dim_mult=[1, 2, 4, 4],
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_spatial=16,
+    ),
+    "a14b": dict(
+        base_dim=8, z_dim=16, dim_mult=[1, 2, 2], temperal_downsample=[True, True], num_res_blocks=1
+    ),
+}
+
+
+Pair = tuple[AutoencoderKLWan, VAEEncoder]
+
+
+def build(name: str, folder: Path) -> Pair:
+    torch.manual_seed(7)
+    config = dict(CONFIGS[name])
+    z_dim = int(config["z_dim"])  # type: ignore[call-overload]
+    config |= dict(
+        latents_mean=torch.randn(z_dim).tolist(), latents_std=(1 + torch.rand(z_dim)).tolist()
+    )
+    reference = AutoencoderKLWan(decoder_base_dim=8, **config).eval().requires_grad_(False)
+    # norms and biases too must not be at their neutral values
+    for parameter in reference.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+    reference.save_pretrained(folder / "vae")
+    return reference, load_vae_encoder(folder, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def reference_latent(reference: AutoencoderKLWan, video_BCTHW: torch.Tensor) -> torch.Tensor:
+    mean_BCTHW = reference.encode(video_BCTHW).latent_dist.mode()
+    mean, std = (
+        torch.tensor(reference.config[name]).view(1, -1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    return (mean_BCTHW - mean) / std
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9, 64, 96), (1, 3, 21, 32, 64), (1, 3, 1, 64, 32)])
+def test_encodes_as_diffusers_does(pair: Pair, shape: tuple[int, ...]) -> None:
+    reference, encoder = pair
+    video_BCTHW = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected = reference_latent(reference, video_BCTHW)
+    latent = encoder.encode(video_BCTHW)
+    assert latent.shape == expected.shape
+    assert (latent - expected).abs().max() < 1e-5
+    assert expected.std() > 0.01  # there is something to compare
+
+
+def test_first_latent_frame_is_bit_equal_to_the_encoding_of_frame_0(pair: Pair) -> None:
+    _, encoder = pair
+    video_BCTHW = torch.rand((1, 3, 13, 64, 96), generator=torch.Generator().manual_seed(2)) * 2 - 1
+    assert torch.equal(encoder.encode(video_BCTHW)[:, :, :1], encoder.encode(video_BCTHW[:, :, :1]))
+
+
+@pytest.mark.parametrize("chunk_frames", [4, 8, 64])
+def test_chunk_size_does_not_change_the_latent(pair: Pair, chunk_frames: int) -> None:
+    _, encoder = pair
+    video_BCTHW = torch.rand((1, 3, 25, 32, 64), generator=torch.Generator().manual_seed(3)) * 2 - 1
+    assert (
+        encoder.encode(video_BCTHW, chunk_frames) - encoder.encode(video_BCTHW)
+    ).abs().max() < 1e-5
+
+
+def test_half_precision_stays_close(tmp_path: Path) -> None:
+    build("ti2v_5b", tmp_path)
+    video_BCTHW = torch.rand((1, 3, 5, 32, 64), generator=torch.Generator().manual_seed(4)) * 2 - 1
+    exact = load_vae_encoder(tmp_path, "cpu", torch.float32).encode(video_BCTHW)
+    half = load_vae_encoder(tmp_path, "cpu", torch.float16).encode(video_BCTHW)
+    assert half.dtype == torch.float16
+    assert (half.float() - exact).abs().max() < 1e-2
+
+
+def test_names_what_it_can_not_encode(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(VAEError, match=r"64x32x8.*4n\+1"):
+        pair[1].encode(torch.zeros(1, 3, 8, 32, 64))
+    with pytest.raises(VAEError, match="vae"):
+        load_vae_encoder(tmp_path, "cpu", torch.float32)

@@ -1,0 +1,114 @@
+"""Run blocks by an activation plan: torch.utils.checkpoint with a policy that saves the outputs
+of the planned operations, and hooks that offload the blocks' inputs.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from train.activations.offload import HostInputs
+from train.activations.plan import Shape, ShapePlan
+from train.model.attention import OPERATIONS as ATTENTION_OPERATIONS
+from train.model.tag import current_tag
+from train.model.wan import Block, BlockInputs, RunBlock, Wan
+
+_FLOAT32_BYTES = 4
+# what a tag may name: other operations inside of it, as views, cost nothing
+SAVEABLE_OPERATIONS = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default} | (
+    ATTENTION_OPERATIONS
+)
+
+
+def block_runner(model: Wan, plans: dict[Shape, ShapePlan]) -> RunBlock:
+    """The `run_block` of Wan.forward for micro-batches of these shapes. Raises ValueError where
+    the host can't pin what the plans offload.
+    """
+    if all(plan.saved is None for plan in plans.values()):
+        return None
+    first = model.blocks[0]
+    assert isinstance(first, Block)
+    # an adapted ffn.down saves its output, the next block's pending residual, on the GPU
+    offloads_pending = first.ffn.down.num_padding == 0
+    host = _host_inputs(model, plans, offloads_pending)
+
+    def run_block(
+        index: int,
+        block: Block,
+        x_BLD: Tensor,
+        pending_BLD: Tensor | None,
+        pending_gate_BRD: Tensor | None,
+        tables_BR6D: Tensor,
+        inputs: BlockInputs,
+    ) -> tuple[Tensor, Tensor]:
+        plan = plans[Shape(x_BLD.shape[0], x_BLD.shape[1], inputs.text_BSD.shape[1])]
+        if plan.saved is None:
+            out: tuple[Tensor, Tensor] = block(
+                x_BLD, pending_BLD, pending_gate_BRD, tables_BR6D, inputs
+            )
+            return out
+        saved = plan.saved[index]
+        offloading: AbstractContextManager[Any] = nullcontext()
+        if host is not None and plan.host_bytes:
+            offloaded = [x_BLD]
+            if offloads_pending and pending_BLD is not None:
+                offloaded.append(pending_BLD)
+            offloading = saved_tensors_hooks(*host.hooks(index, offloaded))
+        # to save ffn.down's output costs nothing unless it is offloaded: as the next block's
+        # input it is there anyway
+        if not (offloads_pending and plan.host_bytes):
+            saved |= {"ffn.down"}
+        with offloading:
+            out = checkpoint(
+                block,
+                x_BLD,
+                pending_BLD,
+                pending_gate_BRD,
+                tables_BR6D,
+                inputs,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=partial(contexts, saved),
+            )
+        return out
+
+    return run_block
+
+
+def _host_inputs(
+    model: Wan, plans: dict[Shape, ShapePlan], offloads_pending: bool
+) -> HostInputs | None:
+    """Host memory for the largest shape that offloads, None if none does."""
+    num_tokens = [
+        shape.batch * shape.num_tokens for shape, plan in plans.items() if plan.host_bytes
+    ]
+    if not num_tokens:
+        return None
+    element_bytes = [_FLOAT32_BYTES]
+    if offloads_pending:
+        element_bytes.append(model.patch_embedding.weight.element_size())
+    num_elements = max(num_tokens) * model.config.dim
+    return HostInputs(
+        model.config.num_layers,
+        [num_elements * size for size in element_bytes],
+        model.scale_shift_table.device,
+    )
+
+
+def contexts(saved: frozenset[str]) -> Any:
+    """The context managers of one checkpoint call: its forward pass and its recomputation."""
+
+    def policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+        if operation in SAVEABLE_OPERATIONS and current_tag() in saved:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
