@@ -44,15 +44,13 @@ from loader.manifest import decode_index, read_manifest
 from loader.sample import JSON, LATENT, decode_meta, decode_tensor, split_member_name
 from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
-from shardgen.config import (
-    EncodeConfig,
-    ExecutorConfig,
-    LabelsConfig,
-    ShardgenConfig,
-    WindowsConfig,
-)
+from shardgen.config import ShardgenConfig
+from shardgen.encode.config import EncodeConfig, ExecutorConfig
+from shardgen.rules.config import WindowsConfig
+from shardgen.stages.config import LabelsConfig
 from shardgen.verify import verify_dataset
-from tools.fake.checkpoint import LATENTS_MEAN, LATENTS_STD, randomise, write_tiny_checkpoint
+from tools.fake.checkpoint import write_tiny_checkpoint
+from tools.fake.vae import LATENTS_MEAN, LATENTS_STD, WAN22, random_vae
 
 TOLERANCE = 1e-2
 TINY_BUCKETS = ("160x96x9", "160x96x1")
@@ -118,25 +116,7 @@ def write_model(folder: Path, tiny: Path, vae_dim: int) -> None:
     folder.mkdir()
     for name in ("tokenizer", "text_encoder"):
         (folder / name).symlink_to(tiny / name)
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=vae_dim,
-        decoder_base_dim=8,
-        z_dim=48,
-        dim_mult=[1, 2, 4, 4],
-        num_res_blocks=2,
-        attn_scales=[],
-        temperal_downsample=[False, True, True],
-        dropout=0.0,
-        latents_mean=LATENTS_MEAN,
-        latents_std=LATENTS_STD,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_temporal=4,
-        scale_factor_spatial=16,
-    )
-    randomise(vae, torch.Generator().manual_seed(1))
+    vae = random_vae(WAN22, vae_dim, torch.Generator().manual_seed(1))
     vae.save_pretrained(folder / "vae")
 
 

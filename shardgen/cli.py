@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 the data has faults or work is left, 2 the command can't b
 """  # the last paragraph is printed by --help
 
 import argparse
-import json
 import os
 import sqlite3
 import sys
@@ -14,17 +13,18 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
-from loader.config import load_toml
-from loader.manifest import decode_index, read_manifest
-from loader.sample import JSON, LATENT, TEXT, decode_meta, decode_tensor, split_member_name
-from shardgen.build import STAGES, build
-from shardgen.config import ShardgenConfig
+from loader.config import ConfigError, load_toml
+from loader.manifest import read_manifest
+from shardgen.build import CATALOG_FILE, CONFIG_FILE, STAGES, build
+from shardgen.config import ShardgenConfig, rules_of, take_apart
 from shardgen.encode.executors import ExecutorError
-from shardgen.encode.write import IDX, TAR
+from shardgen.encode.write import TAR
 from shardgen.report.figures import Check
-from shardgen.report.files import REPORT_FILE, summary, summary_of_checks
+from shardgen.report.files import REPORT_FILE
 from shardgen.report.inspect_clip import inspect_clip
+from shardgen.report.inspect_shard import inspect_shard
 from shardgen.report.page import write_page
+from shardgen.report.summary import summary, summary_of_checks
 from shardgen.verify import verify_dataset
 
 OK, FAULTS, CANNOT, INTERRUPTED = 0, 1, 2, 130
@@ -66,9 +66,8 @@ def run_build(options: argparse.Namespace) -> int:
         *options.set,
         *(f"{key}={value}" for key, value in flags.items() if value is not None),
     ]
-    done = build(
-        load_toml(options.config, ShardgenConfig, overrides), options.stage, options.dry_run
-    )
+    config = load_toml(options.config, ShardgenConfig, overrides)
+    done = build(take_apart(config), options.stage, options.dry_run)
     return OK if done else FAULTS
 
 
@@ -87,45 +86,19 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    if not options.target.endswith(TAR):
-        for line in inspect_clip(options.dataset, options.target, options.sheet):
-            print(line)
-        return OK
-    stem = Path(options.target).with_suffix("")
-    index = decode_index(stem.with_suffix(IDX).read_bytes(), str(stem.with_suffix(IDX)))
-    found = False
-    with stem.with_suffix(TAR).open("rb") as tar:
-        for members in index:
-            stored = {}
-            for member in members:
-                tar.seek(member.offset)
-                stored[split_member_name(member.name)[1]] = tar.read(member.size)
-            meta = decode_meta(stored[JSON])
-            if options.key is None:
-                print(
-                    f"{meta.key}  {meta.clip_id}  shot {meta.shot}  {meta.start_ms} ms  {meta.bucket}  {meta.prompt}"
-                )
-            elif meta.key.startswith(options.key):
-                found = True
-                print(json.dumps(json.loads(stored[JSON]), ensure_ascii=False, indent=2))
-                for name, data in stored.items():
-                    print(f"{meta.key}.{name}: {len(data)} bytes")
-                for name, info in (LATENT, meta.latent), (TEXT, meta.text):
-                    if name not in stored:  # of an index of foreign tars
-                        continue
-                    tensor = decode_tensor(stored[name], info).astype("float32")
-                    print(
-                        f"{name}: shape {list(info.shape)}, mean {tensor.mean():.4f}, deviation {tensor.std():.4f}, "
-                        f"from {tensor.min():.4f} to {tensor.max():.4f}"
-                    )
-    if options.key is not None and not found:
-        raise ValueError(
-            f"{stem.with_suffix(TAR)}: no sample has a key that begins with {options.key}"
-        )
+    if options.target.endswith(TAR):
+        lines = inspect_shard(Path(options.target), options.key)
+    else:
+        config = _config_of(options.dataset)
+        root, rules = Path(config.labels.root), rules_of(config)
+        lines = inspect_clip(options.dataset, options.target, options.sheet, root, rules)
+    for line in lines:
+        print(line)
     return OK
 
 
 def run_report(options: argparse.Namespace) -> int:
+    config = _config_of(options.dataset)
     report = msgspec.json.decode((options.dataset / REPORT_FILE).read_bytes())
     shards = [
         (split, info)
@@ -135,8 +108,18 @@ def run_report(options: argparse.Namespace) -> int:
     print(summary(report, shards))
     print()
     print(summary_of_checks(msgspec.convert(report["checks"], list[Check])))
-    print(f"\n{write_page(options.dataset, report)}")
+    print(f"\n{write_page(options.dataset, report, Path(config.labels.root))}")
     return OK
+
+
+def _config_of(dataset: Path) -> ShardgenConfig:
+    """The configuration that a build has echoed into its output folder. Raises ConfigError."""
+    if not (dataset / CATALOG_FILE).is_file():
+        raise ConfigError(
+            f"{dataset}: holds no {CATALOG_FILE}; name the output folder of a build (of a clip: "
+            f"with --dataset)"
+        )
+    return load_toml(dataset / CONFIG_FILE, ShardgenConfig)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,17 +14,19 @@ from typing import Any
 from loader.config import ConfigError
 from loader.files import file_xxh3
 from loader.identity import folder_xxh3
-from shardgen.config import ShardgenConfig, recipe_of
 
 PACKAGES = ("av", "ftfy", "numpy", "pillow", "tokenizers", "torch", "transformers", "zstandard")
 MODEL_PARTS = ("text_encoder", "tokenizer", "vae")  # the transformer takes no part in a dataset
 
 
 def full_recipe(
-    config: ShardgenConfig, recall: Callable[[str], str], remember: Callable[[str, str], None]
+    rules: dict[str, Any],
+    model: Path,
+    recall: Callable[[str], str],
+    remember: Callable[[str, str], None],
 ) -> dict[str, Any]:
-    """The recipe as plain JSON types. `recall` and `remember` keep hashes of model files from run
-    to run.
+    """The recipe as plain JSON types: `rules` is what of the configuration decides bytes.
+    `recall` and `remember` store hashes of model files from run to run.
 
     Raises ConfigError if the model folder lacks a part.
     """
@@ -40,14 +42,12 @@ def full_recipe(
 
     models = {}
     for part in MODEL_PARTS:
-        folder = Path(config.encode.model) / part
+        folder = model / part
         models[part] = folder_xxh3(folder, recalled_xxh3)
         if not models[part]:
             raise ConfigError(
                 f"encode.model: {folder} is missing or empty; give the folder of Wan2.2-TI2V-5B in "
                 f"diffusers layout, with {', '.join(MODEL_PARTS)}"
             )
-    return recipe_of(config) | {
-        "models": models,
-        "packages": {name: version(name) for name in PACKAGES},
-    }
+    packages = {name: version(name) for name in PACKAGES}
+    return rules | {"models": models, "packages": packages}

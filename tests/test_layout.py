@@ -37,6 +37,8 @@ TORCH_FREE = (
     "loader.config",
     "loader.order",
     "loader.files",
+    "loader.identity",
+    "loader.exclusions",
 )
 MAX_LINES = 350
 MAY_BE_LONGER = {"train/model/wan.py"}

@@ -73,7 +73,7 @@ def test_a_wrong_value_names_its_key_and_nothing_else(tmp_path: Path) -> None:
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"c.toml: .*{message}"):
         load(tmp_path, text)
-    with pytest.raises(ConfigError, match="absent.toml: can't read the configuration"):
+    with pytest.raises(ConfigError, match=r"absent\.toml: can't read the configuration"):
         load_toml(tmp_path / "absent.toml", Config)
 
 

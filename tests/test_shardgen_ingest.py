@@ -21,10 +21,7 @@ def ingest(root: Path, workers: int = 1) -> dict[str, tuple[str, str, int | None
     """label -> (status, reason, byte_offset), after an ingest into the catalog beside `root`."""
     with Catalog(root.with_suffix(".sqlite")) as catalog:
         ingest_labels(catalog, root, workers=workers)
-        return {
-            row["label"]: (row["status"], row["reason"], row["byte_offset"])
-            for row in catalog.clips()
-        }
+        return {row.label: (row.status, row.reason, row.byte_offset) for row in catalog.clips()}
 
 
 def reads(root: Path) -> int:
@@ -95,7 +92,7 @@ def test_a_second_run_reads_nothing_and_then_only_what_changed(tree: Path) -> No
     (tree / "video" / "new.json").write_bytes(b"[")
     rows = ingest(tree)
     with Catalog(tree.with_suffix(".sqlite")) as catalog:
-        ids = {row["label"]: row["clip_id"] for row in catalog.clips()}
+        ids = {row.label: row.clip_id for row in catalog.clips()}
     assert ids[str(labels[0].relative_to(tree))] == "7000001"
     assert rows[str(labels[1].relative_to(tree))][0] == "ingested"
     assert rows[str(labels[2].relative_to(tree))][:2] == ("gone", "label_gone")
@@ -139,4 +136,4 @@ def test_killed_at_any_moment_the_next_run_completes_the_catalog(tmp_path: Path)
     assert len(rows) == 9000 and {row[0] for row in rows.values()} == {"ingested"}
     with Catalog(root.with_suffix(".sqlite")) as catalog:
         assert catalog.db.execute("SELECT count(*) FROM bodies").fetchone()[0] == 9000
-        assert catalog.label(9000).clip_id.startswith("300")
+        assert catalog.labels.read(9000).clip_id.startswith("300")

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager
 
 import msgspec
 
-from shardgen.rules.shards import Window
+from shardgen.rules.shards import window_order
+from shardgen.rules.windows import Window
 
 _TABLE = """
 DROP TABLE IF EXISTS temp.draft;
@@ -42,33 +43,24 @@ class Draft(AbstractContextManager["Draft"]):
         self.db.execute("DROP TABLE temp.draft")
 
     def add(self, windows: Iterable[Window]) -> None:
-        """Lay windows by, in any order."""
+        """Insert windows, in any order."""
         self.db.execute("BEGIN")
         with self.db:
             self.db.executemany(
                 "INSERT INTO temp.draft VALUES (NULL, ?, ?, ?, ?, ?)",
-                (
-                    (
-                        window.split,
-                        window.bucket,
-                        window.media_xxh3,
-                        window.key,
-                        msgspec.json.encode(window),
-                    )
-                    for window in windows
-                ),
+                ((*window_order(window), msgspec.json.encode(window)) for window in windows),
             )
 
     def windows(self) -> Iterator[Window]:
-        """All windows in plan.window_order, one at a time; only their ids are sorted, not what
+        """All windows in `window_order`, one at a time; only their ids are sorted, not what
         they hold.
         """
-        for (id_,) in self.db.execute(
+        ordered = self.db.execute(
             "SELECT id FROM temp.draft ORDER BY split, bucket, media_xxh3, key"
-        ):
-            yield _unpack_window(
-                self.db.execute("SELECT body FROM temp.draft WHERE id = ?", (id_,)).fetchone()[0]
-            )
+        )
+        for row in ordered:
+            (body,) = self.db.execute("SELECT body FROM temp.draft WHERE id = ?", row).fetchone()
+            yield _unpack_window(body)
 
 
 class Urls(AbstractContextManager["Urls"]):
@@ -82,7 +74,7 @@ class Urls(AbstractContextManager["Urls"]):
         self.db.execute("DROP TABLE temp.urls")
 
     def add(self, url: str, clip: int) -> None:
-        """Lay one by."""
+        """Insert a URL that a clip wants."""
         self.db.execute("INSERT INTO temp.urls VALUES (NULL, ?, ?)", (url, clip))
 
     def __iter__(self) -> Iterator[tuple[str, list[int]]]:
@@ -90,11 +82,11 @@ class Urls(AbstractContextManager["Urls"]):
         be written meanwhile: no cursor stays open, which would keep its log from being
         emptied.
         """
-        last = 0
-        while page := self.db.execute(_FIRST, (last,)).fetchall():
+        last_id = 0
+        while page := self.db.execute(_FIRST, (last_id,)).fetchall():
             for _, url in page:
-                clips = self.db.execute(
+                rows = self.db.execute(
                     "SELECT clip FROM temp.urls WHERE url = ? ORDER BY id", (url,)
                 ).fetchall()
-                yield url, [clip for (clip,) in clips]
-            last = page[-1]["id"]
+                yield url, [clip for (clip,) in rows]
+            last_id, _ = page[-1]

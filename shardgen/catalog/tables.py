@@ -53,19 +53,6 @@ CREATE INDEX IF NOT EXISTS clips_by_status ON clips (status);
 CREATE INDEX IF NOT EXISTS clips_by_media ON clips (media_xxh3) WHERE media_xxh3 != '';
 """
 
-REPEATED_IDS = """
-WITH readable AS (SELECT * FROM clips WHERE status NOT IN ('unreadable', 'gone'))
-SELECT id, clip_id, label, status FROM readable
-WHERE clip_id IN (SELECT clip_id FROM readable GROUP BY 1 HAVING count(*) > 1)
-ORDER BY status != 'accepted', generation, label
-"""
-EQUAL_MEDIA = """
-WITH sound AS (SELECT * FROM clips WHERE status IN ('sound', 'accepted'))
-SELECT id, clip_id, label, status, media_xxh3 FROM sound
-WHERE media_xxh3 IN (SELECT media_xxh3 FROM sound GROUP BY 1 HAVING count(*) > 1)
-ORDER BY status != 'accepted', generation, length(clip_id), clip_id, label
-"""
-
 
 class Seen(NamedTuple):
     """What the catalog remembers of a label file, so that an unchanged one is not read again."""
@@ -78,8 +65,8 @@ class Seen(NamedTuple):
 
 
 class IngestRow(NamedTuple):
-    """One label file as ingest hands it over: the columns of `clips` that come from it, then the
-    packed Label.
+    """One label file as ingest hands it over: the columns of `clips` that come from it, and last
+    the packed Label, which goes into a table of its own.
     """
 
     label: str

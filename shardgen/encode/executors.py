@@ -21,6 +21,9 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any, TypeVar
 
+from loader.config import ConfigError
+from shardgen.encode.config import ExecutorConfig
+
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 Failure = ValueError | OSError
@@ -135,6 +138,49 @@ def run_ray(
         ) from error
     finally:
         ray.shutdown()
+
+
+def run_units(
+    function: Callable[[Unit], Result],
+    units: Iterable[Unit],
+    executor: ExecutorConfig,
+    *,
+    device: str,
+    threads: int,
+) -> Iterator[tuple[Unit, Result | Failure]]:
+    """The executor that the configuration names, with `threads` per unit and, on CUDA, a GPU."""
+    if executor.kind == "local":
+        environments = worker_environments(executor.workers, device, threads)
+        return run_local(function, units, executor.workers, environments)
+    return run_ray(
+        function,
+        units,
+        executor.workers,
+        executor.address,
+        environment=thread_environment(threads),
+        num_cpus=threads,
+        num_gpus=int(device == "cuda"),
+    )
+
+
+def worker_environments(workers: int, device: str, threads: int) -> list[dict[str, str]]:
+    """Threads for each worker, and on CUDA one of the visible GPUs, in turn. Raises ConfigError."""
+    environment = thread_environment(threads)
+    if device != "cuda":
+        return [environment] * workers
+    every = ",".join(map(str, range(workers)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    if len(visible) < workers:
+        raise ConfigError(
+            f"executor.workers = {workers}, but CUDA_VISIBLE_DEVICES names {visible}: on CUDA a "
+            f"worker needs a GPU of its own"
+        )
+    return [environment | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible[:workers]]
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Threads per process, for libraries that read them once when they are loaded."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 def function_of_unit(function: Callable[[Unit], Result], unit: Unit) -> Result:

@@ -14,15 +14,10 @@ changed is an error that ends the shard, and a later run may do better.
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import lru_cache
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-import transformers
 
 from loader.files import file_xxh3, write_atomic
 from loader.sample import (
@@ -38,18 +33,18 @@ from loader.sample import (
     encode_tensor,
 )
 from loader.shape import Bucket
-from loader.vae.encoder import load_vae_encoder
-from shardgen.encode.text import EncodedText, TextEncoder
-from shardgen.encode.unit import EncodeSpec, Lost, ShardJob, ShardResult
+from shardgen.catalog.rows import LostWindow, WindowFlag
+from shardgen.encode.encoders import load_encoders
+from shardgen.encode.unit import EncodeSpec, ShardJob, ShardResult
 from shardgen.encode.write import write_shard
 from shardgen.media.decode import Frames, decode_windows
 from shardgen.media.errors import MediaError
 from shardgen.media.pictures import encode_jpeg, encode_mp4, window_faults
-from shardgen.rules.shards import Window
+from shardgen.rules.windows import Window
 
 
 class EncodeError(ValueError):
-    """A shard can't be encoded now; the message names the shard, the file and the way out."""
+    """A shard can't be encoded now; the message names the shard, the file and how to fix it."""
 
 
 class Decoded(NamedTuple):
@@ -64,106 +59,56 @@ class Decoded(NamedTuple):
     error: MediaError | None = None
 
 
-class Encoders:
-    """Both models. Their weights stay on the CPU; `on_device` lends one of them the device."""
-
-    def __init__(self, spec: EncodeSpec) -> None:
-        torch.set_num_threads(spec.threads)
-        # a timed choice of algorithm would change bytes from run to run
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-        transformers.utils.logging.disable_progress_bar()
-        self.device, self.dtype = torch.device(spec.device), getattr(torch, spec.dtype)
-        self.vae = load_vae_encoder(Path(spec.model), "cpu", self.dtype)
-        self.text = TextEncoder(Path(spec.model), self.device, self.dtype)
-
-    @contextmanager
-    def on_device(self, model: torch.nn.Module) -> Iterator[None]:
-        """A copy of the weights on the device, dropped at the end: nothing is copied back."""
-        host = [(tensor, tensor.data) for tensor in chain(model.parameters(), model.buffers())]
-        for tensor, data in host:
-            tensor.data = data.to(self.device)
-        try:
-            yield
-        finally:
-            for tensor, data in host:
-                tensor.data = data
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    @torch.inference_mode()
-    def encode_video(self, windows: list[Frames]) -> np.ndarray[Any, Any]:
-        """float16 [B, 48, T, H/16, W/16] of B windows uint8 [F, H, W, 3]. The VAE must be on the
-        device.
-        """
-        pixels_BFHWC = torch.from_numpy(np.stack(windows)).to(self.device)
-        video_BCFHW = (pixels_BFHWC.movedim(-1, 1).float() / 127.5 - 1).to(self.dtype)
-        latent_BCTHW = self.vae.encode(video_BCFHW)
-        return latent_BCTHW.to(torch.float16).cpu().numpy()
-
-    def encode_text(self, prompts: list[str], batch_size: int) -> dict[str, EncodedText]:
-        """{prompt: EncodedText} of every different prompt."""
-        with self.on_device(self.text.model):
-            return self.text.encode(prompts, batch_size)
-
-
-@lru_cache(maxsize=1)
-def load_encoders(spec: EncodeSpec) -> Encoders:
-    """The models of this process, loaded once."""
-    return Encoders(spec)
-
-
 def encode_shard(job: ShardJob, spec: EncodeSpec, decode_threads: int = 2) -> ShardResult:
     """Encode and write one shard. Raises EncodeError, TextError, VAEError or OSError; then
     nothing is in place.
     """
     plan, encoders = job.plan, load_encoders(spec)
     members: dict[str, dict[str, bytes]] = {}
-    metas: list[tuple[Window, TensorInfo]] = []
-    lost: list[Lost] = []
-    notes: list[tuple[str, str]] = []
+    latents: list[tuple[Window, TensorInfo]] = []
+    lost: list[LostWindow] = []
+    flags: list[WindowFlag] = []
 
     def encode_batch(batch: list[Decoded]) -> None:
-        for decoded, latent in zip(
-            batch, encoders.encode_video([item.frames for item in batch]), strict=True
-        ):
-            members[decoded.window.key] = {
-                **decoded.pictures,
-                LATENT: encode_tensor(latent, spec.zstd_level),
-            }
-            metas.append((decoded.window, TensorInfo("float16", latent.shape)))
+        encoded = encoders.encode_video([decoded.frames for decoded in batch])
+        for decoded, latent in zip(batch, encoded, strict=True):
+            packed = encode_tensor(latent, spec.zstd_level)
+            members[decoded.window.key] = {**decoded.pictures, LATENT: packed}
+            latents.append((decoded.window, TensorInfo("float16", latent.shape)))
 
+    # All latents first, then all texts: the device holds one model at a time.
     with encoders.on_device(encoders.vae):
         batch: list[Decoded] = []
         for decoded in _decode_ahead(job, spec, decode_threads):
+            key = decoded.window.key
             if decoded.error is not None:
-                lost.append(Lost(decoded.window.key, decoded.error.reason, decoded.error.detail))
+                lost.append(LostWindow(key, decoded.error.reason, decoded.error.detail))
                 continue
-            notes += [(decoded.window.key, fault) for fault in decoded.faults]
+            flags += [WindowFlag(key, fault) for fault in decoded.faults]
             batch.append(decoded)
             if len(batch) == spec.vae_batch:
                 encode_batch(batch)
                 batch = []
         if batch:
             encode_batch(batch)
-    texts = encoders.encode_text([window.prompt for window, _ in metas], spec.text_batch)
-    for window, latent_info in metas:
+
+    texts = encoders.encode_text([window.prompt for window, _ in latents], spec.text_batch)
+    for window, latent_info in latents:
         text = texts[window.prompt]
         if text.truncated:
-            notes.append((window.key, "prompt_truncated"))
-        meta = _meta(
-            window, Bucket.parse(plan.bucket), latent_info, TensorInfo("float16", text.rows.shape)
-        )
+            flags.append(WindowFlag(window.key, "prompt_truncated"))
+        text_info = TensorInfo("float16", text.rows.shape)
+        meta = _meta(window, Bucket.parse(plan.bucket), latent_info, text_info)
         members[window.key] |= {
             TEXT: encode_tensor(text.rows, spec.zstd_level),
             JSON: encode_meta(meta),
         }
-    if not members:
-        return ShardResult(plan.name, None, lost, notes)
-    info = write_shard(
-        Path(spec.output) / plan.split, plan.name, plan.bucket, sorted(members.items())
-    )
-    return ShardResult(plan.name, info, lost, notes)
+
+    info = None
+    if members:
+        folder = Path(spec.output) / plan.split
+        info = write_shard(folder, plan.name, plan.bucket, sorted(members.items()))
+    return ShardResult(plan.name, info, lost, flags)
 
 
 def encode_empty_prompt(spec: EncodeSpec) -> None:

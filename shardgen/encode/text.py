@@ -1,7 +1,7 @@
 """UMT5: prompts in, one float16 row per real token out.
 
 The prompts arrive cleaned (shardgen.rules.prompt). The tokenizer appends `</s>` and cuts at 512
-tokens, which is recorded. Rows of padding are not kept: the loader pads with zeros, as diffusers'
+tokens, which is recorded. Rows of padding are not stored: the loader pads with zeros, as diffusers'
 pipelines do after the encoder.
 
 Which prompts share a batch decides the last bits of the result (measured, fp16), so batches are a
@@ -21,7 +21,7 @@ from loader.sample import MAX_TEXT_TOKENS
 
 class TextError(ValueError):
     """The text encoder can't be used or overflowed; the message names the folder or the prompt
-    and the way out.
+    and how to fix it.
     """
 
 

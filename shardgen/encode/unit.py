@@ -1,11 +1,14 @@
 """The unit of work as values: what goes to a worker and what comes back. Torch-free, because the
-program that plans and records doesn't need the models; the worker imports them when it starts on
-its first unit.
+program that plans and records doesn't need the models.
 """
+
+from pathlib import Path
 
 import msgspec
 
 from loader.manifest import ShardInfo
+from shardgen.catalog.rows import LostWindow, WindowFlag
+from shardgen.encode.config import EncodeConfig
 from shardgen.media.geometry import Fitting
 from shardgen.media.pictures import Mp4Encoder
 from shardgen.rules.shards import ShardPlan
@@ -40,39 +43,29 @@ class ShardJob(msgspec.Struct, frozen=True):
     media: dict[str, str]
 
 
-class Lost(msgspec.Struct, frozen=True):
-    """A planned window that its medium could not give."""
-
-    key: str
-    reason: str
-    detail: str
-
-
 class ShardResult(msgspec.Struct, frozen=True):
-    """What became of a unit. `info` is None if no window was left; `notes` are (key, remark) for
-    the catalog.
-    """
+    """What became of a unit. `info` is None if no window could be made."""
 
     name: str
     info: ShardInfo | None
-    lost: list[Lost]
-    notes: list[tuple[str, str]]
+    lost: list[LostWindow]
+    flags: list[WindowFlag]
 
 
-def encode_unit(
-    job: ShardJob | None, spec: EncodeSpec, decode_threads: int = 2
-) -> ShardResult | None:
-    """What an executor runs: a shard, or, for None, the empty prompt."""
-    import torch
-
-    from shardgen.encode.shard import EncodeError, encode_empty_prompt, encode_shard
-
-    try:
-        if job is not None:
-            return encode_shard(job, spec, decode_threads)
-        encode_empty_prompt(spec)
-        return None
-    except torch.OutOfMemoryError as error:
-        raise EncodeError(
-            f"the GPU's memory is full ({error}); lower encode.vae_batch or encode.text_batch"
-        ) from error
+def spec_of(encode: EncodeConfig, output: Path, fit: Fitting) -> EncodeSpec:
+    """What every worker is told. Whole paths: a worker of a cluster stands in another folder."""
+    return EncodeSpec(
+        output=str(output.resolve()),
+        model=str(Path(encode.model).resolve()),
+        device=encode.device,
+        dtype=encode.dtype,
+        threads=encode.threads,
+        text_batch=encode.text_batch,
+        vae_batch=encode.vae_batch,
+        fit=fit,
+        zstd_level=encode.zstd_level,
+        jpg_quality=encode.jpg_quality,
+        jpg_for_images=encode.jpg_for_images,
+        mp4=encode.mp4,
+        mp4_encoder="h264_nvenc" if encode.mp4_encoder == "h264_nvenc" else "libx264",
+    )

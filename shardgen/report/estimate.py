@@ -12,39 +12,34 @@ from collections.abc import Mapping
 
 from loader.shape import WAN22, Bucket
 from shardgen.catalog.catalog import Catalog
+from shardgen.catalog.rates import recall_rate
 from shardgen.catalog.tables import ACCEPTED, FETCHED, REJECTED, SKIPPED, SOUND, UNREADABLE, WANTED
-from shardgen.config import ShardgenConfig
-from shardgen.rules.shards import PlanError, nearest_aspect, video_stretches
+from shardgen.rules.config import RulesConfig
+from shardgen.rules.shots import PlanError
+from shardgen.rules.windows import nearest_aspect, video_stretches
 
 TEXT_ROWS, TEXT_DIM = 128, 4096  # a prompt of some 60 Korean words; UMT5-XXL
-_RATE = "seconds_per_sample"
+_GOOD = (WANTED, FETCHED, SOUND, ACCEPTED)
 
 
-def remember_rate(catalog: Catalog, seconds: float, num_samples: int) -> None:
-    """Keep the rate that a build has just had, all workers together."""
-    if num_samples:
-        catalog.remember(_RATE, f"{seconds / num_samples:.6f}")
-
-
-def expected_samples(catalog: Catalog, config: ShardgenConfig) -> Counter[Bucket]:
+def expected_samples(catalog: Catalog, rules: RulesConfig) -> Counter[Bucket]:
     """Windows that the labels promise, per bucket: their declared size and length stand in for
     the probed ones.
     """
     counts: Counter[Bucket] = Counter()
-    recipe, buckets = config.windows, list(map(Bucket.parse, config.windows.buckets))
-    for row in catalog.clips(WANTED, FETCHED, SOUND, ACCEPTED):
-        images = row["media_type"] == "image"
+    recipe = rules.windows
+    for clip in catalog.clips(*_GOOD):
         fitting = nearest_aspect(
-            row["declared_width_px"] or 16,
-            row["declared_height_px"] or 9,
-            [bucket for bucket in buckets if (bucket.num_frames == 1) == images],
+            clip.declared_width_px or 16,
+            clip.declared_height_px or 9,
+            recipe.buckets_for(clip.media_type),
         )
         if not fitting:  # with score_only the label's rule lets it pass
             continue
-        if images:
+        if clip.media_type == "image":
             counts[fitting[0]] += 1
             continue
-        label = catalog.label(row["id"])
+        label = catalog.labels.read(clip.id)
         try:
             stretches, _ = video_stretches(
                 label,
@@ -52,7 +47,7 @@ def expected_samples(catalog: Catalog, config: ShardgenConfig) -> Counter[Bucket
                 fitting,
                 recipe.fps,
                 recipe.per_shot,
-                config.filters.wrong_timecodes == "whole_clip",
+                whole_clip=rules.filters.wrong_timecodes == "whole_clip",
             )
         except PlanError:
             continue
@@ -61,28 +56,31 @@ def expected_samples(catalog: Catalog, config: ShardgenConfig) -> Counter[Bucket
     return counts
 
 
-def estimate(catalog: Catalog, config: ShardgenConfig) -> str:
+def estimate(catalog: Catalog, rules: RulesConfig) -> str:
     """The answer as text."""
-    samples = expected_samples(catalog, config)
-    rate = catalog.recall(_RATE)
-    num_bytes = sum(count * bytes_per_sample(bucket) for bucket, count in samples.items())
+    samples = expected_samples(catalog, rules)
     total = samples.total()
-    hours = (
-        f"{total * float(rate) / 3600:.2f} h at {float(rate):.3f} s a sample, as the last build here had"
-        if rate
-        else "not measured: build a part of it first (--limit 200), then ask again"
-    )
-    stays = {
-        "to encode": catalog.count(WANTED, FETCHED, SOUND, ACCEPTED),
+    num_bytes = sum(count * bytes_per_sample(bucket) for bucket, count in samples.items())
+    rate_s = recall_rate(catalog.database)
+    if rate_s is None:
+        hours = "not measured: build a part of it first (--limit 200), then ask again"
+    else:
+        hours = (
+            f"{total * rate_s / 3600:.2f} h at {rate_s:.3f} s a sample, as the last build here had"
+        )
+    labels = {
+        "to encode": catalog.count(*_GOOD),
         "rejected": catalog.count(REJECTED),
         "unreadable": catalog.count(UNREADABLE),
         "not selected": catalog.count(SKIPPED),
     }
+    shapes = {str(bucket): count for bucket, count in sorted(samples.items())}
+    size = f"{num_bytes / 1e9:.2f} GB before compression, {TEXT_ROWS} text rows assumed"
     return "\n".join(
         [
-            f"label files: {catalog.count()} ({_listed(stays)})",
-            f"samples:     {total} at most ({_listed({str(b): n for b, n in sorted(samples.items())})})",
-            f"bytes:       {num_bytes / 1e9:.2f} GB before compression, {TEXT_ROWS} text rows assumed",
+            f"label files: {catalog.count()} ({_listed(labels)})",
+            f"samples:     {total} at most ({_listed(shapes)})",
+            f"bytes:       {size}",
             f"time:        {hours}",
         ]
     )

@@ -1,24 +1,23 @@
-"""The figures that have to be reported about the data, each with its definition, target, value
-and sample size.
+"""What is counted and measured of the data, and the checks that have to be reported, each with
+its definition, target, value and sample size.
 
-A figure without anything to measure it on says "not measured"; without a target in
+A check without anything to measure it on says "not measured"; without a target in
 [report.targets], "not set".
 """
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from msgspec.structs import replace
 
-from shardgen.config import TARGET, TargetsConfig
-from shardgen.labels.parse import Label
+from shardgen.catalog.rows import Clip
 from shardgen.media.probe import Probe
+from shardgen.report.config import TARGET, TargetsConfig
 
 NOT_MEASURED, NOT_SET = "not measured", "not set"
 _SENTENCE_END = re.compile(r"[.!?…。]+(?:[\"'”’)]*)(?:\s|$)")
-Row = Any  # of catalog.clips()
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -37,20 +36,20 @@ class Check(msgspec.Struct, frozen=True):
 
 def against_targets(checks: Iterable[Check], targets: TargetsConfig) -> list[Check]:
     """The checks with what the configuration wants of each, and whether it is so."""
-    held = []
+    compared = []
     for check in checks:
         if target := getattr(targets, check.name):
-            match = TARGET.fullmatch(target)
-            assert match is not None
-            wanted = float(match[2])
-            reached = (
-                None
-                if isinstance(check.value, str)
-                else (check.value >= wanted if match[1] == ">=" else check.value <= wanted)
-            )
+            reached = None if isinstance(check.value, str) else _reaches(check.value, target)
             check = replace(check, target=target, reached=reached)
-        held.append(check)
-    return held
+        compared.append(check)
+    return compared
+
+
+def _reaches(value: float, target: str) -> bool:
+    match = TARGET.fullmatch(target)
+    assert match is not None, f"the configuration let {target!r} pass"
+    wanted = float(match[2])
+    return value >= wanted if match[1] == ">=" else value <= wanted
 
 
 def count_words(text: str) -> int:
@@ -70,40 +69,51 @@ def count_sentences(text: str) -> int:
 
 
 class Figures:
-    """Gathers the figures from one row of the catalog after another."""
+    """Gathers all figures from one clip of the catalog after another."""
 
     def __init__(self) -> None:
+        # For the report's tables.
+        self.num_by_sizes: Counter[tuple[str, str]] = Counter()  # declared, probed
+        self.num_by_whole_seconds: Counter[int] = Counter()  # of accepted videos
+        self.num_by_flag: Counter[str] = Counter()
+        self.num_by_split: Counter[tuple[str, str]] = Counter()  # category, split
+        self.programmes: dict[str, set[str]] = {"train": set(), "val": set()}
+        # For the checks: how many were looked at, and how many are as they should be.
         self.fetched = self.decodable = self.right_type = 0
-        self.sized = self.same_size = self.timed = self.same_length = self.rated = (
-            self.same_rate
-        ) = 0
+        self.with_size = self.same_size = 0
+        self.with_length = self.same_length = 0
+        self.with_rate = self.same_rate = 0
         self.lengths_s: list[float] = []
         self.num_prompts = self.num_words = self.num_sentences = 0
 
-    def add_media(self, row: Row, probe: Probe | None) -> None:
-        """A label file whose media were fetched."""
-        self.fetched += 1
+    def add(self, clip: Clip) -> None:
+        """Any label file."""
+        self.fetched += bool(clip.media_xxh3)
+        probe = clip.probe
         if probe is None:
             return
+        self.num_by_sizes[clip.declared_size, f"{probe.width_px}x{probe.height_px}"] += 1
         self.decodable += 1
-        self.right_type += probe.media_type == row["media_type"]
-        if row["declared_width_px"]:
-            self.sized += 1
-            self.same_size += (row["declared_width_px"], row["declared_height_px"]) == (
-                probe.width_px,
-                probe.height_px,
-            )
-        if probe.media_type == "video" and row["declared_duration_s"] is not None:
-            self.timed += 1
-            self.same_length += abs(row["declared_duration_s"] - probe.duration_s) <= 0.1
-        if probe.media_type == "video" and row["declared_fps"] is not None:
-            self.rated += 1
-            self.same_rate += abs(row["declared_fps"] - probe.fps) <= 0.01
+        self.right_type += probe.media_type == clip.media_type
+        if clip.declared_width_px:
+            declared = clip.declared_width_px, clip.declared_height_px
+            self.with_size += 1
+            self.same_size += declared == (probe.width_px, probe.height_px)
+        if probe.media_type == "video" and clip.declared_duration_s is not None:
+            self.with_length += 1
+            self.same_length += abs(clip.declared_duration_s - probe.duration_s) <= 0.1
+        if probe.media_type == "video" and clip.declared_fps is not None:
+            self.with_rate += 1
+            self.same_rate += abs(clip.declared_fps - probe.fps) <= 0.01
 
-    def add_accepted(self, probe: Probe, prompts: list[str]) -> None:
-        """A clip that gave samples, with its different prompts."""
+    def add_accepted(self, clip: Clip, probe: Probe, prompts: Sequence[str]) -> None:
+        """A clip that gave samples, besides `add`, with its different prompts."""
         if probe.media_type == "video":
             self.lengths_s.append(probe.duration_s)
+            self.num_by_whole_seconds[int(probe.duration_s)] += 1
+        self.num_by_flag.update(clip.flags.split())
+        self.num_by_split[clip.category, clip.split] += 1
+        self.programmes[clip.split].add(clip.programme)
         self.num_prompts += len(prompts)
         self.num_words += sum(map(count_words, prompts))
         self.num_sentences += sum(map(count_sentences, prompts))
@@ -129,19 +139,19 @@ class Figures:
                 "size_agreement",
                 "media stored in the width and height that their label declares",
                 self.same_size,
-                self.sized,
+                self.with_size,
             ),
             _share(
                 "length_agreement",
                 "videos whose decoded length is within 0.1 s of the declared one",
                 self.same_length,
-                self.timed,
+                self.with_length,
             ),
             _share(
                 "rate_agreement",
                 "videos whose decoded frame rate is within 0.01 of the declared one",
                 self.same_rate,
-                self.rated,
+                self.with_rate,
             ),
             _mean("mean_length", "decoded length of the accepted videos", total_s, videos, "s"),
             _share(
@@ -194,16 +204,3 @@ def _mean(name: str, definition: str, total: float, count: int, unit: str) -> Ch
     return Check(
         name, definition, NOT_SET, round(total / count, 3) if count else NOT_MEASURED, unit, count
     )
-
-
-def metadata_line(row: Row, label: Label, probe: Probe, prompts: list[str]) -> dict[str, Any]:
-    """A clip as the users' metadata.jsonl has it."""
-    return {
-        "clip_id": row["clip_id"],
-        "video_url": label.url,
-        "thumbnail_urls": label.thumbnail_urls,
-        "prompt": " ".join(prompts),
-        "stt_script": label.stt_script,
-        "duration": probe.duration_s,
-        "fps": probe.fps,
-    }

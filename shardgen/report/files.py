@@ -1,13 +1,11 @@
-"""What became of the data: quality_report.json, clean_dataset.csv, defective_samples.csv,
-metadata.jsonl, the summary.
+"""What became of the data, as files: quality_report.json, clean_dataset.csv,
+defective_samples.csv, metadata.jsonl.
 
 What is counted is the label file, and each stands in exactly one status: the totals are asserted
 to add up, per category and in all. All files are made in one pass over the catalog, a row at a
 time, whatever its size.
 """
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +16,17 @@ import msgspec
 from loader.files import atomic_file, write_atomic
 from loader.manifest import ShardInfo
 from loader.shape import Bucket
-from shardgen.catalog.catalog import Catalog, CatalogError
+from shardgen.catalog.catalog import Catalog
+from shardgen.catalog.database import CatalogError
+from shardgen.catalog.rows import Clip, StatusCount
 from shardgen.catalog.tables import ACCEPTED, FINAL
-from shardgen.config import ShardgenConfig
+from shardgen.labels.parse import Label
+from shardgen.media.geometry import Fitting
 from shardgen.media.probe import Probe
-from shardgen.report.figures import Check, Figures, against_targets, metadata_line
+from shardgen.report.config import TargetsConfig
+from shardgen.report.figures import Figures, against_targets
+from shardgen.report.spreadsheet import csv_header, csv_row
+from shardgen.rules.windows import Window
 
 REPORT_FILE, METADATA_FILE = "quality_report.json", "metadata.jsonl"
 CLEAN_FILE, DEFECTIVE_FILE = "clean_dataset.csv", "defective_samples.csv"
@@ -55,136 +59,144 @@ DEFECTIVE_COLUMNS = (
     "declared",
     "probed",
 )
-_decode_probe = msgspec.json.Decoder(Probe).decode
-REACHED = {True: "reached", False: "missed", None: ""}
-# (category, status, reason, label files), as catalog.buckets gives them
-Counts = Sequence[tuple[str, str, str, int]]
 
 
 def write_reports(
-    catalog: Catalog, config: ShardgenConfig, advance: Callable[[int], None]
+    catalog: Catalog,
+    output: Path,
+    root: Path,
+    fit: Fitting,
+    targets: TargetsConfig,
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Write the four files into the output folder; returns what quality_report.json holds. Raises
-    OSError.
+    """Write the four files into `output`; returns what quality_report.json holds. `root` is the
+    label tree. Raises OSError.
     """
-    output, root = Path(config.output), Path(config.labels.root)
-    sizes: Counter[tuple[str, str]] = Counter()
-    lengths_s: Counter[int] = Counter()
-    flags: Counter[str] = Counter()
-    splits: Counter[tuple[str, str]] = Counter()
-    programmes: dict[str, set[str]] = {"train": set(), "val": set()}
     figures = Figures()
     with (
         atomic_file(output / CLEAN_FILE) as clean_file,
         atomic_file(output / DEFECTIVE_FILE) as defective_file,
         atomic_file(output / METADATA_FILE) as metadata_file,
     ):
-        clean_file.write(csv_row(CLEAN_COLUMNS))
-        defective_file.write(csv_row(DEFECTIVE_COLUMNS))
-        for row in catalog.clips():
-            probe = _decode_probe(row["probe"]) if row["probe"] else None
-            if row["media_xxh3"]:
-                figures.add_media(row, probe)
-            if probe:
-                sizes[_declared_size(row), f"{probe.width_px}x{probe.height_px}"] += 1
-            label = str((root / row["label"]).resolve())
-            if row["status"] != ACCEPTED:
-                defective_file.write(
-                    csv_row((label, *(row[name] for name in DEFECTIVE_COLUMNS[1:])))
-                )
+        clean_file.write(csv_header(CLEAN_COLUMNS))
+        defective_file.write(csv_header(DEFECTIVE_COLUMNS))
+        for clip in catalog.clips():
+            figures.add(clip)
+            label_path = str((root / clip.label).resolve())
+            if clip.status != ACCEPTED:
+                defective_file.write(csv_row(DEFECTIVE_COLUMNS, _defective(clip, label_path)))
             else:
-                assert probe is not None
-                windows = catalog.clip_windows(row["id"])
+                assert clip.probe is not None, f"{clip.label} is accepted without a probe"
+                windows = catalog.shards.windows_of(clip.id)
                 prompts = list(dict.fromkeys(window.prompt for window in windows))
-                bucket = Bucket.parse(windows[0].bucket)
-                factor = probe.fit(bucket, config.windows.fit).factor
-                figures.add_accepted(probe, prompts)
-                lengths_s[int(probe.duration_s)] += probe.media_type == "video"
-                flags.update(row["flags"].split())
-                splits[row["category"], row["split"]] += 1
-                programmes[row["split"]].add(row["programme"])
-                clean_file.write(
-                    csv_row(
-                        (
-                            label,
-                            _media(catalog, row),
-                            row["clip_id"],
-                            row["media_type"],
-                            row["category"],
-                            row["programme"],
-                            row["split"],
-                            row["num_windows"],
-                            row["flags"],
-                            _declared_size(row),
-                            f"{probe.width_px}x{probe.height_px}",
-                            round(factor, 4),
-                            probe.fps,
-                            probe.duration_s,
-                            "\n".join(prompts),
-                        )
-                    )
-                )
-                line = metadata_line(row, catalog.label(row["id"]), probe, prompts)
+                figures.add_accepted(clip, clip.probe, prompts)
+                values = _clean(clip, clip.probe, windows[0], fit) | {
+                    "label": label_path,
+                    "media": _media(catalog, clip),
+                    "prompt": "\n".join(prompts),
+                }
+                clean_file.write(csv_row(CLEAN_COLUMNS, values))
+                line = metadata_line(clip, catalog.labels.read(clip.id), clip.probe, prompts)
                 metadata_file.write(msgspec.json.encode(line) + b"\n")
             advance(1)
-    report = quality_report(catalog.buckets(), catalog.count(), catalog.finished_shards())
-    report["programmes"] = {
-        **{split: len(names) for split, names in programmes.items()},
-        "on_both_sides": sorted(programmes["train"] & programmes["val"]),
-    }
+    report = quality_report(catalog.status_counts(), catalog.count(), catalog.shards.finished())
+    report |= _measured(figures, targets)
     for name, counts in report["categories"].items():
-        counts |= {f"accepted_{split}": splits[name, split] for split in programmes}
-    report["flags"] = dict(sorted(flags.items()))
-    report["declared_against_probed_size"] = [
-        {"declared": declared, "probed": probed, "clips": count}
-        for (declared, probed), count in sizes.most_common()
-    ]
-    report["accepted_videos_by_whole_seconds"] = {
-        str(length): lengths_s[length] for length in sorted(+lengths_s)
-    }
-    report["checks"] = against_targets(figures.checks(), config.report.targets)
-    write_atomic(
-        output / REPORT_FILE, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
-    )
+        counts |= {
+            f"accepted_{split}": figures.num_by_split[name, split] for split in figures.programmes
+        }
+    text = msgspec.json.format(msgspec.json.encode(report), indent=1)
+    write_atomic(output / REPORT_FILE, text + b"\n")
     return report
 
 
-def _media(catalog: Catalog, row: Any) -> str:
-    """Where the clip's footage lies; its URL if the cache has let it go since."""
+def _clean(clip: Clip, probe: Probe, window: Window, fit: Fitting) -> dict[str, object]:
+    """The columns of an accepted clip that come from it alone."""
+    return {
+        "clip_id": clip.clip_id,
+        "media_type": clip.media_type,
+        "category": clip.category,
+        "programme": clip.programme,
+        "split": clip.split,
+        "num_samples": clip.num_windows,
+        "flags": clip.flags,
+        "declared_size": clip.declared_size,
+        "probed_size": f"{probe.width_px}x{probe.height_px}",
+        "scale_factor": round(probe.fit(Bucket.parse(window.bucket), fit).factor, 4),
+        "probed_fps": probe.fps,
+        "probed_duration_s": probe.duration_s,
+    }
+
+
+def _defective(clip: Clip, label_path: str) -> dict[str, object]:
+    return {
+        "label": label_path,
+        "clip_id": clip.clip_id,
+        "media_type": clip.media_type,
+        "category": clip.category,
+        "status": clip.status,
+        "reason": clip.reason,
+        "detail": clip.detail,
+        "byte_offset": clip.byte_offset,
+        "declared": clip.declared,
+        "probed": clip.probed,
+    }
+
+
+def _media(catalog: Catalog, clip: Clip) -> str:
+    """Where the clip's footage lies; its URL if the cache has evicted it since."""
     try:
-        return str(catalog.media_path(row["media_xxh3"]).resolve())
+        return str(catalog.media.path(clip.media_xxh3).resolve())
     except CatalogError:
-        return str(row["url"])
+        return clip.url
 
 
-def _declared_size(row: Any) -> str:
-    return (
-        f"{row['declared_width_px']}x{row['declared_height_px']}"
-        if row["declared_width_px"]
-        else "unknown"
-    )
+def metadata_line(clip: Clip, label: Label, probe: Probe, prompts: Sequence[str]) -> dict[str, Any]:
+    """A clip as the users' metadata.jsonl has it."""
+    return {
+        "clip_id": clip.clip_id,
+        "video_url": label.url,
+        "thumbnail_urls": label.thumbnail_urls,
+        "prompt": " ".join(prompts),
+        "stt_script": label.stt_script,
+        "duration": probe.duration_s,
+        "fps": probe.fps,
+    }
 
 
-def csv_row(values: Sequence[object]) -> bytes:
-    """One row, UTF-8, quoted where it has to be, so that newlines and quotes in captions
-    survive.
-    """
-    text = io.StringIO(newline="")
-    csv.writer(text).writerow(values)
-    return text.getvalue().encode()
+def _measured(figures: Figures, targets: TargetsConfig) -> dict[str, Any]:
+    """The parts of the report that come from the clips one by one."""
+    programmes = figures.programmes
+    both = sorted(programmes["train"] & programmes["val"])
+    seconds = figures.num_by_whole_seconds
+    return {
+        "programmes": {
+            **{split: len(names) for split, names in programmes.items()},
+            "on_both_sides": both,
+        },
+        "flags": dict(sorted(figures.num_by_flag.items())),
+        "declared_against_probed_size": [
+            {"declared": declared, "probed": probed, "clips": count}
+            for (declared, probed), count in figures.num_by_sizes.most_common()
+        ],
+        "accepted_videos_by_whole_seconds": {
+            str(length): seconds[length] for length in sorted(seconds)
+        },
+        "checks": against_targets(figures.checks(), targets),
+    }
 
 
 def quality_report(
-    counts: Counts, num_labels: int, shards: Sequence[tuple[str, ShardInfo]]
+    counts: Sequence[StatusCount], num_labels: int, shards: Sequence[tuple[str, ShardInfo]]
 ) -> dict[str, Any]:
     """Counts of label files by category, status and reason, and of samples by split and shape."""
     check_totals(counts, num_labels)
     categories: dict[str, Counter[str]] = {}
     reasons: dict[str, Counter[str]] = {}
-    for category, status, reason, count in counts:
-        categories.setdefault(category, Counter())[status] += count
-        if reason:
-            reasons.setdefault(status, Counter())[reason] += count
+    for count in counts:
+        categories.setdefault(count.category, Counter())[count.status] += count.num_labels
+        if count.reason:
+            reasons.setdefault(count.status, Counter())[count.reason] += count.num_labels
     samples: dict[str, Counter[str]] = {}
     for split, info in shards:
         samples.setdefault(split, Counter())[info.bucket] += info.num_samples
@@ -200,94 +212,9 @@ def quality_report(
     }
 
 
-def check_totals(counts: Counts, num_labels: int) -> None:
-    """Every label file stands in exactly one status, and a build has left none on its way."""
-    total = sum(count for *_, count in counts)
+def check_totals(counts: Sequence[StatusCount], num_labels: int) -> None:
+    """Every label file stands in exactly one status, and a build has none that is still on its way."""
+    total = sum(count.num_labels for count in counts)
     assert total == num_labels, f"{total} label files in buckets, {num_labels} in the catalog"
-    unsettled = {status for _, status, _, _ in counts} - set(FINAL)
-    assert not unsettled, f"label files left in {sorted(unsettled)}"
-
-
-def summary(report: dict[str, Any], shards: Sequence[tuple[str, ShardInfo]]) -> str:
-    """The end of a build: a table of label files per category and status, the reasons, and what
-    was written.
-    """
-    statuses = [status for status in FINAL if report["statuses"][status]]
-    rows = [["category", *statuses, "total"]]
-    for name, counts in report["categories"].items():
-        rows.append(
-            [name or "(none)", *(str(counts[status]) for status in statuses), str(counts["total"])]
-        )
-    rows.append(
-        [
-            "total",
-            *(str(report["statuses"][status]) for status in statuses),
-            str(report["label_files"]),
-        ]
-    )
-    lines = ["", table(rows), ""]
-    for status, reasons in report["reasons"].items():
-        lines.append(
-            f"{status}: " + ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-        )
-    both = report["programmes"]["on_both_sides"]
-    lines.append(
-        f"programmes: {report['programmes']['train']} in train, {report['programmes']['val']} in val, "
-        f"{f'ON BOTH SIDES: {both}' if both else 'none on both sides'}"
-    )
-    for split, counts in report["samples"].items():
-        of_split = [info for side, info in shards if side == split]
-        shapes = ", ".join(f"{bucket} {count}" for bucket, count in counts.items())
-        lines.append(
-            f"{split}: {sum(counts.values())} samples ({shapes}) in {len(of_split)} shards, "
-            f"{sum(info.bytes for info in of_split) / 1e6:.1f} MB"
-        )
-    return "\n".join(lines)
-
-
-def status_line(counts: Counts) -> str:
-    """Label files per status, on one line: where a build stands between two stages."""
-    statuses: Counter[str] = Counter()
-    for _, status, _, count in counts:
-        statuses[status] += count
-    return f"{statuses.total()} label files: " + ", ".join(
-        f"{name} {count}" for name, count in statuses.most_common()
-    )
-
-
-def summary_of_checks(checks: Sequence[Check]) -> str:
-    """The figures as a table."""
-    return table(
-        [
-            ["check", "value", "", "target", "", "n"],
-            *(
-                [
-                    check.name,
-                    str(check.value),
-                    "" if isinstance(check.value, str) else check.unit,
-                    check.target,
-                    REACHED[check.reached],
-                    str(check.sample_size),
-                ]
-                for check in checks
-            ),
-        ]
-    )
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned; Hangul is two cells wide in a terminal."""
-
-    def width(text: str) -> int:
-        return len(text) + sum("\u1100" <= character <= "\uffdc" for character in text)
-
-    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        row[0]
-        + " " * (widths[0] - width(row[0]))
-        + "".join(
-            "  " + " " * (size - width(cell)) + cell
-            for cell, size in zip(row[1:], widths[1:], strict=True)
-        )
-        for row in rows
-    )
+    unsettled = {count.status for count in counts} - set(FINAL)
+    assert not unsettled, f"label files stay in {sorted(unsettled)}"

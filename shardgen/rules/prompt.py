@@ -13,6 +13,9 @@ from collections.abc import Iterable
 
 import ftfy
 
+from shardgen.labels.parse import Label
+from shardgen.rules.config import PromptConfig
+
 _SPACE = re.compile(r"\s+")
 IMAGE_WORD = "이미지"
 
@@ -27,35 +30,36 @@ def squeeze(text: str) -> str:
     return _SPACE.sub(" ", text).strip()
 
 
-def join_sentences(
+def prompt_of(
+    label: Label,
+    media_type: str,
     scenes: Iterable[str],
     objects: Iterable[str],
-    semantic: Iterable[str],
-    stt: str,
-    application: Iterable[str],
-    media_type: str,
     *,
-    use_scene: bool,
-    use_object: bool,
-    use_semantic: bool,
-    use_stt: bool,
-    use_application: bool,
+    parts: PromptConfig,
 ) -> str:
-    """The sentences that the recipe asks for, in its order, each once, on one line; not yet
-    cleaned.
+    """The sentences that `parts` asks for, in the recipe's order, each once, on one line; not yet
+    cleaned. `scenes` and `objects` are those of one shot, or of all.
 
     A scene description that speaks of an image ("이미지") on a video is dropped: it was generated
     from something else.
     """
     chosen: list[str] = []
-    if use_scene:
+    if parts.scene:
         chosen += [text for text in scenes if media_type != "video" or IMAGE_WORD not in text]
-    if use_object:
+    if parts.object:
         chosen += objects
-    if use_semantic:
-        chosen += semantic
-    if use_stt:
-        chosen.append(stt)
-    if use_application:
-        chosen += application
+    if parts.semantic:
+        chosen += label.semantic
+    if parts.stt:
+        chosen.append(label.stt_script)
+    if parts.application:
+        chosen += label.application
     return " ".join(dict.fromkeys(filter(None, map(squeeze, chosen))))
+
+
+def clip_prompt(label: Label, media_type: str, parts: PromptConfig) -> str:
+    """The caption that the label rules judge: the prompt of all shots together."""
+    scenes = [scene.text for scene in label.scenes]
+    objects = [each.text for each in label.objects]
+    return prompt_of(label, media_type, scenes, objects, parts=parts)

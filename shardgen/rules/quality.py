@@ -19,8 +19,8 @@ import re
 from itertools import groupby
 from typing import NamedTuple
 
-from shardgen.config import FiltersConfig
 from shardgen.labels.parse import Label
+from shardgen.rules.config import FiltersConfig
 
 _RUNS = re.compile(r"(\S)\1+")
 _PLAIN = re.compile(r"[\w\s.,!?'\"()·…“”‘’~%:-]")

@@ -6,23 +6,21 @@ hashed before and has not changed since is not read again, and a server is asked
 what may have changed.
 """
 
-import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.drafts import Urls
+from shardgen.catalog.rows import MediaFile
 from shardgen.catalog.tables import UNAVAILABLE, WANTED, Outcome
-from shardgen.config import ShardgenConfig, cache_folder
 from shardgen.media.cache import CacheBudget
 from shardgen.media.download import PERMANENT, RetryPolicy, download
 from shardgen.media.errors import FetchError
 from shardgen.media.local import Fetched, find_local, hash_local
 from shardgen.media.parallel import in_parallel
 from shardgen.media.urls import check_url
-
-Advance = Callable[[int], None]
+from shardgen.stages.config import FetchConfig
 
 
 class _Request(NamedTuple):
@@ -35,13 +33,14 @@ class _Request(NamedTuple):
     clips: list[int]
 
 
-def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> None:
+def fetch_media(
+    catalog: Catalog, root: Path, cache: Path, fetch: FetchConfig, advance: Callable[[int], None]
+) -> None:
     """wanted, or unavailable if asking again may help -> fetched (media_xxh3 known), or
-    unavailable.
+    unavailable. `root` is the label tree, `cache` the folder for downloads.
 
     Raises OSError if the cache can't be written.
     """
-    fetch, cache = config.fetch, cache_folder(config)
     schemes, max_bytes = tuple(fetch.schemes), int(fetch.max_file_gib * 2**30)
     retry = RetryPolicy(fetch.timeout_s, fetch.retries, fetch.backoff_s, max_bytes)
     budget = CacheBudget(cache, int(fetch.cache_limit_gib * 2**30))
@@ -65,54 +64,44 @@ def fetch_media(catalog: Catalog, config: ShardgenConfig, advance: Advance) -> N
             return error
 
     with Urls(catalog.db) as urls:
-        requests = _requests(catalog, config, urls, advance)
-        for request, got in in_parallel(
-            requests,
+        done = in_parallel(
+            _requests(catalog, root, fetch, urls, advance),
             get,
             workers=fetch.workers,
             host_of=lambda request: request.host,
             per_host=fetch.per_host,
-        ):
+        )
+        for request, got in done:
             if isinstance(got, FetchError):
-                catalog.record(
-                    [Outcome(clip, UNAVAILABLE, got.reason, got.detail) for clip in request.clips]
-                )
+                _record_failure(catalog, request.clips, got)
             else:
-                catalog.record_source(request.clips, request.source, *got)
+                catalog.media.record_source(request.clips, request.source, MediaFile(*got))
                 budget.release(got.media_xxh3)
                 if request.host and budget.add(got.size_bytes):
-                    catalog.forget_files(budget.evict(catalog.unused_media()))
+                    catalog.media.forget_files(budget.evict(catalog.media.unused()))
             advance(len(request.clips))
 
 
 def _requests(
-    catalog: Catalog, config: ShardgenConfig, urls: Urls, advance: Advance
+    catalog: Catalog, root: Path, fetch: FetchConfig, urls: Urls, advance: Callable[[int], None]
 ) -> Iterator[_Request]:
     """What must be hashed, local files first, then `urls`, which it fills. Clips that need no
     work are recorded on the way.
     """
-    root = Path(config.labels.root)
-    for row in catalog.clips(WANTED, UNAVAILABLE):
-        local = find_local(root / row["label"], row["clip_id"], row["media_type"])
+    for clip in catalog.clips(WANTED, UNAVAILABLE):
+        local = find_local(root / clip.label, clip.clip_id, clip.media_type)
         if local is not None:
-            if not _reuse(catalog, [row["id"]], str(local)):
-                yield _Request(str(local), "", [row["id"]])
+            if not _reuse(catalog, [clip.id], str(local)):
+                yield _Request(str(local), "", [clip.id])
                 continue
-        elif not row["url"]:
-            catalog.record(
-                [
-                    Outcome(
-                        row["id"],
-                        UNAVAILABLE,
-                        "media_missing",
-                        "no file beside the label, no URL in it",
-                    )
-                ]
-            )
-        elif row["reason"] in PERMANENT and not config.fetch.ask_again:
-            catalog.record([Outcome(row["id"], UNAVAILABLE, row["reason"], row["detail"])])
+        elif not clip.url:
+            detail = "no file beside the label, no URL in it"
+            catalog.record([Outcome(clip.id, UNAVAILABLE, "media_missing", detail)])
+        elif clip.reason in PERMANENT and not fetch.ask_again:
+            catalog.record([Outcome(clip.id, UNAVAILABLE, clip.reason, clip.detail)])
         else:
-            urls.add(row["url"], row["id"])
+            # After all local files: each URL is asked for once, whatever number of clips want it.
+            urls.add(clip.url, clip.id)
             continue
         advance(1)
     for url, clips in urls:
@@ -120,29 +109,20 @@ def _requests(
             advance(len(clips))
             continue
         try:
-            yield _Request(url, check_url(url, config.fetch.schemes), clips)
+            yield _Request(url, check_url(url, fetch.schemes), clips)
         except FetchError as error:
-            catalog.record(
-                [Outcome(clip, UNAVAILABLE, error.reason, error.detail) for clip in clips]
-            )
+            _record_failure(catalog, clips, error)
             advance(len(clips))
+
+
+def _record_failure(catalog: Catalog, clips: Sequence[int], error: FetchError) -> None:
+    catalog.record([Outcome(clip, UNAVAILABLE, error.reason, error.detail) for clip in clips])
 
 
 def _reuse(catalog: Catalog, clips: Sequence[int], source: str) -> bool:
     """True if the source was hashed before and its file has the size and mtime of then."""
-    known = catalog.source(source)
-    if known is None or not unchanged(known):
+    known = catalog.media.source(source)
+    if known is None or not known.is_unchanged():
         return False
-    catalog.record_source(clips, source, Path(known["path"]), *known[2:])
+    catalog.media.record_source(clips, source, known)
     return True
-
-
-def unchanged(file: sqlite3.Row) -> bool:
-    """Whether a hashed file still has the size and mtime of then; one that can't be looked at has
-    not, and hashing it again will say why.
-    """
-    try:
-        now = Path(file["path"]).stat()
-    except OSError:
-        return False
-    return (now.st_size, now.st_mtime_ns) == (file["size_bytes"], file["mtime_ns"])

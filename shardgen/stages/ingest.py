@@ -52,14 +52,14 @@ def ingest_labels(
             batch = []
         advance(found.num_files)
     _write(catalog, batch)
-    for folder in catalog.label_folders() - folders:
-        gone += [seen for seen in catalog.known_labels(folder).values() if seen.status != GONE]
-    catalog.write_labels([], [], [], gone)
-    catalog.index()
+    for folder in catalog.labels.folders() - folders:
+        gone += [seen for seen in catalog.labels.known(folder).values() if seen.status != GONE]
+    catalog.labels.write([], [], [], gone)
+    catalog.database.build_indexes()
 
 
 def _write(catalog: Catalog, batch: list[Found]) -> None:
-    catalog.write_labels(
+    catalog.labels.write(
         [row for found in batch for row in found.new],
         [pair for found in batch for pair in found.changed],
         [pair for found in batch for pair in found.touched],
@@ -89,7 +89,7 @@ def _chunks(
             continue
         names.sort()
         folders.add(shown(folder))
-        known = {} if is_empty else catalog.known_labels(shown(folder))
+        known = {} if is_empty else catalog.labels.known(shown(folder))
         there = set(map(shown, names))
         gone += [seen for name, seen in known.items() if name not in there and seen.status != GONE]
         for start in range(0, len(names), CHUNK_FILES):

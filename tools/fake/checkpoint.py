@@ -20,136 +20,15 @@ from pathlib import Path
 import sentencepiece
 import torch
 import transformers
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from torch import nn
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+from tools.fake.randomise import randomise
+from tools.fake.vae import WAN22, random_vae
 
 TEXT_DIM = 32
 # sentinels <extra_id_0..299> at the end of the vocabulary, as google/umt5-xxl has them
 NUM_EXTRA_IDS = 300
-
-# Mean and standard deviation per latent channel: the published constants of the Wan2.2 VAE
-# (Wan2.2, vae2_2.py; the same numbers stand in vae/config.json of the diffusers folder).
-LATENTS_MEAN = [
-    -0.2289,
-    -0.0052,
-    -0.1323,
-    -0.2339,
-    -0.2799,
-    0.0174,
-    0.1838,
-    0.1557,
-    -0.1382,
-    0.0542,
-    0.2813,
-    0.0891,
-    0.1570,
-    -0.0098,
-    0.0375,
-    -0.1825,
-    -0.2246,
-    -0.1207,
-    -0.0698,
-    0.5109,
-    0.2665,
-    -0.2108,
-    -0.2158,
-    0.2502,
-    -0.2055,
-    -0.0322,
-    0.1109,
-    0.1567,
-    -0.0729,
-    0.0899,
-    -0.2799,
-    -0.1230,
-    -0.0313,
-    -0.1649,
-    0.0117,
-    0.0723,
-    -0.2839,
-    -0.2083,
-    -0.0520,
-    0.3748,
-    0.0152,
-    0.1957,
-    0.1433,
-    -0.2944,
-    0.3573,
-    -0.0548,
-    -0.1681,
-    -0.0667,
-]
-LATENTS_STD = [
-    0.4765,
-    1.0364,
-    0.4514,
-    1.1677,
-    0.5313,
-    0.4990,
-    0.4818,
-    0.5013,
-    0.8158,
-    1.0344,
-    0.5894,
-    1.0901,
-    0.6885,
-    0.6165,
-    0.8454,
-    0.4978,
-    0.5759,
-    0.3523,
-    0.7135,
-    0.6804,
-    0.5833,
-    1.4146,
-    0.8986,
-    0.5659,
-    0.7069,
-    0.5338,
-    0.4889,
-    0.4917,
-    0.4069,
-    0.4999,
-    0.6866,
-    0.4093,
-    0.5709,
-    0.6065,
-    0.6415,
-    0.4944,
-    0.5726,
-    1.2042,
-    0.5458,
-    1.6887,
-    0.3971,
-    1.0600,
-    0.3943,
-    0.5537,
-    0.5444,
-    0.4089,
-    0.7468,
-    0.7744,
-]
-
-
-def randomise(module: nn.Module, generator: torch.Generator) -> None:
-    """Overwrite every parameter: matrices N(0, 1/fan_in), biases near 0, scales near 1. Embedding
-    rows are N(0, 1).
-    """
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if id(parameter) in embeddings:
-            value = noise
-        elif name.endswith("scale_shift_table"):
-            value = noise / parameter.shape[-1] ** 0.5
-        elif name.endswith("bias"):
-            value = 0.02 * noise
-        elif parameter.squeeze().ndim <= 1:  # a norm's scale
-            value = 1 + 0.1 * noise
-        else:
-            value = noise / parameter[0].numel() ** 0.5
-        parameter.data.copy_(value)
 
 
 def tiny_transformer(generator: torch.Generator) -> WanTransformer3DModel:
@@ -170,29 +49,6 @@ def tiny_transformer(generator: torch.Generator) -> WanTransformer3DModel:
     )
     randomise(transformer, generator)
     return transformer
-
-
-def tiny_vae(generator: torch.Generator) -> AutoencoderKLWan:
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=48,
-        dim_mult=[1, 2, 4, 4],
-        num_res_blocks=2,
-        attn_scales=[],
-        temperal_downsample=[False, True, True],
-        dropout=0.0,
-        latents_mean=LATENTS_MEAN,
-        latents_std=LATENTS_STD,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_temporal=4,
-        scale_factor_spatial=16,
-    )
-    randomise(vae, generator)
-    return vae
 
 
 def tiny_text_encoder(vocab_size: int, generator: torch.Generator) -> UMT5EncoderModel:
@@ -256,7 +112,7 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0) -> None:
     pipeline = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=tiny_text_encoder(len(tokenizer), generator),
-        vae=tiny_vae(generator),
+        vae=random_vae(WAN22, 8, generator),
         scheduler=UniPCMultistepScheduler(
             num_train_timesteps=1000,
             solver_order=2,

@@ -1,4 +1,4 @@
-"""checks.py: each figure against the target that the configuration sets, under the one name that
+"""Each figure against the target that the configuration sets, under the one name that
 both know.
 """
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from loader.config import ConfigError, load_toml
-from shardgen.config import ShardgenConfig, TargetsConfig
+from shardgen.config import ShardgenConfig
+from shardgen.report.config import TargetsConfig
 from shardgen.report.figures import (
     NOT_MEASURED,
     NOT_SET,
@@ -17,7 +18,7 @@ from shardgen.report.figures import (
     against_targets,
     count_sentences,
 )
-from shardgen.report.wording import CHECKS, wording
+from shardgen.report.labels_ko_en import CHECKS, wording
 
 DEMO = Path(__file__).parents[1] / "configs/shardgen/demo.toml"
 

@@ -81,7 +81,7 @@ def test_every_label_file_of_the_corpus_ends_where_it_should(
     expected = json.loads((tiny_corpus.parent / "corpus.expected.json").read_text())
     with Catalog(tiny_dataset / "catalog.sqlite") as catalog:
         rows = list(catalog.clips())
-    found = {row["label"]: "kept" if row["status"] == "accepted" else row["reason"] for row in rows}
+    found = {row.label: "kept" if row.status == "accepted" else row.reason for row in rows}
     assert found == expected
     assert len({reason for reason in found.values() if reason != "kept"}) >= 12
     assert len(found) == len(list(tiny_corpus.rglob("*.json")))
@@ -100,8 +100,10 @@ def test_the_totals_add_up(tiny_dataset: Path, tiny_corpus: Path) -> None:
         sum(of.values()) for of in report["samples"].values()
     )
     with (
-        (tiny_dataset / "clean_dataset.csv").open(newline="", encoding="utf-8") as clean,
-        (tiny_dataset / "defective_samples.csv").open(newline="", encoding="utf-8") as defective,
+        (tiny_dataset / "clean_dataset.csv").open(newline="", encoding="utf-8-sig") as clean,
+        (tiny_dataset / "defective_samples.csv").open(
+            newline="", encoding="utf-8-sig"
+        ) as defective,
     ):
         kept, dropped = list(csv.DictReader(clean)), list(csv.DictReader(defective))
     assert (len(kept), len(dropped)) == (
@@ -354,14 +356,14 @@ def test_workers_that_stand_in_another_folder_find_everything(
     program's.
     """
 
-    def elsewhere(work: Any, jobs: Iterator[Any], _: Any) -> Iterator[Any]:
+    def elsewhere(work: Any, jobs: Iterator[Any], *_: Any, **__: Any) -> Iterator[Any]:
         for job in jobs:
             with monkeypatch.context() as patch:
                 patch.chdir("/")
                 result = work(job)
             yield job, result
 
-    monkeypatch.setattr("shardgen.build.run_units", elsewhere)
+    monkeypatch.setattr("shardgen.stages.encode.run_units", elsewhere)
     monkeypatch.chdir(tmp_path)
     Path("labels").symlink_to(tiny_corpus)
     model = load_toml(tiny_recipe, ShardgenConfig).encode.model
@@ -470,11 +472,11 @@ def test_a_split_without_samples_verifies_and_a_file_that_vanishes_costs_its_cli
     assert shardgen(["build", str(tiny_recipe), *options, "--stage", "fetch"]) == 0
     with Catalog(output / "catalog.sqlite") as catalog:
         rows = list(catalog.clips("fetched"))
-        uses = Counter(row["media_xxh3"] for row in rows)
+        uses = Counter(row.media_xxh3 for row in rows)
         gone = next(
-            root / row["label"]
+            root / row.label
             for row in rows
-            if row["media_type"] == "video" and uses[row["media_xxh3"]] == 1
+            if row.media_type == "video" and uses[row.media_xxh3] == 1
         ).with_suffix(".mp4")
     gone.unlink()
     assert shardgen(["build", str(tiny_recipe), *options]) == 0
@@ -483,4 +485,4 @@ def test_a_split_without_samples_verifies_and_a_file_that_vanishes_costs_its_cli
     )
     with Catalog(output / "catalog.sqlite") as catalog:
         (row,) = catalog.claims(gone.stem)
-    assert (row["status"], row["reason"]) == ("unavailable", "media_missing")
+    assert (row.status, row.reason) == ("unavailable", "media_missing")

@@ -22,11 +22,14 @@ from loader.sample import (
 )
 from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
+from shardgen.catalog.rows import LostWindow
 from shardgen.encode.shard import EncodeError, encode_shard
-from shardgen.encode.unit import EncodeSpec, Lost, ShardJob, encode_unit
+from shardgen.encode.unit import EncodeSpec, ShardJob
+from shardgen.encode.worker import encode_unit
 from shardgen.media.decode import decode_window
 from shardgen.media.pictures import encode_mp4
-from shardgen.rules.shards import ShardPlan, Window
+from shardgen.rules.shards import ShardPlan
+from shardgen.rules.windows import Window
 
 BUCKET = Bucket(96, 64, 5)
 
@@ -161,7 +164,7 @@ def test_a_window_that_its_medium_cannot_give_is_left_out_by_name(
     ].reason == "media_truncated"
     assert list(read_shard(tmp_path / "out" / "train", result.name)) == [good.key]
     nothing = encode_shard(job_for([bad], clips, number=1), spec)
-    assert nothing.info is None and isinstance(nothing.lost[0], Lost)
+    assert nothing.info is None and isinstance(nothing.lost[0], LostWindow)
 
 
 def test_a_medium_that_changed_or_is_gone_is_an_error_and_writes_nothing(

@@ -12,7 +12,10 @@ from PIL import Image
 from shardgen.build import build
 from shardgen.catalog.catalog import Catalog
 from shardgen.cli import main
-from shardgen.config import EncodeConfig, LabelsConfig, ShardgenConfig, WindowsConfig
+from shardgen.config import ShardgenConfig, take_apart
+from shardgen.encode.config import EncodeConfig
+from shardgen.rules.config import WindowsConfig
+from shardgen.stages.config import LabelsConfig
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +25,13 @@ def planned(
     """The sample corpus up to the plan: nothing is encoded."""
     output = tmp_path_factory.mktemp("planned") / "dataset"
     build(
-        ShardgenConfig(
-            output=str(output),
-            labels=LabelsConfig(root=str(tiny_corpus)),
-            windows=WindowsConfig(buckets=("160x96x9", "96x160x9", "160x96x1"), per_shot=2),
-            encode=EncodeConfig(model=str(tiny_checkpoint)),
+        take_apart(
+            ShardgenConfig(
+                output=str(output),
+                labels=LabelsConfig(root=str(tiny_corpus)),
+                windows=WindowsConfig(buckets=("160x96x9", "96x160x9", "160x96x1"), per_shot=2),
+                encode=EncodeConfig(model=str(tiny_checkpoint)),
+            )
         ),
         "plan",
     )

@@ -4,29 +4,32 @@ diffusers uses.
 
 import random
 
+import msgspec
 import pytest
 
-from shardgen.rules.prompt import join_sentences, prompt_clean
+from bench.label_tree import label_bytes, make_label
+from shardgen.labels.parse import parse_label
+from shardgen.rules.config import PromptConfig
+from shardgen.rules.prompt import prompt_clean, prompt_of
 
-SCENES, OBJECTS, SEMANTIC = ["장면 하나.", "장면 하나."], ["상인이 있다."], ["활기가 있다."]
+SCENES, OBJECTS = ["장면 하나.", "장면 하나."], ["상인이 있다."]
+
+
+LABEL = msgspec.structs.replace(
+    parse_label(label_bytes(make_label("2400101"))),
+    semantic=["활기가 있다."],
+    stt_script="말소리.",
+    application=["쓸 수 있다."],
+)
 
 
 def join(
     media_type: str = "video",
     scenes: list[str] = SCENES,
     objects: list[str] = OBJECTS,
-    **chosen: bool,
+    **parts: bool,
 ) -> str:
-    parts = {
-        "use_scene": True,
-        "use_object": True,
-        "use_semantic": True,
-        "use_stt": False,
-        "use_application": False,
-    }
-    return join_sentences(
-        scenes, objects, SEMANTIC, "말소리.", ["쓸 수 있다."], media_type, **(parts | chosen)
-    )
+    return prompt_of(LABEL, media_type, scenes, objects, parts=PromptConfig(**parts))
 
 
 def test_scene_then_object_then_semantic_and_repeated_sentences_once() -> None:
@@ -38,10 +41,10 @@ def test_scene_then_object_then_semantic_and_repeated_sentences_once() -> None:
 
 def test_speech_and_application_come_only_when_asked_for() -> None:
     assert (
-        join(use_stt=True, use_application=True)
+        join(stt=True, application=True)
         == "장면 하나. 상인이 있다. 활기가 있다. 말소리. 쓸 수 있다."
     )
-    assert join(use_scene=False, use_object=False, use_semantic=False) == ""
+    assert join(scene=False, object=False, semantic=False) == ""
 
 
 def test_a_description_of_an_image_is_dropped_from_a_video_only() -> None:

@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from bench.label_tree import label_bytes, make_label
-from shardgen.config import FiltersConfig
 from shardgen.labels.parse import parse_label
+from shardgen.rules.config import FiltersConfig
 from shardgen.rules.quality import Scores, judge_label, judge_media, score_caption
 
 OFF = FiltersConfig(

@@ -19,24 +19,21 @@ from PIL import Image
 from bench.label_tree import defective_labels, label_bytes, label_files, make_label
 from loader.config import load_toml
 from loader.manifest import recipe_id
-from shardgen.catalog.catalog import Catalog, CatalogError
+from shardgen.catalog.catalog import Catalog
+from shardgen.catalog.database import CatalogError
 from shardgen.catalog.tables import FINAL
-from shardgen.config import (
-    EncodeConfig,
-    FetchConfig,
-    FiltersConfig,
-    LabelsConfig,
-    ShardgenConfig,
-    SplitConfig,
-    WindowsConfig,
-    recipe_of,
-)
+from shardgen.config import ShardgenConfig, recipe_of, rules_of
+from shardgen.encode.config import EncodeConfig
 from shardgen.media.cache import cached_files
 from shardgen.media.pictures import encode_mp4
 from shardgen.report.estimate import estimate
-from shardgen.stages import filter as stages
+from shardgen.rules.config import FiltersConfig, SplitConfig, WindowsConfig
+from shardgen.stages.config import FetchConfig, LabelsConfig
 from shardgen.stages.fetch import fetch_media
+from shardgen.stages.filter import filter_labels
 from shardgen.stages.ingest import ingest_labels
+from shardgen.stages.plan import plan_shards, settle_duplicates
+from shardgen.stages.probe import probe_media
 
 Ends = dict[str, tuple[str, str]]
 
@@ -58,11 +55,17 @@ def open_catalog(config: ShardgenConfig) -> Catalog:
     return Catalog(Path(config.output) / "catalog.sqlite")
 
 
+def advance(_: int) -> None: ...
+
+
+def judge_and_fetch(catalog: Catalog, config: ShardgenConfig) -> None:
+    filter_labels(catalog, config.labels, rules_of(config), advance)
+    cache = Path(config.output) / "cache"
+    fetch_media(catalog, Path(config.labels.root), cache, config.fetch, advance)
+
+
 def run(config: ShardgenConfig) -> Ends:
     """All stages up to the plan; label -> (status, reason)."""
-
-    def advance(_: int) -> None: ...
-
     with open_catalog(config) as catalog:
         catalog.adopt_recipe(
             recipe_id(recipe_of(config)), f"{config.labels.limit}/{config.labels.sample_fraction}"
@@ -70,12 +73,16 @@ def run(config: ShardgenConfig) -> Ends:
         ingest_labels(
             catalog, Path(config.labels.root), max_bytes=config.labels.max_bytes, workers=1
         )
-        for stage in (stages.filter_labels, fetch_media, stages.probe_media):
-            stage(catalog, config, advance)
-        stages.settle_duplicates(catalog)
-        stages.plan_shards(catalog, config, advance)
-        ends = {row["label"]: (row["status"], row["reason"]) for row in catalog.clips()}
-        assert sum(number for *_, number in catalog.buckets()) == len(ends) == catalog.count(*FINAL)
+        judge_and_fetch(catalog, config)
+        probe_media(catalog, rules_of(config), 1, advance)
+        settle_duplicates(catalog)
+        plan_shards(catalog, rules_of(config), advance)
+        ends = {row.label: (row.status, row.reason) for row in catalog.clips()}
+        assert (
+            sum(count.num_labels for count in catalog.status_counts())
+            == len(ends)
+            == catalog.count(*FINAL)
+        )
         return ends
 
 
@@ -83,14 +90,14 @@ def shards(config: ShardgenConfig) -> dict[str, list[str]]:
     """Shard name -> its labels."""
     with open_catalog(config) as catalog:
         return {
-            name: [window.label for window in catalog.shard_plan(name).windows]
-            for name in catalog.unfinished_shards()
+            name: [window.label for window in catalog.shards.plan(name).windows]
+            for name in catalog.shards.unfinished()
         }
 
 
 def row(config: ShardgenConfig, label: str) -> dict[str, Any]:
     with open_catalog(config) as catalog:
-        return next(dict(each) for each in catalog.clips() if each["label"] == label)
+        return next(each._asdict() for each in catalog.clips() if each.label == label)
 
 
 def png(shade: int) -> bytes:
@@ -283,7 +290,7 @@ def test_score_only_has_no_shape_for_an_image_where_all_are_for_video(root: Path
     assert run(config) == {label: ("rejected", "media_type_unwanted")}
     with open_catalog(config) as catalog:
         catalog.db.execute("UPDATE clips SET status = 'wanted'")
-        assert "samples:     0 at most" in estimate(catalog, config)
+        assert "samples:     0 at most" in estimate(catalog, rules_of(config))
 
 
 def test_limit_and_fraction_select_and_widening_them_adds(root: Path) -> None:
@@ -338,12 +345,11 @@ def test_a_file_rewritten_between_hashing_and_probing_is_never_taken_for_what_wa
     with open_catalog(config) as catalog:
         catalog.adopt_recipe(recipe_id(recipe_of(config)), "0/1.0")
         ingest_labels(catalog, root, workers=1)
-        stages.filter_labels(catalog, config, lambda _: None)
-        fetch_media(catalog, config, lambda _: None)
+        judge_and_fetch(catalog, config)
         (root / "2000001.png").write_bytes(png(2) + b"more")
-        stages.probe_media(catalog, config, lambda _: None)
+        probe_media(catalog, rules_of(config), 1, advance)
         (clip,) = catalog.clips()
-        assert (clip["status"], clip["reason"], clip["probe"]) == (
+        assert (clip.status, clip.reason, clip.probe) == (
             "unavailable",
             "media_changing",
             None,
@@ -422,8 +428,8 @@ def test_a_full_cache_keeps_what_shards_need_and_the_next_build_goes_on(
         assert ends["accepted", ""] + ends["unavailable", "cache_full"] == 6
         assert sum(size for _, size, _ in cached_files(cache)) <= 5 * size
         with open_catalog(config) as catalog:
-            for name in catalog.unfinished_shards():
-                for window in catalog.shard_plan(name).windows:
-                    assert catalog.media_path(window.media_xxh3).is_file()
-                catalog.finish_shard(name, None)
+            for name in catalog.shards.unfinished():
+                for window in catalog.shards.plan(name).windows:
+                    assert catalog.media.path(window.media_xxh3).is_file()
+                catalog.shards.finish(name, None)
     assert 3 <= fetched[0] < 6 and fetched == sorted(set(fetched))

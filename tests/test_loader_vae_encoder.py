@@ -9,44 +9,21 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from loader.vae.encoder import VAEEncoder, VAEError, load_vae_encoder
+from tools.fake.vae import WAN21, WAN22, random_vae
 
-CONFIGS = {
-    "ti2v_5b": dict(
-        base_dim=16,
-        z_dim=48,
-        dim_mult=[1, 2, 4, 4],
-        temperal_downsample=[False, True, True],
-        is_residual=True,
-        patch_size=2,
-        in_channels=12,
-        out_channels=12,
-        scale_factor_spatial=16,
-    ),
-    "a14b": dict(
-        base_dim=8, z_dim=16, dim_mult=[1, 2, 2], temperal_downsample=[True, True], num_res_blocks=1
-    ),
-}
-
+KINDS = {"wan22": (WAN22, 16), "wan21": (WAN21, 12)}
 
 Pair = tuple[AutoencoderKLWan, VAEEncoder]
 
 
 def build(name: str, folder: Path) -> Pair:
-    torch.manual_seed(7)
-    config = dict(CONFIGS[name])
-    z_dim = int(config["z_dim"])  # type: ignore[call-overload]
-    config |= dict(
-        latents_mean=torch.randn(z_dim).tolist(), latents_std=(1 + torch.rand(z_dim)).tolist()
-    )
-    reference = AutoencoderKLWan(decoder_base_dim=8, **config).eval().requires_grad_(False)
-    # norms and biases too must not be at their neutral values
-    for parameter in reference.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.02)
-    reference.save_pretrained(folder / "vae")
+    kind, base_dim = KINDS[name]
+    reference = random_vae(kind, base_dim, torch.Generator().manual_seed(7))
+    reference.eval().requires_grad_(False).save_pretrained(folder / "vae")
     return reference, load_vae_encoder(folder, "cpu", torch.float32)
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
+@pytest.fixture(scope="module", params=sorted(KINDS))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return build(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -87,7 +64,7 @@ def test_chunk_size_does_not_change_the_latent(pair: Pair, chunk_frames: int) ->
 
 
 def test_half_precision_stays_close(tmp_path: Path) -> None:
-    build("ti2v_5b", tmp_path)
+    build("wan22", tmp_path)
     video_BCTHW = torch.rand((1, 3, 5, 32, 64), generator=torch.Generator().manual_seed(4)) * 2 - 1
     exact = load_vae_encoder(tmp_path, "cpu", torch.float32).encode(video_BCTHW)
     half = load_vae_encoder(tmp_path, "cpu", torch.float16).encode(video_BCTHW)

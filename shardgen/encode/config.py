@@ -1,0 +1,36 @@
+"""The configuration of encoding: the models and number formats, which decide bytes, and who runs
+the shards, which decides only how fast they come.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+
+
+class EncodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The models and number formats that decide a shard's bytes."""
+
+    model: str  # folder of Wan2.2-TI2V-5B in diffusers layout
+    # with several GPUs the executor starts one process for each
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    threads: PositiveInt = 1  # torch threads per process: part of what decides the bytes
+    text_batch: PositiveInt = 8
+    vae_batch: PositiveInt = 1
+    zstd_level: Annotated[int, Meta(ge=1, le=22)] = 3
+    jpg_quality: Annotated[int, Meta(ge=1, le=100)] = 95
+    jpg_for_images: bool = False
+    mp4: bool = False
+    mp4_encoder: Literal["auto", "libx264", "h264_nvenc"] = "auto"
+
+
+class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who runs the shards."""
+
+    kind: Literal["local", "ray"] = "local"
+    workers: PositiveInt = 1
+    decode_threads: PositiveInt = 2  # clips decoded ahead of the encoder, per worker
+    address: str = ""  # of a Ray cluster; empty: start one here
