@@ -1,5 +1,5 @@
-"""The house plan holds: a fixed top level, who imports whom, short files, no stdlib shadows, a
-torch-free contract.
+"""The house plan holds: a fixed top level, who imports whom, no circle, short files, no stdlib
+shadows, a torch-free contract.
 """
 
 import ast
@@ -7,6 +7,7 @@ import fnmatch
 import subprocess
 import sys
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,32 @@ MAY_IMPORT = {
     "loader": {"loader"},
     "shardgen": {"shardgen", "loader"},
     "train": {"train", "loader"},
+}
+# Inside a package imports go down: a module or sub-package may import what stands on a lower floor,
+# and itself. Whatever is new gets its floor here.
+FLOORS: dict[str, tuple[set[str], ...]] = {
+    "train": (
+        {"main"},
+        {"setup"},
+        {"config"},
+        {"checkpoint", "metrics", "optim", "step"},
+        {"flow"},
+        {"lora"},
+        {"activations"},
+        {"model", "parallel"},
+        {"kernels"},
+    ),
+    "shardgen": (
+        {"cli"},
+        {"config"},
+        {"build", "verify"},
+        {"recipe"},
+        {"report", "stages"},
+        {"encode"},
+        {"catalog"},
+        {"rules"},
+        {"labels", "media"},
+    ),
 }
 TORCH_FREE = (
     "loader.shape",
@@ -68,6 +95,99 @@ def test_imported_names_sees_every_spelling() -> None:
     assert imported_names(source, "own") == {"a", "d", "own", "i"}
 
 
+def imported_modules(source: str, modules: Collection[str]) -> set[str]:
+    """Those of `modules` that the source imports anywhere, function bodies included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            for alias in node.names:
+                # a module of that package, or a name in that module
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if submodule in modules else node.module or "")
+    return names & set(modules)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports, late imports included."""
+    paths = {}
+    for path in _sources(*PYTHON_FOLDERS):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(parts).removesuffix(".__init__")] = path
+    return {
+        module: imported_modules(path.read_text(encoding="utf-8"), paths)
+        for module, path in paths.items()
+    }
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of an import circle, its first one twice; empty if there is none."""
+    finished: set[str] = set()
+
+    def follow(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in finished:
+            return []
+        for other in sorted(graph[module]):
+            if circle := follow(other, [*path, module]):
+                return circle
+        finished.add(module)
+        return []
+
+    for module in sorted(graph):
+        if circle := follow(module, []):
+            return circle
+    return []
+
+
+def arrows_up(package: str, graph: dict[str, set[str]]) -> list[str]:
+    """Imports inside `package` that don't go to a lower floor."""
+    floor_of = {part: number for number, floor in enumerate(FLOORS[package]) for part in floor}
+    found = []
+    for module, others in sorted(graph.items()):
+        for other in sorted(others):
+            if not (module.startswith(f"{package}.") and other.startswith(f"{package}.")):
+                continue
+            part, other_part = module.split(".")[1], other.split(".")[1]
+            if part != other_part and floor_of[other_part] <= floor_of[part]:
+                found.append(f"{module} imports {other}")
+    return found
+
+
+def test_a_late_import_is_seen_and_a_circle_named() -> None:
+    modules = {"p", "p.a", "p.b", "p.c"}
+    late = "import os\nfrom p.b import name\ndef f():\n    from p import c\n"
+    assert imported_modules(late, modules) == {"p.b", "p.c"}
+    graph: dict[str, set[str]] = {"p.a": {"p.b", "p.c"}, "p.b": set(), "p.c": {"p.a"}}
+    assert find_circle(graph) == ["p.a", "p.c", "p.a"]
+    assert find_circle(graph | {"p.c": {"p.b"}}) == []
+    assert arrows_up("train", {"train.kernels.a": {"train.model.b", "train.kernels.c"}}) == [
+        "train.kernels.a imports train.model.b"
+    ]
+
+
+def test_no_import_closes_a_circle() -> None:
+    assert find_circle(import_graph()) == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_inside_a_package_go_down(package: str) -> None:
+    graph = import_graph()
+    parts = {module.split(".")[1] for module in graph if module.startswith(f"{package}.")}
+    without_floor = parts - set().union(*FLOORS[package])
+    assert not without_floor, f"give {without_floor} a floor in FLOORS"
+    assert arrows_up(package, graph) == []
+
+
+def test_kernels_import_nothing_else_of_train() -> None:
+    for module, others in import_graph().items():
+        if module.startswith("train.kernels"):
+            assert all(other.startswith("train.kernels") for other in others), module
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_only_what_they_may(package: str) -> None:
     ours = set(PYTHON_FOLDERS)
@@ -92,11 +212,9 @@ def test_the_top_level_is_fixed() -> None:
         and not any(fnmatch.fnmatch(path.name, pattern) for pattern in ignored)
     }
     assert found == TOP_LEVEL
-    assert not [
-        path
-        for path in ROOT.glob("*/*")
-        if path.stem in ("utils", "common") and path.parts[-2] != ".venv"
-    ]
+    vague = {"utils", "common"}
+    for path in _sources(*PYTHON_FOLDERS):
+        assert vague.isdisjoint(path.relative_to(ROOT).with_suffix("").parts), path
 
 
 def test_files_are_short() -> None:
