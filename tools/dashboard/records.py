@@ -1,0 +1,193 @@
+"""The files that the dashboard reads, as types: what each may hold, and nothing that is not there.
+
+Every field has a default, because a file of an older writer lacks some: what is absent reads "not
+measured" on the page. Unknown fields are ignored. A file that can't be decoded is reported by name
+on the page, never guessed at.
+"""
+
+from typing import Any
+
+import msgspec
+
+Value = float | str | None  # a str says why it was not measured
+
+
+class Check(msgspec.Struct, frozen=True):
+    """A figure of quality_report.json."""
+
+    name: str
+    definition: str = ""
+    target: str = ""
+    value: Value = None
+    unit: str = ""
+    sample_size: int = 0
+    reached: bool | None = None
+
+
+class Programmes(msgspec.Struct, frozen=True):
+    train: int | None = None
+    val: int | None = None
+    on_both_sides: list[str] = []
+
+
+class SizePair(msgspec.Struct, frozen=True):
+    declared: str
+    probed: str
+    clips: int
+
+
+class QualityReport(msgspec.Struct, frozen=True):
+    """quality_report.json of a build."""
+
+    label_files: int | None = None
+    statuses: dict[str, int] = {}
+    categories: dict[str, dict[str, int]] = {}
+    reasons: dict[str, dict[str, int]] = {}
+    samples: dict[str, dict[str, int]] = {}
+    programmes: Programmes = Programmes()
+    flags: dict[str, int] = {}
+    declared_against_probed_size: list[SizePair] = []
+    accepted_videos_by_whole_seconds: dict[str, int] = {}
+    checks: list[Check] = []
+
+
+class BuildLine(msgspec.Struct, frozen=True):
+    """A line of build.jsonl: how far a stage was at a moment. `rate` is per second; `time` is Unix
+    seconds or ISO 8601.
+    """
+
+    stage: str = ""
+    done: float | None = None
+    left: float | None = None
+    rate: float | None = None
+    time: float | str | None = None
+
+
+class RunStatus(msgspec.Struct, frozen=True):
+    """status.json of a run."""
+
+    state: str = ""
+    reason: str = ""
+    step: int | None = None
+    num_steps: int | None = None
+    best_step: int | None = None
+    time: float | str | None = None
+
+
+class ValidationLine(msgspec.Struct, frozen=True):
+    """A line of validation.jsonl. Losses are relative to the base's: 1.0 is no change."""
+
+    step: int
+    relative: float | None = None
+    per_sigma: dict[str, float | None] = {}
+    per_task: dict[str, float | None] = {}
+    per_category: dict[str, float | None] = {}
+    psnr_db: float | None = None
+    difference: float | None = None
+    difference_se: float | None = None
+    train_relative: float | None = None
+    num_windows: int | None = None
+
+
+class SampleClip(msgspec.Struct, frozen=True):
+    """One clip of a sampling event. `file` is relative to its samples.json."""
+
+    file: str
+    prompt: str = ""
+    key: str = ""
+    task: str = ""
+    seed: int | None = None
+    difference_levels: float | None = None  # mean difference from the base, of 255
+
+
+class SampleSet(msgspec.Struct, frozen=True):
+    """samples.json of one event."""
+
+    step: int | None = None
+    shape: str = ""
+    num_steps: int | None = None
+    guidance: float | None = None
+    shift: float | None = None
+    tiled: bool | None = None
+    lora_xxh3: str = ""
+    norms: dict[str, float] = {}
+    clips: list[SampleClip] = []
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """What was evaluated: "real", "base" or a LoRA."""
+
+    name: str
+    lora: str = ""
+    lora_xxh3: str = ""
+    difference_levels: float | None = None
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """One figure of a variant; of one category, or "" for all."""
+
+    name: str
+    variant: str
+    category: str = ""
+    value: Value = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    unit: str = ""
+    why: str = ""
+    model: str = ""  # extractor or tower, with its hash
+    floor: float | None = None  # real against real at the same n
+    target: str = ""
+    reached: bool | None = None
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """The paired difference of two variants."""
+
+    metric: str
+    variant: str
+    against: str = "base"
+    category: str = ""
+    difference: Value = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    verdict: str = ""
+
+
+class ResultClip(msgspec.Struct, frozen=True):
+    """A clip of an evaluation. `file` is relative to its result.json, inside its folder."""
+
+    variant: str
+    file: str
+    prompt: str = ""
+    prompt_id: str = ""
+    category: str = ""
+    seed: int = 0
+
+
+class Result(msgspec.Struct, frozen=True):
+    """evaluations/NAME/result.json."""
+
+    name: str = ""
+    time: float | str | None = None
+    set_hash: str = ""
+    num_prompts: int | None = None
+    num_seeds: int | None = None
+    variants: list[Variant] = []
+    metrics: list[Metric] = []
+    comparisons: list[Comparison] = []
+    clips: list[ResultClip] = []
+    grade: str = ""
+    grade_rule: str = ""
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 1e-4, ...} of nested tables."""
+    found: dict[str, Any] = {}
+    for name, each in value.items():
+        if isinstance(each, dict):
+            found |= flat(each, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = each
+    return found
