@@ -66,6 +66,7 @@ TORCH_FREE = (
     "loader.files",
     "loader.identity",
     "loader.exclusions",
+    "train.records",
 )
 MAX_LINES = 350
 MAY_BE_LONGER = {"train/model/wan.py"}

@@ -26,9 +26,9 @@ from train.config import DataConfig, TrainConfig
 from train.lora import adapters as lora
 from train.lora import files
 from train.lora.config import LoRAConfig
-from train.metrics import METRICS_FILE
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
+from train.records import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 6

@@ -7,7 +7,6 @@ is the mean of the last twentieth of the run.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,30 +17,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from train.records import METRICS_FILE, StepRecord, read_records
+
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """Column name -> float64 [num_records], NaN where a record does not have it. Raises
-    ValueError naming the line.
+    """Name of a measurement -> float64 [num_records], NaN where a record does not have it; names
+    that no record has are left out. Raises ValueError naming the line.
     """
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            record["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: line {number} is no record of a step: {line[:80]!r}"
-            ) from error
-        records.append(record)
+    records = read_records(path, StepRecord)
     if not records:
         raise ValueError(f"{path}: no step has been logged yet")
-    names = {name: None for record in records for name in record}
-    return {
-        name: np.array(
-            [np.nan if record.get(name) is None else record[name] for record in records], np.float64
-        )
-        for name in names
+    columns = {
+        name: np.array([getattr(record, name) for record in records], np.float64)
+        for name in StepRecord.__struct_fields__
     }
+    return {name: column for name, column in columns.items() if not np.isnan(column).all()}
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -106,7 +96,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's output folder, which holds metrics.jsonl")
     run = parser.parse_args().run
     try:
-        plot(read_metrics(run / "metrics.jsonl"), run.resolve().name, run / "metrics.png")
+        plot(read_metrics(run / METRICS_FILE), run.resolve().name, run / "metrics.png")
     except (ValueError, OSError) as error:
         sys.exit(f"plot: {error}")
     print(run / "metrics.png")

@@ -1,7 +1,7 @@
 """Step checkpoints: written whole or not at all, and resumed exactly.
 
     OUTPUT/checkpoints/step-00000100/
-        state.pt                  parameters, optimizer, loss scaler, loader state, step, configuration
+        state.pt                  parameters, optimizer, loss scaler, feed, step, configuration
         lora.safetensors          diffusers keys
         lora_comfyui.safetensors  ComfyUI keys
 
@@ -29,8 +29,8 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that this run can't go on from; the message names it, the difference and the
-    way out.
+    """A checkpoint that this run can't go on from; the message names it, the difference and what
+    to do.
     """
 
 
@@ -42,8 +42,10 @@ def save(
     """
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".tmp-*"):  # a killed run's
-        shutil.rmtree(left)
+    for unfinished in folder.glob(".tmp-*"):  # of a killed run
+        shutil.rmtree(unfinished)
+
+    # everything is on the disk before the folder gets its name
     temporary = folder / f".tmp-{step}"
     temporary.mkdir()
     with atomic_file(temporary / STATE_FILE) as file:
@@ -53,6 +55,7 @@ def save(
     target = folder / f"step-{step:08d}"
     os.replace(temporary, target)
     sync_folder(folder)
+
     for _, old in _all(output)[:-keep]:
         # a kill while it is deleted must not leave half of a checkpoint
         doomed = old.with_name(f".tmp-{old.name}")
@@ -67,22 +70,29 @@ def latest(output: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
-def load(folder: Path, config: dict[str, object], changeable: frozenset[str]) -> dict[str, Any]:
-    """Read a checkpoint's state to the CPU. Raises CheckpointError if the configuration differs
-    where it matters.
+def load(
+    folder: Path,
+    config: dict[str, object],
+    *,
+    changeable: frozenset[str],
+    defaults: dict[str, object],
+) -> dict[str, Any]:
+    """Read a checkpoint's state to the CPU.
+
+    Raises CheckpointError if the configuration, as dotted keys, differs outside of `changeable`. A
+    key that an older program did not have counts as its default.
     """
     try:
         state: dict[str, Any] = torch.load(
             folder / STATE_FILE, map_location="cpu", weights_only=True
         )
-    except (
-        Exception
-    ) as error:  # torch raises many kinds for a damaged file; all of them mean the same to the user
+    except Exception as error:
+        # torch raises many kinds for a damaged file; all of them mean the same to the user
         raise CheckpointError(
             f"{folder / STATE_FILE}: can't be read ({error}); delete this folder to go on from the "
             f"checkpoint before it"
         ) from error
-    saved = state["config"]
+    saved = defaults | state["config"]
     changed = [
         f"{key}: {saved.get(key)!r} then, {config.get(key)!r} now"
         for key in sorted(saved.keys() | config.keys())

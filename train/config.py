@@ -111,6 +111,12 @@ def resumable_changes(config: TrainConfig) -> frozenset[str]:
     return _RESUMABLE | ({"num_steps"} if config.optim.schedule == "constant" else set())
 
 
+def defaults() -> dict[str, object]:
+    """The dotted keys and their defaults; those of keys without a default mean nothing."""
+    model, data = ModelConfig(path=""), DataConfig(datasets=[""])
+    return flat(TrainConfig(output="", model=model, data=data, num_steps=1, global_batch=1))
+
+
 def flat(config: msgspec.Struct, prefix: str = "") -> dict[str, object]:
     """{"optim.lr": 1e-4, ...}: the configuration as one level of dotted keys."""
     values: dict[str, object] = {}

@@ -1,6 +1,7 @@
 """Flow matching as Wan2.2 is trained: timesteps, noising, target and loss, as pure functions.
 
-    x_s = (1 - s) x0 + s eps      target v = eps - x0      t = 1000 s      s = shift u / (1 + (shift - 1) u)
+    x_s = (1 - s) x0 + s eps      target v = eps - x0
+    s = shift u / (1 + (shift - 1) u)                     t = 1000 s
 
 Image-to-video: latent frame 0 is the clean one, its tokens have t = 0, and it is left out of the
 loss. Everything that is random about a sample follows from its seed, so a run on another number
@@ -32,8 +33,8 @@ class FlowConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class Noised(NamedTuple):
-    """What the model gets and what it must predict; see train.model.wan.Wan.forward for the first
-    three.
+    """What the model gets and what it must predict, float32; see train.model.wan.Wan.forward for
+    the first three.
     """
 
     latent_BCThw: Tensor
@@ -100,14 +101,25 @@ def noise_latent(
     samples if given.
     """
     device = latent_BCThw.device
-    x0 = latent_BCThw.float()
-    sigma_B, i2v_B = to_device(sigmas, torch.float32, device), to_device(is_i2v, torch.bool, device)
-    s, i2v = sigma_B.view(-1, 1, 1, 1, 1), i2v_B.view(-1, 1, 1, 1, 1)
-    noised = (1 - s) * x0 + s * noise_BCThw
-    first = x0[:, :, :1] if condition_BC1hw is None else condition_BC1hw.float()
-    noised[:, :, :1] = torch.where(i2v, first, noised[:, :, :1])
+    x0_BCThw = latent_BCThw.float()
+    sigma_B = to_device(sigmas, torch.float32, device)
+    i2v_B = to_device(is_i2v, torch.bool, device)
+
+    sigma_B1111 = sigma_B.view(-1, 1, 1, 1, 1)
+    noised_BCThw = (1 - sigma_B1111) * x0_BCThw + sigma_B1111 * noise_BCThw
+    # image-to-video: latent frame 0 stays clean
+    first_BC1hw = x0_BCThw[:, :, :1] if condition_BC1hw is None else condition_BC1hw.float()
+    noised_BCThw[:, :, :1] = torch.where(
+        i2v_B.view(-1, 1, 1, 1, 1), first_BC1hw, noised_BCThw[:, :, :1]
+    )
+    # row 0 of the modulation is for clean tokens, row 1 for noised ones
     t_BR = torch.stack([torch.zeros_like(sigma_B), 1000 * sigma_B], dim=1)
-    return Noised(noised, t_BR, i2v_B.long(), noise_BCThw - x0)
+    return Noised(
+        latent_BCThw=noised_BCThw,
+        t_BR=t_BR,
+        num_clean_frames_B=i2v_B.long(),
+        target_BCThw=noise_BCThw - x0_BCThw,
+    )
 
 
 def sample_losses(

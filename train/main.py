@@ -1,4 +1,6 @@
-"""Fine-tune Wan2.2 with LoRA:  torchrun --nproc-per-node 2 train/main.py CONFIG.toml [--set key=value ...]
+"""Fine-tune Wan2.2 with LoRA on a dataset of shardgen.
+
+    torchrun --nproc-per-node 2 train/main.py CONFIG.toml [--set key=value ...]
 
 The whole program is on this page: build, loop, save. A run whose output folder has checkpoints
 goes on from the newest one, exactly (on a GPU bit for bit with `deterministic`). Nothing random
@@ -22,102 +24,108 @@ from loader.shape import WAN22
 from train import checkpoint, optim, setup
 from train.config import TrainConfig
 from train.lora import files as lora_files
-from train.metrics import Metrics, Report, Scalars, Stopwatch, peak_memory_gib, record_of
 from train.parallel import mesh
-from train.parallel.mesh import World
+from train.progress import Progress, Report
+from train.records import StepRecord
 from train.step import prepare
+from train.stopwatch import Scalars, Stopwatch, peak_memory_gib
 
 
-def train(config: TrainConfig, world: World, stack: ExitStack) -> None:
+def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
     # -- build and resume --------------------------------------------------------------------
     feed = stack.enter_context(setup.open_feed(config, world))
     run = setup.build(config, world, feed.buckets, feed_bytes=setup.feed_bytes(config, feed))
-    output, device, flat = config.output_dir, world.device, run.flat
-    resumed_from = checkpoint.latest(output)
     first_step = run.resume(feed)
-    # rank 0 may delete and write checkpoints only after everyone has read theirs
+    # the main process may delete and write checkpoints only after everyone has read theirs
     mesh.barrier(world)
-    metrics = (
-        stack.enter_context(Metrics(output, first_step, config.num_steps))
-        if world.is_main
-        else None
-    )
-    if metrics:
-        (output / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+    progress = None
+    if world.is_main:
+        progress = stack.enter_context(Progress(config.output_dir, first_step, config.num_steps))
+        (config.output_dir / "config.toml").write_text(dump_toml(config), encoding="utf-8")
         for line in run.describe():
-            metrics.say(line)
-        metrics.say(f"resumed from {resumed_from}" if resumed_from else "from the start")
+            progress.say(line)
 
-    stopwatch, logged_step, num_tokens = Stopwatch(device), first_step, 0
+    # names for what the loop uses most
+    flat, scaler, optimizer, micro_step = run.flat, run.scaler, run.optimizer, run.micro_step
+    num_micro_everywhere = run.num_micro * world.data_size
+    stopwatch, num_tokens, logged_step = Stopwatch(world.device), 0, first_step
     reports: deque[Report] = deque()
     for step in range(first_step, config.num_steps):
+        # -- one optimizer step: forward and backward of this process's micro-batches --------
         flat.buffer.zero_()
         for _ in range(run.num_micro):
             batch, feed_state = next(feed)
             stopwatch.lap("data_wait_s")
-            loss = run.micro_step.forward(prepare(batch, config.flow))
-            flat.loss.add_(loss / (run.num_micro * world.data_size))
+            loss = micro_step.forward(prepare(batch, config.flow))
+            flat.loss.add_(loss / num_micro_everywhere)
             stopwatch.lap("forward_s")
-            run.micro_step.backward()
+            micro_step.backward()
             stopwatch.lap("backward_s")
             num_tokens += WAN22.num_tokens(batch.bucket) * len(batch.keys) * world.data_size
+        # gradient and loss of all processes, summed as one vector
         mesh.all_reduce_sum(flat.buffer, world)
         stopwatch.lap("sync_s")
+        # clip, step, and renew the copies of the adapters that GEMMs read
         lr = optim.learning_rate(step, config.num_steps, config.optim)
-        run.optimizer.param_groups[0]["lr"] = lr
-        run.scaler.unscale_(run.optimizer)
+        optimizer.param_groups[0]["lr"] = lr
+        scaler.unscale_(optimizer)
         grad_norm = optim.clip_gradient(flat.gradient, config.optim.clip_norm)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
         run.adapters.refresh()
         stopwatch.lap("optimizer_s")
 
         done = step + 1
-        save = done % config.checkpoint_every == 0 or done == config.num_steps
-        if save or done % config.log_every == 0:
-            scale = run.scaler.scale(torch.ones((), device=device))
-            scalars = Scalars(flat.loss, grad_norm, scale)
-            reports.append(
-                Report(
-                    done,
-                    done - logged_step,
-                    batch.epoch,
-                    lr,
-                    scalars,
-                    num_tokens,
-                    stopwatch.split(),
-                    peak_memory_gib(device),
-                )
+        saves = done % config.checkpoint_every == 0 or done == config.num_steps
+        # -- once in a while: log ------------------------------------------------------------
+        if saves or done % config.log_every == 0:
+            report = Report(
+                step=done,
+                num_steps=done - logged_step,
+                num_tokens=num_tokens,
+                laps=stopwatch.split(),
+                scalars=Scalars(flat.loss, grad_norm, run.loss_scale()),
+                epoch=batch.epoch,
+                lr=lr,
+                memory_gib=peak_memory_gib(world.device),
             )
-            logged_step, num_tokens = done, 0
-        # a step late, so that the device has the next one to work on
-        while reports and (save or len(reports) > 1):
-            record = record_of(reports.popleft())
-            if optim.is_lost(
-                float(record["loss"] or 0.0),
-                float(record["grad_norm"] or 0.0),
-                float(record["loss_scale"] or 0.0),
-                run.scaler.is_enabled(),
-            ):
-                # the same on all ranks; nothing of this is saved
-                raise ValueError(
-                    f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}, "
-                    f"loss scale {record['loss_scale']}. Start a new output with a lower optim.lr, from "
-                    f"lora.init = the {lora_files.DIFFUSERS_FILE} in "
-                    f"{checkpoint.latest(output) or 'an earlier run'}"
-                )
-            if metrics:
-                metrics.write(record)
-        if metrics and save:
+            reports.append(report)
+            num_tokens, logged_step = 0, done
+        # read a step late, so that the device has the next one to work on, but before saving
+        while len(reports) > (0 if saves else 1):
+            record = reports.popleft().record()
+            stop_if_lost(record, run)
+            if progress:
+                progress.write(record)
+        # -- once in a while: checkpoint -----------------------------------------------------
+        if saves and world.is_main:
             run.save_checkpoint(done, feed_state)
         stopwatch.lap("other_s")
+
     mesh.barrier(world)
-    if metrics:
-        lora_files.save_both(run.adapters, output)
-        metrics.say(
-            f"{config.num_steps} steps done: {output / lora_files.DIFFUSERS_FILE} (diffusers), "
-            f"{output / lora_files.COMFYUI_FILE} (ComfyUI)"
+    if progress:
+        lora_files.save_both(run.adapters, config.output_dir)
+        diffusers, comfyui = lora_files.DIFFUSERS_FILE, lora_files.COMFYUI_FILE
+        progress.say(
+            f"{config.num_steps} steps done: {config.output_dir / diffusers} (diffusers), "
+            f"{config.output_dir / comfyui} (ComfyUI)"
         )
+
+
+def stop_if_lost(record: StepRecord, run: setup.Run) -> None:
+    """Raise ValueError where training can't go on from this step: on all processes, because they
+    have the same numbers, and before anything of it is saved.
+    """
+    loss, grad_norm, loss_scale = record.loss, record.grad_norm, record.loss_scale
+    assert loss is not None and grad_norm is not None and loss_scale is not None
+    if not optim.is_lost(loss, grad_norm, loss_scale, scaling=run.scaler.is_enabled()):
+        return
+    newest = checkpoint.latest(run.config.output_dir) or "an earlier run"
+    raise ValueError(
+        f"step {record.step}: loss {loss}, gradient norm {grad_norm}, loss scale {loss_scale}. "
+        f"Start a new output with a lower optim.lr, from lora.init = the "
+        f"{lora_files.DIFFUSERS_FILE} in {newest}"
+    )
 
 
 def main() -> None:
@@ -137,21 +145,17 @@ def main() -> None:
     logging.getLogger("loader").setLevel(logging.INFO)  # the samples that each epoch leaves out
     try:
         with ExitStack() as stack:
-            train(
-                load_toml(arguments.config, TrainConfig, arguments.set),
-                stack.enter_context(mesh.process_group()),
-                stack,
-            )
+            config = load_toml(arguments.config, TrainConfig, arguments.set)
+            train(config, stack.enter_context(mesh.process_group()), stack)
     except torch.OutOfMemoryError as error:
         sys.exit(
-            f'train: {error}\ntrain: the GPU\'s memory is full. Set activation_memory to "block" or a '
-            f"smaller budget than it chose, activation_offload = true, cuda_graph_tokens = 0, micro_batch = 1, or "
-            f"build smaller windows.buckets"
+            f"train: {error}\n"
+            f'train: the GPU\'s memory is full. Set activation_memory to "block" or a smaller '
+            f"budget than it chose, activation_offload = true, cuda_graph_tokens = 0, "
+            f"micro_batch = 1, or build smaller windows.buckets"
         )
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # every fault of the user's is one of these, and says what to do
+    except (ValueError, OSError) as error:
+        # every fault of the user's is one of these, and says what to do
         sys.exit(f"train: {error}")
 
 

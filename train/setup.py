@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loader.feed import Feed
 from loader.sample import MAX_TEXT_TOKENS
@@ -24,7 +25,7 @@ from train import checkpoint, optim
 from train.activations import plan as activations
 from train.activations.budget import parse_activation_memory, raw_bytes, room_bytes
 from train.activations.runner import block_runner
-from train.config import TrainConfig, flat, resumable_changes
+from train.config import TrainConfig, defaults, flat, resumable_changes
 from train.lora import adapters as lora
 from train.lora import files as lora_files
 from train.model.attention import Attention, choose_attention
@@ -64,7 +65,12 @@ class Run:
             if self.config.lora.init:
                 lora_files.load_diffusers(self.adapters, Path(self.config.lora.init))
             return 0
-        state = checkpoint.load(newest, flat(self.config), resumable_changes(self.config))
+        state = checkpoint.load(
+            newest,
+            flat(self.config),
+            changeable=resumable_changes(self.config),
+            defaults=defaults(),
+        )
         num_done: int = state["step"]
         if num_done > self.config.num_steps:
             raise ValueError(
@@ -96,12 +102,20 @@ class Run:
             keep=self.config.keep_checkpoints,
         )
 
+    def loss_scale(self) -> Tensor:
+        """A float32 scalar on the device; 1 without loss scaling."""
+        scale: Tensor = self.scaler.scale(torch.ones((), device=self.world.device))
+        return scale
+
     def describe(self) -> list[str]:
-        """What was chosen, as lines of the log."""
+        """What was chosen, as lines of the log, before the first step."""
+        newest = checkpoint.latest(self.config.output_dir)
         summary = (
             f"{len(self.adapters.tensors())} adapters, {self.flat.vector.numel():,} parameters on "
             f"{self.world.data_size} x {self.world.device.type}; {self.config.model.dtype}, "
-            f"{self.attention_name} attention, activation_memory = {self.config.activation_memory}"
+            f"{self.attention_name} attention, activation_memory = "
+            f"{self.config.activation_memory}; "
+            f"{f'resumed from {newest}' if newest else 'from the start'}"
         )
         plans = [
             f"{bucket}: {activations.describe(self.model.config, plan)}"

@@ -29,7 +29,8 @@ def test_null_and_absent_values_are_gaps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no step"), ('{"step": 1}\n{"st', "line 2"), ("[1]\n", "line 1")]
+    ("text", "message"),
+    [("", "no step"), ('{"step": 1}\n{"st\n', "line 2"), ("[1]\n", "line 1")],
 )
 def test_unreadable_metrics_name_the_line(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -1,0 +1,99 @@
+"""metrics.jsonl, the measurements of a run: a line of JSON for every step that was logged.
+
+Whatever writes or reads that file does it through this module, which needs no torch. Only measured
+values are written: None (null in the file) means that a value was not measured, or is not a finite
+number, which JSON can't hold.
+"""
+
+from pathlib import Path
+from typing import IO, TypeVar
+
+import msgspec
+
+from loader.files import write_atomic
+
+METRICS_FILE = "metrics.jsonl"
+RecordT = TypeVar("RecordT", bound=msgspec.Struct)
+
+
+class RecordError(ValueError):
+    """A line that is no record; the message names the file and the line."""
+
+
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Means over the optimizer steps since the record before, unless a field says otherwise.
+
+    The parts of a step: waiting for data, forward pass, backward pass, all-reduce, optimizer, and
+    other work (logging and checkpoints) since the step before, if there was one.
+    """
+
+    # number of finished steps
+    step: int
+    # of the last batch's dataset
+    epoch: int | None = None
+    # of the last step, over the global batch
+    loss: float | None = None
+    lr: float | None = None
+    # of the last step, before clipping
+    grad_norm: float | None = None
+    # after the last step; 1 unless model.dtype is float16
+    loss_scale: float | None = None
+    s_per_step: float | None = None
+    data_wait_s: float | None = None
+    forward_s: float | None = None
+    backward_s: float | None = None
+    sync_s: float | None = None
+    optimizer_s: float | None = None
+    other_s: float | None = None
+    # video tokens of all processes
+    tokens_per_s: float | None = None
+    # data_wait_s / s_per_step
+    data_wait_share: float | None = None
+    # peak since the start, of the GPU's allocator or, on a CPU, of the process
+    memory_gib: float | None = None
+
+
+def append_record(file: IO[bytes], record: msgspec.Struct) -> None:
+    """Write `record` as one line, and hand it to the operating system."""
+    file.write(msgspec.json.encode(record) + b"\n")
+    file.flush()
+
+
+def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:
+    """All records of a file of `kind`. A last line without its end is still being written, or was
+    when the run was killed: it is left out. Raises RecordError, OSError.
+    """
+    return [_decode(path, number, line, kind) for number, line in _whole_lines(path)]
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Drop the lines past `step`, and one that has no end: what a killed run logged after the
+    checkpoint that is gone on from. Raises RecordError, OSError.
+    """
+    kept = [
+        line
+        for number, line in _whole_lines(path)
+        if _decode(path, number, line, _Numbered).step <= step
+    ]
+    write_atomic(path, b"".join(kept))
+
+
+class _Numbered(msgspec.Struct):
+    """What every kind of record has."""
+
+    step: int
+
+
+def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.endswith(b"\n")]
+
+
+def _decode(path: Path, number: int, line: bytes, kind: type[RecordT]) -> RecordT:
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except msgspec.DecodeError as error:
+        raise RecordError(
+            f"{path}: line {number} is no record of a step ({error}): {line[:80]!r}; delete the "
+            f"line to go on without it"
+        ) from error
