@@ -41,6 +41,11 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         temporary.replace(path)
         if durable:
             sync_folder(path.parent)
+    except OSError as error:
+        # a write to an open file fails without saying which: the disk is full, for example
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
