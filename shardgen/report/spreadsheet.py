@@ -10,10 +10,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
+from loader.exclusions import neutralised
+
 BYTE_ORDER_MARK = "\ufeff".encode()
 MAX_CELL_CHARS = 131_072  # csv.field_size_limit()
-# What makes spreadsheets take a text for a formula, full-width forms included.
-_FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
 
 
 def csv_header(columns: Sequence[str]) -> bytes:
@@ -33,8 +33,7 @@ def csv_row(columns: Sequence[str], values: Mapping[str, object]) -> bytes:
 def _cell(value: object) -> object:
     if not isinstance(value, str):
         return value
-    if value.startswith(_FORMULA_STARTS):
-        value = f"'{value}"
+    value = neutralised(value)
     if len(value) > MAX_CELL_CHARS:
         note = f" [cut: {len(value)} characters]"
         value = value[: MAX_CELL_CHARS - len(note)] + note
