@@ -11,15 +11,16 @@ The configuration arrives taken apart: each stage gets the tables that it obeys.
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from tqdm import tqdm
 
 from loader.config import ConfigError
+from loader.exclusions import excluded_labels, read_exclusions
 from loader.files import write_atomic
 from loader.manifest import (
     MANIFEST_FILE,
@@ -29,15 +30,28 @@ from loader.manifest import (
     make_manifest,
     recipe_id,
 )
+from loader.sample import EMPTY_PROMPT_FILE
+from shardgen.catalog.adopt import adopt_exclusions, adopt_media, adopt_recipe, forgets_plan
 from shardgen.catalog.catalog import Catalog
-from shardgen.catalog.tables import FETCHED, INGESTED, SOUND, UNAVAILABLE, WANTED
+from shardgen.catalog.rows import StatusCount
+from shardgen.catalog.tables import (
+    ACCEPTED,
+    FETCHED,
+    GONE,
+    INGESTED,
+    SOUND,
+    UNAVAILABLE,
+    WANTED,
+)
 from shardgen.encode.config import EncodeConfig, ExecutorConfig
+from shardgen.encode.device import check_device
 from shardgen.encode.unit import spec_of
-from shardgen.encode.write import remove_leftovers
+from shardgen.encode.write import remove_leftovers, remove_shard
 from shardgen.recipe import full_recipe
 from shardgen.report.config import TargetsConfig
 from shardgen.report.estimate import estimate
 from shardgen.report.files import write_reports
+from shardgen.report.progress import Progress
 from shardgen.report.summary import status_line, summary
 from shardgen.rules.config import RulesConfig
 from shardgen.stages.config import FetchConfig, LabelsConfig
@@ -47,6 +61,7 @@ from shardgen.stages.filter import filter_labels
 from shardgen.stages.ingest import ingest_labels
 from shardgen.stages.plan import plan_shards, settle_duplicates
 from shardgen.stages.probe import probe_media
+from shardgen.stages.recheck import flag_changed_media
 
 CATALOG_FILE = "catalog.sqlite"
 CONFIG_FILE = "config.toml"
@@ -69,35 +84,41 @@ class BuildInputs(msgspec.Struct, frozen=True, kw_only=True):
     config_toml: str  # the whole of it, resolved, to be echoed into the output
 
 
+class EmptyBuildError(ValueError):
+    """There is nothing to make a dataset of; the message says what became of the label files."""
+
+
 def build(inputs: BuildInputs, last_stage: str = STAGES[-1], dry_run: bool = False) -> bool:
     """Build the dataset that `inputs` describe, up to `last_stage`. With `dry_run` only the
     labels are read and filtered, and what is to be expected is printed.
 
     Returns False if shards are left that couldn't be encoded now, or clips for which the cache
-    had no room: the next build goes on with them. Raises ConfigError, CatalogError,
-    ExecutorError or OSError; what was finished then stands.
+    had no room: the next build goes on with them. Raises ConfigError, DatasetError (exclusions),
+    CatalogError, EmptyBuildError, ExecutorError or OSError; what was finished then stands.
     """
-    output, labels = inputs.output, inputs.labels
+    # What can be seen to fail is looked at before anything is written.
+    check_device(inputs.encode, inputs.executor)
+    exclusions = inputs.labels.exclusions
+    excluded = excluded_labels(read_exclusions(Path(exclusions))) if exclusions else frozenset()
+    output = inputs.output
     output.mkdir(parents=True, exist_ok=True)
     failures: list[str] = []
     with alone_in(output), Catalog(output / CATALOG_FILE) as catalog:
         remove_leftovers(output)
-        database = catalog.database
-        model = Path(inputs.encode.model)
-        recipe = full_recipe(inputs.recipe, model, database.recall, database.remember)
-        catalog.adopt_recipe(recipe_id(recipe), f"{labels.limit} {labels.sample_fraction}")
+        recipe = adopt(catalog, inputs)
         write_atomic(output / CONFIG_FILE, inputs.config_toml.encode())
-        for name in run_stages(catalog, inputs, recipe, failures):
+        for name in run_stages(catalog, inputs, recipe, excluded, failures):
+            counts = catalog.status_counts()
             if dry_run and name == "filter":
                 print(estimate(catalog, inputs.rules))
                 return True
             if name != STAGES[-1]:  # the report has told more
-                print(f"{name}: {status_line(catalog.status_counts())}")
+                print(f"{name}: {status_line(counts)}")
             if name == last_stage:
                 break
-        num_waiting = sum(
-            count.num_labels for count in catalog.status_counts() if count.reason == "cache_full"
-        )
+        num_waiting = sum(count.num_labels for count in counts if count.reason == "cache_full")
+        if name == "plan" and not num_waiting and not catalog.shards.num_planned():
+            raise EmptyBuildError(nothing_to_encode(counts))
     for failure in failures:
         print(f"not encoded: {failure}")
     if num_waiting:
@@ -108,61 +129,124 @@ def build(inputs: BuildInputs, last_stage: str = STAGES[-1], dry_run: bool = Fal
     return not failures and not num_waiting
 
 
+def adopt(catalog: Catalog, inputs: BuildInputs) -> dict[str, Any]:
+    """Start a build in its catalog; returns the whole recipe. Raises CatalogError if shards were
+    written under another one.
+    """
+    database, labels, output = catalog.database, inputs.labels, inputs.output
+    model = Path(inputs.encode.model)
+    recipe = full_recipe(inputs.recipe, model, database.recall, database.remember)
+    if forgets_plan(database, recipe_id(recipe)):
+        # No shard is in the catalog as written. What a worker that was killed has put in place
+        # all the same, and the empty prompt, may not be what the new recipe makes.
+        for name in catalog.shards.unfinished():
+            remove_shard(output / catalog.shards.plan(name).split, name)
+        for file in (EMPTY_PROMPT_FILE, MANIFEST_FILE):
+            (output / file).unlink(missing_ok=True)
+    adopt_recipe(database, recipe_id(recipe), f"{labels.limit} {labels.sample_fraction}")
+    if inputs.fetch.reuse:
+        adopt_media(database, Path(inputs.fetch.reuse) / CATALOG_FILE)
+    return recipe
+
+
 def run_stages(
-    catalog: Catalog, inputs: BuildInputs, recipe: dict[str, Any], failures: list[str]
+    catalog: Catalog,
+    inputs: BuildInputs,
+    recipe: dict[str, Any],
+    excluded: Set[str],
+    failures: list[str],
 ) -> Iterator[str]:
-    """All stages in order, each with its bar; yields the name of each when it is done. Shards
-    that can't be encoded now are added to `failures`, a line each, and then no manifest is
-    written.
+    """All stages in order, each with its progress; yields the name of each when it is done.
+    `excluded` are the labels that reviewers have excluded. Shards that can't be encoded now are
+    added to `failures`, a line each, and then no manifest is written.
     """
     output, labels, rules = inputs.output, inputs.labels, inputs.rules
     root = Path(labels.root)
 
-    with stage("labels", None, "label") as bar:
+    def stage(name: str, total: int | None, unit: str = "clip") -> Progress:
+        return Progress(output, name, f"{STAGES.index(name) + 1}/{len(STAGES)}", total, unit)
+
+    # label files -> ingested, or unreadable
+    with stage("labels", None, "label") as progress:
         ingest_labels(
             catalog,
             root,
             max_bytes=labels.max_bytes,
             workers=labels.workers,
-            advance=bar.update,
+            advance=progress.update,
+        )
+    if catalog.count() == catalog.count(GONE):
+        raise EmptyBuildError(
+            f"labels.root = {root}: no label file (*.json) lies in it; it must hold "
+            f"{{image,video}}/batch_NNNN/ID.json"
         )
     yield "labels"
 
-    with stage("filter", catalog.count(INGESTED)) as bar:
-        filter_labels(catalog, labels, rules, bar.update)
+    # ingested -> wanted, by the rules that need the label alone
+    if num_unknown := adopt_exclusions(catalog.database, excluded):
+        print(
+            f"exclusions: {num_unknown} of {len(excluded)} excluded labels name no label file "
+            f"below {root}"
+        )
+    with stage("filter", catalog.count(INGESTED)) as progress:
+        filter_labels(catalog, labels, rules, excluded, progress.update)
     yield "filter"
 
-    with stage("fetch", catalog.count(WANTED, UNAVAILABLE)) as bar:
-        fetch_media(catalog, root, inputs.cache, inputs.fetch, bar.update)
+    # wanted -> fetched: local files hashed, others downloaded
+    with stage("fetch", catalog.count(WANTED, UNAVAILABLE, ACCEPTED)) as progress:
+        flag_changed_media(catalog, root, inputs.fetch.workers, progress.update)
+        fetch_media(catalog, root, inputs.cache, inputs.fetch, progress.update)
     yield "fetch"
 
-    with stage("probe", catalog.count(FETCHED)) as bar:
-        probe_media(catalog, rules, labels.workers, bar.update)
+    # fetched -> sound, by the rules that need the footage
+    with stage("probe", catalog.count(FETCHED)) as progress:
+        probe_media(catalog, rules, labels.workers, progress.update)
     yield "probe"
 
+    # sound -> accepted, in a planned shard: from here on nothing moves
     settle_duplicates(catalog)
-    with stage("plan", catalog.count(SOUND)) as bar:
-        plan_shards(catalog, rules, bar.update)
+    with stage("plan", catalog.count(SOUND)) as progress:
+        plan_shards(catalog, rules, progress.update)
     yield "plan"
 
-    names = shards_to_write(catalog, output)
-    spec = spec_of(inputs.encode, output, rules.windows.fit)
-    with stage("encode", len(names), "shard") as bar:
-        failures += encode_shards(catalog, names, spec, inputs.executor, bar.update)
-    yield "encode"
+    # planned shards -> written shards
+    if catalog.shards.num_planned():
+        names = shards_to_write(catalog, output)
+        spec = spec_of(inputs.encode, output, rules.windows.fit)
+        with stage("encode", len(names), "shard") as progress:
+            failures += encode_shards(catalog, names, spec, inputs.executor, progress.update)
+        yield "encode"
 
-    with stage("report", catalog.count()) as bar:
-        report = write_reports(catalog, output, root, rules.windows.fit, inputs.targets, bar.update)
+    # What became of all of them, and last of all the manifest: a folder that has one is complete.
+    with stage("report", catalog.count()) as progress:
+        report = write_reports(
+            catalog, output, root, rules.windows.fit, inputs.targets, progress.update
+        )
     finished = catalog.shards.finished()
-    if not failures:
+    print(summary(report, finished))
+    counts = catalog.status_counts()
+    if not finished and not failures and all(count.reason != "cache_full" for count in counts):
+        raise EmptyBuildError(nothing_to_encode(counts))
+    if finished and not failures:
         splits: dict[Split, list[ShardInfo]] = {
             "train": [info for split, info in finished if split == "train"],
             "val": [info for split, info in finished if split == "val"],
         }
         manifest = make_manifest(recipe, splits, version=inputs.manifest_version)
         write_atomic(output / MANIFEST_FILE, encode_manifest(manifest))
-    print(summary(report, finished))
     yield "report"
+
+
+def nothing_to_encode(counts: Sequence[StatusCount]) -> str:
+    """Why a build has no sample, from what became of its label files."""
+    reasons: Counter[str] = Counter()
+    for count in counts:
+        reasons[f"{count.status}: {count.reason}"] += count.num_labels
+    listed = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
+    return (
+        f"none of {reasons.total()} label files gives a sample, so there is no dataset ({listed}); "
+        f"loosen the rule that took most, or look at defective_samples.csv"
+    )
 
 
 @contextmanager
@@ -181,13 +265,3 @@ def alone_in(output: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-def stage(name: str, total: int | None, unit: str = "clip") -> "tqdm[None]":
-    """The progress bar of a stage."""
-    return tqdm(
-        desc=f"{STAGES.index(name) + 1}/{len(STAGES)} {name:<6}",
-        total=total,
-        unit=f" {unit}s",
-        dynamic_ncols=True,
-    )

@@ -1,9 +1,11 @@
 """`shardgen build | verify | inspect | report`.
 
-Exit codes: 0 done, 1 the data has faults or work is left, 2 the command can't be carried out as given, 130 interrupted.
+Exit codes: 0 done, 1 the data has faults or work is left, 2 the command can't be carried out as
+given, 130 interrupted.
 """  # the last paragraph is printed by --help
 
 import argparse
+import errno
 import os
 import sqlite3
 import sys
@@ -28,6 +30,15 @@ from shardgen.report.summary import summary, summary_of_checks
 from shardgen.verify import verify_dataset
 
 OK, FAULTS, CANNOT, INTERRUPTED = 0, 1, 2, 130
+_ADVICE = {
+    errno.EEXIST: "; a file stands where a folder is needed, name another folder",
+    errno.ENOTDIR: "; a file stands where a folder is needed, name another folder",
+    errno.ENOSPC: "; free some space and run the same command, what was finished stands",
+    errno.EDQUOT: "; free some space and run the same command, what was finished stands",
+    errno.EROFS: "; name a folder on a disk that can be written",
+    errno.EACCES: "; make it accessible to this user, or name another folder",
+    errno.EPERM: "; make it accessible to this user, or name another folder",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,12 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except sqlite3.Error as error:
         print(
-            f"shardgen: the catalog can't be read or written: {error}; is the disk full, or the folder read-only? "
-            f"What was finished stands, run the same command to go on",
+            f"shardgen: the catalog can't be read or written: {error}; is the disk full, or the "
+            f"folder read-only? What was finished stands, run the same command to go on",
             file=sys.stderr,
         )
         return CANNOT
-    except (ValueError, OSError, ExecutorError) as error:
+    except OSError as error:
+        print(f"shardgen: {_advised(error)}", file=sys.stderr)
+        return CANNOT
+    except (ValueError, ExecutorError) as error:
         print(f"shardgen: {error}", file=sys.stderr)
         return CANNOT
     except KeyboardInterrupt:
@@ -54,6 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sys.stderr.flush()
         os._exit(INTERRUPTED)  # not by way of the workers' last units: they end with this process
+
+
+def _advised(error: OSError) -> str:
+    """What the system says, where, and what to do about it."""
+    if error.errno is None:
+        return str(error)  # one of ours, which says all of it
+    where = f"{error.filename}: " if error.filename else ""
+    advice = _ADVICE.get(error.errno, "")
+    return f"{where}{error.strerror}{advice}"
 
 
 def run_build(options: argparse.Namespace) -> int:
@@ -78,9 +101,11 @@ def run_verify(options: argparse.Namespace) -> int:
         for fault in verify_dataset(options.dataset, options.workers, bar.update):
             bar.write(fault)
             num_faults += 1
+    num_samples = sum(info.num_samples for info in shards)
+    size = f"{sum(info.bytes for info in shards) / 1e6:.1f} MB"
     print(
-        f"{options.dataset}: {len(shards)} shards, {sum(info.num_samples for info in shards)} samples, "
-        f"{sum(info.bytes for info in shards) / 1e6:.1f} MB: {num_faults or 'no'} faults"
+        f"{options.dataset}: {len(shards)} shards, {num_samples} samples, {size}: "
+        f"{num_faults or 'no'} faults"
     )
     return FAULTS if num_faults else OK
 
@@ -126,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shardgen",
         description="Label files and footage in, training shards out.",
-        epilog=(__doc__ or "").strip().rpartition("\n")[2],
+        epilog=" ".join((__doc__ or "").rpartition("\n\n")[2].split()),
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -31,6 +31,7 @@ def full_recipe(
     Raises ConfigError if the model folder lacks a part.
     """
 
+    # Gigabytes of weights are hashed once, as long as size and mtime stay.
     def recalled_xxh3(path: Path) -> str:
         status = path.stat()
         name = f"model {path.resolve()} {status.st_size} {status.st_mtime_ns}"

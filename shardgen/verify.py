@@ -141,7 +141,10 @@ def _media_faults(
     """The clips in a foreign tar: line i of its index is one clip, of sample i."""
     clips = [[split_member_name(member.name) for member in members] for members in index]
     if [[key] for key in keys] != [[key for key, _ in names] for names in clips]:
-        yield f"{media.name}.idx: its {len(index)} clips are not those of the {len(keys)} samples, one each"
+        yield (
+            f"{media.name}.idx: its {len(index)} clips are not those of the {len(keys)} samples, "
+            f"one each"
+        )
     for member in (member for members in index for member in members):
         with memoryview(data) as view, view[member.offset : member.offset + member.size] as stored:
             if xxhash.xxh3_64_hexdigest(stored) != hashes.get(member.name):
@@ -156,7 +159,8 @@ def _tar_faults(
     for member in (member for members in index for member in members):
         header, padding = tar_header(member.name, member.size), bytes(-member.size % BLOCK_BYTES)
         if member.offset != offset + BLOCK_BYTES or data[offset : offset + BLOCK_BYTES] != header:
-            yield f"{info.name}.tar: {member.name}: the header at byte {offset} is not that of this member"
+            place = f"{info.name}.tar: {member.name}"
+            yield f"{place}: the header at byte {offset} is not that of this member"
         end = member.offset + member.size
         if data[end : end + len(padding)] != padding:
             yield f"{info.name}.tar: {member.name}: the padding after it is not zero"
@@ -165,10 +169,16 @@ def _tar_faults(
                 yield f"{info.name}.tar: {member.name}: its bytes don't match {info.name}.xxh3"
         offset = end + len(padding)
     if data[offset:] != END:
-        yield f"{info.name}.tar: {len(data) - offset} bytes follow the last member, expected two blocks of zeros"
+        yield (
+            f"{info.name}.tar: {len(data) - offset} bytes follow the last member, expected two "
+            f"blocks of zeros"
+        )
     names = [member.name for members in index for member in members]
     if list(hashes) != names:
-        yield f"{info.name}.xxh3: names {len(hashes)} members, the index {len(names)}, or in another order"
+        yield (
+            f"{info.name}.xxh3: names {len(hashes)} members, the index {len(names)}, or in "
+            f"another order"
+        )
     if len(index) != info.num_samples:
         yield f"{info.name}.idx: {len(index)} samples, the manifest says {info.num_samples}"
 
@@ -205,11 +215,13 @@ def _sample_faults(
             yield f"{place}: its metadata say key {meta.key} and belong to key {expected}"
         if (meta.split, meta.bucket) != (split, bucket):
             yield f"{place}: a sample of {meta.split} {meta.bucket} in a shard of {split} {bucket}"
-        if meta.latent.shape != layout.latent_shape(bucket):
-            yield f"{place}.{LATENT}: shape {list(meta.latent.shape)}, {bucket} has {list(layout.latent_shape(bucket))}"
-        if len(meta.text.shape) != 2 or not 1 <= meta.text.shape[0] <= MAX_TEXT_TOKENS:
-            yield f"{place}.{TEXT}: shape {list(meta.text.shape)}, expected [1 to {MAX_TEXT_TOKENS}, text dimension]"
-        checked.text_dims.add(meta.text.shape[-1])
+        latent_shape, text_shape = meta.latent.shape, meta.text.shape
+        if latent_shape != (wanted := layout.latent_shape(bucket)):
+            yield f"{place}.{LATENT}: shape {list(latent_shape)}, {bucket} has {list(wanted)}"
+        if len(text_shape) != 2 or not 1 <= text_shape[0] <= MAX_TEXT_TOKENS:
+            wanted_text = f"[1 to {MAX_TEXT_TOKENS}, text dimension]"
+            yield f"{place}.{TEXT}: shape {list(text_shape)}, expected {wanted_text}"
+        checked.text_dims.add(text_shape[-1])
         tensors = [(LATENT, meta.latent), (TEXT, meta.text)][foreign:]
         if CONDITION in stored:
             tensors.append((CONDITION, condition_info(stored[CONDITION], meta.latent)))
@@ -231,7 +243,11 @@ def _picture_faults(stored: dict[str, bytes], place: str, meta: SampleMeta) -> I
             with Image.open(BytesIO(stored[JPG]), formats=["JPEG"]) as image:
                 image.load()
                 if image.size != (meta.width_px, meta.height_px):
-                    yield f"{place}.{JPG}: {image.width}x{image.height}, expected {meta.width_px}x{meta.height_px}"
+                    size, wanted = (
+                        f"{image.width}x{image.height}",
+                        f"{meta.width_px}x{meta.height_px}",
+                    )
+                    yield f"{place}.{JPG}: {size}, expected {wanted}"
         except (OSError, SyntaxError) as error:
             yield f"{place}.{JPG}: does not decode: {error}"
     if MP4 in stored:

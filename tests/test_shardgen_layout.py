@@ -2,8 +2,10 @@
 order of its sub-packages is in test_layout.py.
 """
 
-import tomllib
 from pathlib import Path
+
+import pytest
+from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,7 +17,13 @@ def test_all_sql_is_in_the_catalog() -> None:
             assert ".execute(" not in text and "SELECT " not in text, path
 
 
-def test_the_template_of_the_report_is_package_data() -> None:
-    assert (ROOT / "shardgen/report/page.html").is_file()
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert settings["package-data"]["shardgen.report"] == ["page.html"]
+def test_setuptools_packs_the_template_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution()
+    distribution.parse_config_files(["pyproject.toml"])
+    # else setuptools asks git, and writes a folder of its own
+    distribution.include_package_data = False
+    command = distribution.get_command_obj("build_py")
+    command.ensure_finalized()
+    packed = {package: names for package, _, _, names in command.data_files}
+    assert packed["shardgen.report"] == ["page.html"]

@@ -12,22 +12,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
-from shardgen.catalog.database import CatalogError, Database, open_to_read, open_to_write
+from shardgen.catalog.database import Database, open_to_read, open_to_write
 from shardgen.catalog.label_table import LabelTable
 from shardgen.catalog.media_table import MediaTable
 from shardgen.catalog.rows import CLIP_COLUMNS, Claim, Clip, StatusCount, clip_of
 from shardgen.catalog.shard_table import ShardTable
-from shardgen.catalog.tables import (
-    DUPLICATE,
-    FETCHED,
-    INGESTED,
-    REJECTED,
-    SKIPPED,
-    SOUND,
-    UNAVAILABLE,
-    WANTED,
-    Outcome,
-)
+from shardgen.catalog.tables import Outcome
 
 _PAGE = 2000
 _CLIPS = f"SELECT {CLIP_COLUMNS} FROM clips LEFT JOIN media USING (media_xxh3)"
@@ -94,31 +84,6 @@ class Catalog(AbstractContextManager["Catalog"]):
     def close(self) -> None:
         self.db.close()
 
-    def adopt_recipe(self, recipe_id: str, selection: str) -> None:
-        """Start a build: what the recipe or the selection (limit, fraction) changed is judged anew.
-
-        Raises CatalogError if shards were planned under another recipe, because they never change.
-        """
-        database = self.database
-        again: list[str] = []
-        if (old := database.recall("recipe_id", recipe_id)) != recipe_id:
-            if self.db.execute("SELECT 1 FROM shards LIMIT 1").fetchone():
-                raise CatalogError(
-                    f"{self.path}: its shards were planned under recipe {old}, the configuration "
-                    f"gives {recipe_id}, and a shard never changes: choose another output folder, "
-                    f"or take the configuration back to the one echoed beside the catalog"
-                )
-            again = [WANTED, FETCHED, SOUND, REJECTED, DUPLICATE, UNAVAILABLE, SKIPPED]
-        elif database.recall("selection", selection) != selection:
-            again = [SKIPPED, WANTED]
-        with database.transaction() as db:
-            database.remember("recipe_id", recipe_id)
-            database.remember("selection", selection)
-            db.executemany(
-                "UPDATE clips SET status = ?, reason = '', detail = '' WHERE status = ?",
-                [(INGESTED, status) for status in again],
-            )
-
     def count(self, *statuses: str) -> int:
         """Rows in these statuses; all rows if none is named."""
         where = f"WHERE status IN ({_marks(statuses)})" if statuses else ""
@@ -184,6 +149,16 @@ class Catalog(AbstractContextManager["Catalog"]):
         ]
         with self.database.transaction() as db:
             db.executemany(_RECORD, rows)
+
+    def set_flag(self, flag: str, clips: Iterable[int]) -> None:
+        """Flag these rows; a row has a flag once."""
+        with self.database.transaction():
+            self.database.flag(flag, clips)
+
+    def clear_flag(self, flag: str, clips: Iterable[int]) -> None:
+        """Take a flag off these rows."""
+        with self.database.transaction():
+            self.database.unflag(flag, clips)
 
     def record_scores(self, scores: Iterable[LabelScores]) -> None:
         """Write what the label rules measured."""

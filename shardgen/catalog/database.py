@@ -3,11 +3,20 @@ from run to run.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from shardgen.catalog.tables import INDEXES, SCHEMA
+
+# Flags are words with a space between two: with one at both ends each can be found whole.
+_SET_FLAG = """
+UPDATE clips SET flags = trim(flags || ' ' || ?2)
+WHERE id = ?1 AND instr(' ' || flags || ' ', ' ' || ?2 || ' ') = 0
+"""
+_CLEAR_FLAG = """
+UPDATE clips SET flags = trim(replace(' ' || flags || ' ', ' ' || ?2 || ' ', ' ')) WHERE id = ?1
+"""
 
 
 class CatalogError(ValueError):
@@ -35,6 +44,14 @@ class Database:
     def remember(self, name: str, value: str) -> None:
         """Store a value from run to run; it must not be empty."""
         self.connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    def flag(self, flag: str, clips: Iterable[int]) -> None:
+        """Flag these rows, inside a transaction; a row has a flag once."""
+        self.connection.executemany(_SET_FLAG, [(clip, flag) for clip in clips])
+
+    def unflag(self, flag: str, clips: Iterable[int]) -> None:
+        """Take a flag off these rows, inside a transaction."""
+        self.connection.executemany(_CLEAR_FLAG, [(clip, flag) for clip in clips])
 
     def build_indexes(self) -> None:
         """Build the indexes that the later stages need; cheap when they exist."""

@@ -15,7 +15,8 @@ from shardgen.rules.windows import Window
 
 _TABLE = """
 DROP TABLE IF EXISTS temp.draft;
-CREATE TEMP TABLE draft (id INTEGER PRIMARY KEY, split TEXT NOT NULL, bucket TEXT NOT NULL, media_xxh3 TEXT NOT NULL,
+CREATE TEMP TABLE draft (
+    id INTEGER PRIMARY KEY, split TEXT NOT NULL, bucket TEXT NOT NULL, media_xxh3 TEXT NOT NULL,
     key TEXT NOT NULL, body BLOB NOT NULL);
 """
 _URLS = """
@@ -24,7 +25,8 @@ CREATE TEMP TABLE urls (id INTEGER PRIMARY KEY, url TEXT NOT NULL, clip INTEGER 
 CREATE INDEX temp.urls_by_url ON urls (url);
 """
 _FIRST = """
-SELECT id, url FROM temp.urls AS each WHERE id > ? AND id = (SELECT min(id) FROM temp.urls WHERE url = each.url)
+SELECT id, url FROM temp.urls AS each
+WHERE id > ? AND id = (SELECT min(id) FROM temp.urls WHERE url = each.url)
 ORDER BY id LIMIT 2000
 """
 _unpack_window = msgspec.json.Decoder(Window).decode

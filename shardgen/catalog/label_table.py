@@ -75,6 +75,7 @@ class LabelTable:
         """
         generation = self._database.generation
         (first_id,) = self._db.execute("SELECT coalesce(max(id), 0) + 1 FROM clips").fetchone()
+        # Planned clips keep their rows: what a shard was made from must stay on record.
         planned = (ACCEPTED, FAILED)
         flagged = [seen.id for seen, _ in changed if seen.status in planned]
         flagged += [seen.id for seen in gone if seen.status in planned]

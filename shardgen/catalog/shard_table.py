@@ -51,6 +51,8 @@ class ShardTable:
         """
         number = 0
         with self._database.transaction() as db:
+            # Shards, windows and clips in one transaction: a killed build has all of the plan or
+            # none of it.
             for plan in plans:
                 number += 1
                 db.execute(
@@ -65,6 +67,11 @@ class ShardTable:
             if number:
                 self._database.remember("generation", str(self._database.generation + 1))
         return number
+
+    def num_planned(self) -> int:
+        """Shards that are planned, written or not."""
+        (number,) = self._db.execute("SELECT count(*) FROM shards").fetchone()
+        return int(number)
 
     def unfinished(self) -> list[str]:
         """Names of the planned shards that are still to be written, in order."""

@@ -17,10 +17,21 @@ from shardgen.encode.unit import EncodeSpec
 from shardgen.media.decode import Frames
 
 
+class DeviceError(ValueError):
+    """A worker can't use the device; the message says which and what to do."""
+
+
 class Encoders:
-    """Both models. Their weights stay on the CPU; `on_device` lends one of them the device."""
+    """Both models. Their weights stay on the CPU; `on_device` lends one of them the device.
+    Raises DeviceError.
+    """
 
     def __init__(self, spec: EncodeSpec) -> None:
+        if spec.device == "cuda" and not torch.cuda.is_available():
+            raise DeviceError(
+                'encode.device = "cuda": this worker has no GPU that can be used; set '
+                'encode.device = "cpu", or give the cluster nodes with GPUs'
+            )
         torch.set_num_threads(spec.threads)
         # a timed choice of algorithm would change bytes from run to run
         torch.backends.cudnn.benchmark = False

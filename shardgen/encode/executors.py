@@ -47,6 +47,7 @@ def run_local(
     Worker i starts with environments[i] set (one GPU each: CUDA_VISIBLE_DEVICES). Raises
     ExecutorError if a worker dies.
     """
+    # Each worker takes one environment out of this queue when it starts.
     context = multiprocessing.get_context("spawn")
     settings = context.SimpleQueue()
     for i in range(num_workers):
@@ -56,6 +57,7 @@ def run_local(
     running: dict[Future[Result], Unit] = {}
     try:
         while True:
+            # Fill up what is in flight, then hand out whatever is ready.
             for unit in islice(remaining, _AHEAD * num_workers - len(running)):
                 running[pool.submit(function, unit)] = unit
             if not running:
@@ -68,8 +70,8 @@ def run_local(
                     yield unit, error
     except BrokenProcessPool as error:
         raise ExecutorError(
-            "a worker process died: killed from outside, or out of memory (then take fewer workers). "
-            "What was finished stands; run the build again to go on"
+            "a worker process died: killed from outside, or out of memory (then take fewer "
+            "workers). What was finished stands; run the build again to go on"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -102,6 +104,7 @@ def run_ray(
         raise ExecutorError(
             "executor.kind = \"ray\" needs the package ray: pip install 'newsreel[ray]'"
         ) from error
+    # A cluster of our own gets just the CPUs that the workers need.
     own = {} if address else {"num_cpus": num_workers * num_cpus, "include_dashboard": False}
     remaining = chain(first, remaining)
     try:

@@ -121,12 +121,15 @@ def _decode_ahead(job: ShardJob, spec: EncodeSpec, num_threads: int) -> Iterator
     """Every window of the plan, clip by clip in an order that only the plan decides;
     `num_threads` clips ahead.
     """
+    # Windows by medium: each is decoded once, in one pass.
     clips: dict[str, list[Window]] = {}
     for window in sorted(
         job.plan.windows, key=lambda window: (window.media_xxh3, window.start_ms, window.key)
     ):
         clips.setdefault(window.media_xxh3, []).append(window)
     with ThreadPoolExecutor(num_threads) as pool:
+        # Results are taken in the order of the plan, whichever clip is ready first: batches must
+        # not depend on the speed of a disk.
         waiting: deque[Future[list[Decoded]]] = deque()
         for windows in clips.values():
             waiting.append(pool.submit(_decode_clip, job, spec, windows))
@@ -142,17 +145,18 @@ def _decode_clip(job: ShardJob, spec: EncodeSpec, windows: list[Window]) -> list
     """
     expected = windows[0].media_xxh3
     path, bucket = Path(job.media[expected]), Bucket.parse(job.plan.bucket)
+    # Whatever is decoded below must be the bytes that were planned.
     try:
         found = file_xxh3(path)
     except OSError as error:
         raise EncodeError(
-            f"{job.plan.name}: {path} can't be read: {error.strerror}; make it readable and run the "
-            f"build again"
+            f"{job.plan.name}: {path} can't be read: {error.strerror}; make it readable and run "
+            f"the build again"
         ) from error
     if found != expected:
         raise EncodeError(
-            f"{job.plan.name}: {path} has changed since it was planned (its xxh3_128 is {found}, was "
-            f"{expected}); put the old file back, or build into a new output folder"
+            f"{job.plan.name}: {path} has changed since it was planned (its xxh3_128 is {found}, "
+            f"was {expected}); put the old file back, or build into a new output folder"
         )
     decoded: dict[int, Decoded] = {}
     try:
@@ -165,6 +169,7 @@ def _decode_clip(job: ShardJob, spec: EncodeSpec, windows: list[Window]) -> list
                 window_faults(frames),
             )
     except MediaError as error:
+        # Windows before the fault stand; those behind it are lost for this reason.
         for index, window in enumerate(windows):
             decoded.setdefault(index, Decoded(window, np.empty(0, np.uint8), {}, [], error))
     return [decoded[index] for index in range(len(windows))]

@@ -62,6 +62,7 @@ class TextEncoder:
         """Encode each different prompt once: {prompt: EncodedText}. Raises TextError where the
         result is not finite.
         """
+        # Uncut, to know what truncation takes and to put prompts of equal length together.
         whole = {prompt: self.tokenizer(prompt).input_ids for prompt in dict.fromkeys(prompts)}
         order = sorted(whole, key=lambda prompt: (len(whole[prompt]), prompt))
         encoded: dict[str, EncodedText] = {}
@@ -77,14 +78,15 @@ class TextEncoder:
             ).to(self.device)
             hidden_BSD = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
             rows_BSD = hidden_BSD.to(torch.float16).cpu().numpy()
+            # Rows of real tokens only: the rest is padding.
             for prompt, rows_SD, mask_S in zip(
                 batch, rows_BSD, tokens.attention_mask.cpu(), strict=True
             ):
                 num_tokens = int(mask_S.sum())
                 if not np.isfinite(rows_SD[:num_tokens]).all():
                     raise TextError(
-                        f"the text encoder overflowed on the prompt {prompt[:80]!r}; set encode.dtype = "
-                        f'"float32" or "bfloat16"'
+                        f"the text encoder overflowed on the prompt {prompt[:80]!r}; set "
+                        f'encode.dtype = "float32" or "bfloat16"'
                     )
                 encoded[prompt] = EncodedText(
                     rows_SD[:num_tokens].copy(), len(whole[prompt]) > num_tokens

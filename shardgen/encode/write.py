@@ -55,8 +55,10 @@ def write_shard(
                     file.write(part)
                     whole.update(part)
                     offset += len(part)
+        # Two blocks of zeros end a tar.
         file.write(END)
         whole.update(END)
+        # Inside the block: where the .tar gets its name, both of these stand already.
         idx, xxh3 = encode_index(index), encode_hashes(hashes)
         write_atomic(folder / (name + IDX), idx)
         write_atomic(folder / (name + XXH3), xxh3)
@@ -87,6 +89,12 @@ def remove_leftovers(folder: Path) -> list[Path]:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers
+
+
+def remove_shard(folder: Path, name: str) -> None:
+    """Delete the files of a shard, as far as they are there. Raises OSError."""
+    for suffix in (TAR, IDX, XXH3):
+        (folder / (name + suffix)).unlink(missing_ok=True)
 
 
 def stored_size(folder: Path, name: str) -> int | None:

@@ -8,5 +8,6 @@ summary        the same as tables in a terminal
 page           the same as one HTML page, from page.html
 labels_ko_en   what the codes mean, in English and Korean
 inspect_clip   what becomes of one clip; inspect_shard: what a shard holds
+progress       how far a build is: bars, log lines, build.jsonl
 estimate       what a build would come to
 """

@@ -80,6 +80,7 @@ def write_reports(
     ):
         clean_file.write(csv_header(CLEAN_COLUMNS))
         defective_file.write(csv_header(DEFECTIVE_COLUMNS))
+        # One pass: each clip goes into the figures and into one of the two tables.
         for clip in catalog.clips():
             figures.add(clip)
             label_path = str((root / clip.label).resolve())
@@ -213,7 +214,7 @@ def quality_report(
 
 
 def check_totals(counts: Sequence[StatusCount], num_labels: int) -> None:
-    """Every label file stands in exactly one status, and a build has none that is still on its way."""
+    """Every label file stands in exactly one status, and none is still on its way."""
     total = sum(count.num_labels for count in counts)
     assert total == num_labels, f"{total} label files in buckets, {num_labels} in the catalog"
     unsettled = {count.status for count in counts} - set(FINAL)

@@ -68,6 +68,8 @@ REASONS = {
     "window_lost": ("a window could not be encoded", "인코딩하지 못한 창"),
     "timecodes_missing": ("no timecodes: the whole clip", "타임코드 없음: 클립 전체"),
     "timecodes_wrong": ("wrong timecodes: the whole clip", "틀린 타임코드: 클립 전체"),
+    "excluded_by_review": ("excluded by a reviewer", "검토에서 제외됨"),
+    "media_changed": ("the footage was replaced after planning", "계획 뒤에 바뀐 영상 파일"),
     "label_changed": ("the label changed after planning", "계획 뒤에 바뀐 라벨"),
 }
 CHECKS = {  # name and definition

@@ -17,6 +17,7 @@ def summary(report: dict[str, Any], shards: Sequence[tuple[str, ShardInfo]]) -> 
     was written.
     """
     statuses = [status for status in FINAL if report["statuses"][status]]
+    # Label files per category and status; a status that none has gets no column.
     rows = [["category", *statuses, "total"]]
     for name, counts in report["categories"].items():
         rows.append(
@@ -30,13 +31,15 @@ def summary(report: dict[str, Any], shards: Sequence[tuple[str, ShardInfo]]) -> 
         ]
     )
     lines = ["", table(rows), ""]
+    # Why, and what was written.
     for status, reasons in report["reasons"].items():
         lines.append(
             f"{status}: " + ", ".join(f"{reason} {count}" for reason, count in reasons.items())
         )
-    both = report["programmes"]["on_both_sides"]
+    programmes = report["programmes"]
+    both = programmes["on_both_sides"]
     lines.append(
-        f"programmes: {report['programmes']['train']} in train, {report['programmes']['val']} in val, "
+        f"programmes: {programmes['train']} in train, {programmes['val']} in val, "
         f"{f'ON BOTH SIDES: {both}' if both else 'none on both sides'}"
     )
     for split, counts in report["samples"].items():

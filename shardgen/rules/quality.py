@@ -7,12 +7,13 @@ go into the record: the label is often wrong (every one of 4,000 probed files wa
 its label said 1920x1080).
 
 The reason codes, in the order of the rules; the first that applies is the clip's one reason:
-  label  media_type_unwanted caption_missing caption_short caption_long caption_repeated_word caption_repeated_char
-         caption_special_chars duration_unknown duration_short duration_long resolution_unknown
-         timecode_invalid timecode_reversed
-  media  media_type_differs duration_short duration_long picture_small upscale_large timecode_past_end shot_short
-Others come from reading (label_*), fetching (media_missing, url_*, http_*), probing (media_*) and
-from counting (clip_id_repeated, duplicate_media).
+  label  media_type_unwanted caption_missing caption_short caption_long caption_repeated_word
+         caption_repeated_char caption_special_chars duration_unknown duration_short duration_long
+         resolution_unknown timecode_invalid timecode_reversed
+  media  media_type_differs duration_short duration_long picture_small upscale_large
+         timecode_past_end shot_short
+Others come from reading (label_*), reviewers (excluded_by_review), fetching (media_missing, url_*,
+http_*), probing (media_*) and from counting (clip_id_repeated, duplicate_media).
 """
 
 import re
@@ -75,6 +76,7 @@ def judge_label(
         )
     if verdict := _judge_caption(scores, filters):
         return verdict
+    # The declared length judges only where it is limited: the probe judges the real one.
     if media_type == "video":
         limited = filters.min_duration_s or filters.max_duration_s
         if limited and label.duration_s is None:

@@ -53,16 +53,19 @@ def shots_of(label: Label) -> list[Shot]:
     """
     ranges = [_range(each) for each in label.objects]
     scene_ranges = [_range(each) for each in label.scenes]
+    # The object level says where the shots are; only where it has no timecodes the scenes do.
     distinct = sorted({each for each in ranges if each} or {each for each in scene_ranges if each})
     if len(distinct) > MAX_SHOTS:
         raise PlanError(
             "timecode_invalid", f"{len(distinct)} shots; a clip has at most {MAX_SHOTS}"
         )
     shots = [Shot(first, last, [], []) for first, last in distinct]
+    # An object sentence belongs to the shot of exactly its range.
     for each, span in zip(label.objects, ranges, strict=True):
         for shot in shots:
             if span == (shot.first, shot.last) or (span is None and len(shots) == 1):
                 shot.objects.append(each.text)
+    # A scene description may span several shots, and belongs to all that it mostly covers.
     for each, span in zip(label.scenes, scene_ranges, strict=True):
         for shot in shots:
             if _belongs(span, shot) or (span is None and len(shots) == 1):

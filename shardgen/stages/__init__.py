@@ -11,6 +11,7 @@ On each arrow a clip may end: unreadable, skipped, rejected, unavailable, duplic
     ingest   the label tree into the catalog; reader is the process that reads for it
     filter   the rules that need the label alone
     fetch    media found or downloaded, and hashed
+    recheck  a look at footage that has its samples already
     probe    media decoded once, and the rules that need them
     plan     duplicates settled, windows cut, shards fixed for ever
     encode   planned shards to an executor, results into the catalog

@@ -22,6 +22,9 @@ class LabelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sample_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
     max_bytes: PositiveInt = 1 << 20  # a larger label file is refused unread
     workers: NonNegativeInt = 0  # parser processes; 0: one per CPU
+    # exclusions.csv of the people who looked at the clips; empty: none. Excluded labels give no
+    # new samples
+    exclusions: str = ""
 
 
 class FetchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,5 +41,7 @@ class FetchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     retries: Annotated[int, Meta(ge=0, le=100)] = 4
     # before the first retry; doubled each time, with jitter
     backoff_s: Annotated[float, Meta(ge=0, le=3600)] = 0.5
+    # output folder of another build: what that has downloaded, hashed and probed is not done again
+    reuse: str = ""
     ask_again: bool = False  # ask also for what a server refused before (404, 403)
     max_file_gib: PositiveFloat = 8.0

@@ -104,6 +104,7 @@ def _requests(
             urls.add(clip.url, clip.id)
             continue
         advance(1)
+    # All local files are hashed by now or wait in a queue.
     for url, clips in urls:
         if _reuse(catalog, clips, url):
             advance(len(clips))

@@ -3,13 +3,21 @@ sample_fraction. Nothing but the label is looked at, so no footage is fetched fo
 refuses anyway.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import xxhash
 
 from shardgen.catalog.catalog import Catalog, LabelScores
 from shardgen.catalog.rows import Clip
-from shardgen.catalog.tables import INGESTED, REJECTED, SKIPPED, WANTED, Outcome
+from shardgen.catalog.tables import (
+    ACCEPTED,
+    EXCLUDED,
+    INGESTED,
+    REJECTED,
+    SKIPPED,
+    WANTED,
+    Outcome,
+)
 from shardgen.labels.parse import Label
 from shardgen.rules.config import RulesConfig
 from shardgen.rules.prompt import clip_prompt
@@ -21,13 +29,16 @@ from shardgen.stages.verdict import outcome_of
 
 
 def filter_labels(
-    catalog: Catalog, labels: LabelsConfig, rules: RulesConfig, advance: Callable[[int], None]
+    catalog: Catalog,
+    labels: LabelsConfig,
+    rules: RulesConfig,
+    excluded: Set[str],
+    advance: Callable[[int], None],
 ) -> None:
-    """ingested -> wanted, or rejected by a label rule, or skipped by limit and sample_fraction."""
-    # Row -> the label that keeps its clip id, for every later label that claims the same one.
-    keepers = {
-        claim.id: claims[0].label for claims in catalog.repeated_ids() for claim in claims[1:]
-    }
+    """ingested -> wanted, or rejected by a reviewer (`excluded`, relative paths of labels) or a
+    label rule, or skipped by limit and sample_fraction.
+    """
+    keepers = _keepers(catalog, excluded)
     chosen = set(catalog.first_labels(labels.limit)) if labels.limit else None
     for page in catalog.pages(INGESTED):
         outcomes, all_scores = [], []
@@ -43,6 +54,9 @@ def filter_labels(
                 outcomes.append(
                     Outcome(clip.id, SKIPPED, "not_selected", "outside limit or sample_fraction")
                 )
+            elif clip.label in excluded:
+                detail = "a reviewer excluded it (labels.exclusions)"
+                outcomes.append(Outcome(clip.id, REJECTED, EXCLUDED, detail))
             elif clip.id in keepers:
                 detail = f"{label.clip_id} is also claimed by {keepers[clip.id]}"
                 outcomes.append(Outcome(clip.id, REJECTED, "clip_id_repeated", detail))
@@ -54,6 +68,19 @@ def filter_labels(
         catalog.record_scores(all_scores)
         catalog.record(outcomes)
         advance(len(page))
+
+
+def _keepers(catalog: Catalog, excluded: Set[str]) -> dict[int, str]:
+    """Row -> the label that keeps its clip id, for every later label that claims the same one. A
+    label that is excluded keeps no id, unless its samples are planned already.
+    """
+    keepers: dict[int, str] = {}
+    for claims in catalog.repeated_ids():
+        standing = [
+            claim for claim in claims if claim.status == ACCEPTED or claim.label not in excluded
+        ]
+        keepers |= {claim.id: standing[0].label for claim in standing[1:]}
+    return keepers
 
 
 def _sampled(clip_id: str, fraction: float) -> bool:

@@ -25,6 +25,7 @@ def probe_media(
     """
     workers = workers or len(os.sched_getaffinity(0))
     for page in catalog.pages(FETCHED):
+        # What is known of the bytes already, from this build or an earlier one.
         probes: dict[str, Probe | MediaError] = {}
         for clip in page:
             if clip.probe is not None:

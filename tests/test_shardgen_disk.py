@@ -67,7 +67,7 @@ def build(
         cwd=Path(__file__).parents[1],
     )
     assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stderr.strip().splitlines()[-1]
+    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
 
 
 def build_as_nobody(folder: Path) -> str:
