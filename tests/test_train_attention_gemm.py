@@ -1,0 +1,243 @@
+"""Attention from GEMMs against float32 attention: forward and gradients, on the CPU, with the
+kernels' reference implementations and with the kernels themselves in Triton's interpreter.
+"""
+
+import math
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.kernels import attention_gemm, attention_gemm_triton
+from train.kernels.attention_chunks import Chunk, allocated_bytes, chunk, row_stride
+from train.kernels.attention_gemm import (
+    DS_SCALE,
+    P_SCALE,
+    attention_eager,
+    gemm_attention_forward,
+    row_dots_eager,
+    softmax_backward_eager,
+    softmax_eager,
+)
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}  # of a relative L2 distance
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    return ((ours.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def through_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, in the interpreter, in several blocks of columns."""
+    monkeypatch.setattr(attention_gemm_triton, "SOFTMAX", (64, 4))
+    monkeypatch.setattr(attention_gemm_triton, "SOFTMAX_BACKWARD", (64, 4))
+    softmax = partial(attention_gemm_triton.softmax, p_scale=P_SCALE)
+    monkeypatch.setattr(attention_gemm, "softmax", softmax)
+    softmax_backward = partial(
+        attention_gemm_triton.softmax_backward, p_scale=P_SCALE, ds_scale=DS_SCALE
+    )
+    monkeypatch.setattr(attention_gemm, "softmax_backward", softmax_backward)
+    monkeypatch.setattr(attention_gemm, "row_dots", attention_gemm_triton.row_dots)
+
+
+def inputs(
+    dtype: torch.dtype,
+    num_queries: int,
+    num_keys: int,
+    deviation: float = 1.0,
+    width: int = 128,
+    batch: int = 2,
+    num_heads: int = 3,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and the output's gradient as the model makes them: [B, L, H * E] with rows apart,
+    seen as [B, H, L, E]. `deviation`: of the logits.
+    """
+    torch.manual_seed(0)
+    lengths = (num_queries, num_keys, num_keys, num_queries)
+    q, k, v, dout = (
+        torch.randn(batch, length, num_heads * width + 64)[..., : num_heads * width]
+        .to(dtype)
+        .unflatten(2, (num_heads, width))
+        .transpose(1, 2)
+        for length in lengths
+    )
+    return (q.float() * deviation).to(dtype), k, v, dout
+
+
+def gradients(
+    attention: object, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    assert callable(attention)
+    out = attention(*leaves)
+    return (out.detach(), *torch.autograd.grad(out, leaves, dout))
+
+
+def gemm(q: Tensor, k: Tensor, v: Tensor, num_padding: int = 0) -> Tensor:
+    out: Tensor = gemm_attention_forward(q, k, v, num_padding)[0]
+    return out
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    return gradients(attention_eager, *(x.float() for x in (q, k, v, dout)))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "width", "deviation", "kernels"),
+    [
+        (150, 150, 128, 1.0, False),
+        (150, 150, 128, 4.0, False),
+        (1, 5, 16, 1.0, False),
+        (13, 131, 96, 1.0, True),
+        (13, 131, 128, 4.0, True),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_float32_attention(
+    num_queries: int,
+    num_keys: int,
+    width: int,
+    deviation: float,
+    dtype: torch.dtype,
+    kernels: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if kernels:
+        through_kernels(monkeypatch)
+    tensors = inputs(dtype, num_queries, num_keys, deviation, width)
+    for ours, reference in zip(gradients(gemm, *tensors), expected(*tensors), strict=True):
+        assert ours.dtype == dtype and ours.shape == reference.shape
+        assert relative(ours, reference) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["eager", "triton"])
+def test_logits_of_200_and_minus_200_give_finite_outputs_and_gradients(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels:
+        through_kernels(monkeypatch)
+    q, k, v, dout = inputs(torch.float16, 17, 150)
+    largest = (q.float() @ k.float().mT).abs().amax() * 128**-0.5
+    q = (q.float() * (200 / largest)).half()
+    logits = q.float() @ k.float().mT * 128**-0.5
+    assert logits.amax() > 150 and logits.amin() < -150
+    for ours, reference in zip(
+        gradients(gemm, q, k, v, dout), expected(q, k, v, dout), strict=True
+    ):
+        assert ours.isfinite().all()
+        # float16 is an eighth apart at 200
+        assert relative(ours, reference) < 0.1
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_small_probabilities_and_gradients_keep_their_precision(scale: float) -> None:
+    """With 20,000 keys a probability is 5e-5, below the normal numbers of float16, and P dP is
+    less than its smallest number where dP is 1e-3. What remains is how the results are rounded.
+    """
+    q, k, v, dout = inputs(torch.float16, 64, 20_000, batch=1, num_heads=1, width=32)
+    dout = (dout.float() * scale).half()
+    for ours, reference in zip(
+        gradients(gemm, q, k, v, dout), expected(q, k, v, dout), strict=True
+    ):
+        assert relative(ours, reference) < max(1e-3, 2 * relative(reference.half(), reference))
+
+
+@pytest.mark.parametrize("tile", [40, 128])
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_chunks_and_tiles_change_nothing(heads: int, tile: int) -> None:
+    """Neither divides its length."""
+    q, k, v, dout = inputs(torch.float32, 300, 280)
+    reference = expected(q, k, v, dout)
+    out, lse = attention_gemm.forward(q, k, v, 0, Chunk(heads, 128, 280, tile))
+    grads = attention_gemm.backward(q, k, v, out, lse, dout, Chunk(heads, 300, 128, tile))
+    for ours, theirs in zip((out, *grads), reference, strict=True):
+        assert relative(ours, theirs) < TOLERANCE[torch.float32]
+
+
+def test_the_output_lies_in_rows_with_the_padding_that_was_asked_for() -> None:
+    q, k, v, _ = inputs(torch.float32, 20, 30)
+    out_BLD = gemm(q, k, v, num_padding=24).transpose(1, 2).flatten(2)
+    assert out_BLD.shape == (2, 20, 384) and out_BLD.stride() == (20 * 448, 448, 1)
+    assert relative(out_BLD.unflatten(2, (3, 128)).transpose(1, 2), attention_eager(q, k, v)) < 1e-5
+    assert gemm(q, k, v).transpose(1, 2).flatten(2).is_contiguous()
+
+
+def test_a_gradient_that_is_expanded_or_transposed_is_read_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    through_kernels(monkeypatch)
+    q, k, v, dout = inputs(torch.float32, 10, 30)
+    for grad in (torch.ones(()).expand(dout.shape), dout.transpose(2, 3).contiguous().mT):
+        for ours, theirs in zip(
+            gradients(gemm, q, k, v, grad), expected(q, k, v, grad), strict=True
+        ):
+            # v's rows are not centred: with equal gradients those of q and k are almost nothing
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_keys", [5, 64, 200])
+def test_each_kernel_equals_its_reference_implementation(
+    num_keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in place, and with NaN in the padding, where the kernels leave zeros."""
+    through_kernels(monkeypatch)
+    torch.manual_seed(0)
+    close = partial(torch.testing.assert_close, atol=1e-4, rtol=TOLERANCE[dtype])
+
+    def scratch(*shape: int) -> Tensor:
+        padded = torch.full((*shape[:2], row_stride(shape[2])), math.nan, dtype=dtype)
+        padded[..., : shape[2]] = 3 * torch.randn(shape)
+        return padded[..., : shape[2]]
+
+    s, dp = (scratch(2, 7, num_keys) for _ in range(2))
+    lse, lse_eager, delta = (torch.randn(2, 9)[:, 1:8] for _ in range(3))
+    p, ds, p_eager, ds_eager = (scratch(2, 7, num_keys) for _ in range(4))
+    softmax_eager(s, p_eager, lse_eager)
+    in_place = s.as_strided((2, 7, s.stride(1)), s.stride()).clone()[..., :num_keys]
+    for source, target in ((s, p), (in_place, in_place)):
+        attention_gemm.softmax(source, target, lse)
+        torch.testing.assert_close(lse, lse_eager)
+        close(target, p_eager)
+        assert not target.as_strided((2, 7, s.stride(1)), s.stride())[..., num_keys:].any()
+    softmax_backward_eager(s, dp, lse, delta, p_eager, ds_eager)
+    for targets in ((p, ds), (s, dp)):
+        attention_gemm.softmax_backward(s, dp, lse, delta, *targets)
+        for ours, reference in zip(targets, (p_eager, ds_eager), strict=True):
+            close(ours, reference)
+            assert not ours.as_strided((2, 7, s.stride(1)), s.stride())[..., num_keys:].any()
+    q, _, _, dout = inputs(dtype, 37, 1, width=96)
+    torch.testing.assert_close(
+        attention_gemm.row_dots(q, dout), row_dots_eager(q, dout), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_chunks_stay_within_the_scratch() -> None:
+    """And are no more than the limit asks for, but for what multiples of 128 cost."""
+    for num_tokens, text, backward, limit_bytes, cache_bytes in product(
+        (1, 1170, 5070, 11_440, 27_280, 46_800, 75_600),
+        (None, 512),
+        (False, True),
+        (2**26, 2**30, 2**33),
+        (0, 6 * 2**20, 25 * 2**20),
+    ):
+        keys = text or num_tokens
+        part = chunk(24, num_tokens, keys, 2, backward, limit_bytes, cache_bytes)
+        assert 1 <= part.heads <= 24 and 1 <= part.tile <= part.queries <= num_tokens
+        assert part.queries == num_tokens if backward else part.keys == keys
+        assert allocated_bytes(part, 2, backward) <= limit_bytes + cache_bytes
+        if part.tile < part.queries:
+            assert part.tile >= 256
+        all_bytes = (4 if backward else 2) * num_tokens * keys
+        num_chunks = -(-num_tokens // part.queries) * -(-keys // part.keys)
+        if part.queries > 128 and part.keys > 128:
+            assert num_chunks <= 1.5 * all_bytes / limit_bytes + 1
+
+
+def test_heads_are_divided_equally() -> None:
+    one_head = 2 * 1170 * row_stride(1170)
+    assert chunk(24, 1170, 1170, 2, False, 24 * one_head) == Chunk(24, 1170, 1170, 1170)
+    assert chunk(24, 1170, 1170, 2, False, 23 * one_head).heads == 12
+    assert chunk(24, 1170, 1170, 2, True, 23 * one_head).heads == 8

@@ -1,0 +1,239 @@
+"""Attention as plain GEMMs with row-wise kernels between them: for cards whose fused kernels leave
+the tensor cores idle, V100 above all, and for long sequences.
+
+Forward: S = scale q k^T, P = softmax(S), out = P v. Backward: S and P again, dP = dout v^T,
+dS = P (dP - delta) with delta = rowsum(dout out), then dv = P^T dout, dk = scale dS^T q and
+dq = scale dS k (FlashAttention's backward pass, arXiv 2205.14135, without its tiles). The GEMMs are
+cuBLAS's. Between them run the kernels of train/kernels/attention_gemm_triton.py, whose reference
+implementations stand here.
+
+S, P, dP and dS lie in a scratch of bounded size (train/kernels/attention_chunks.py), in the dtype
+of the inputs. Three things follow from what float16 can hold:
+
+- The scale is applied inside the GEMM, in float32: S holds logits up to 65504.
+- A probability is about 1 / S. From 16,000 keys on that is below float16's normal numbers (6e-5),
+  and dS is smaller still. So both are stored times a power of two, which the next GEMM divides by
+  in float32. P is at most 1, so P_SCALE takes all the room; dS may be as large as dP, so DS_SCALE
+  takes half of the room, in binary orders of magnitude.
+- Row statistics (the log-sum-exp and delta) are float32.
+
+Shapes: B samples, H heads, L queries, S keys, E width of a head; N heads of one chunk.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.kernels.attention_chunks import Chunk, chunk, row_stride
+from train.kernels.layout import empty_padded
+
+P_SCALE, DS_SCALE = 2.0**15, 2.0**8
+
+
+def attention_eager(q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
+    """The reference implementation: softmax(q k^T / sqrt(E)) v in float32, in q's dtype."""
+    s_BHLS = q_BHLE.float() @ k_BHSE.float().mT * q_BHLE.shape[-1] ** -0.5
+    return (s_BHLS.softmax(-1) @ v_BHSE.float()).to(q_BHLE.dtype)
+
+
+def forward(
+    q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, num_padding: int, part: Chunk
+) -> tuple[Tensor, Tensor]:
+    """Returns out [B, H, L, E], a view of rows [B, L, H * E] with `num_padding` columns of padding
+    behind each, and the log-sum-exp of each row of S, float32 [B, H, L].
+    """
+    num_samples, num_heads, num_queries, width = q_BHLE.shape
+    out_BLD = empty_padded(
+        q_BHLE.transpose(1, 2), num_heads * v_BHSE.shape[3], num_padding, q_BHLE.dtype
+    )
+    out_BHLE = out_BLD.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    lse_BHL = q_BHLE.new_empty(q_BHLE.shape[:3], dtype=torch.float32)
+    s_tile, p_scratch = _scratch(part, q_BHLE)
+    for sample, heads, queries in product(
+        range(num_samples), _slices(num_heads, part.heads), _slices(num_queries, part.queries)
+    ):
+        q_NLE, lse_NL, out_NLE = (x[sample, heads, queries] for x in (q_BHLE, lse_BHL, out_BHLE))
+        k_NSE, v_NSE = k_BHSE[sample, heads], v_BHSE[sample, heads]
+        num, height = q_NLE.shape[:2]
+        p_NLS = p_scratch[:num, :height]
+        for rows in _slices(height, part.tile):
+            s_NLS = s_tile[:num, : rows.stop - rows.start]
+            s_NLS.baddbmm_(q_NLE[:, rows], k_NSE.mT, beta=0, alpha=width**-0.5)
+            softmax(s_NLS, p_NLS[:, rows], lse_NL[:, rows])
+        out_NLE.baddbmm_(p_NLS, v_NSE, beta=0, alpha=1 / P_SCALE)
+    return out_BHLE, lse_BHL
+
+
+def backward(
+    q_BHLE: Tensor,
+    k_BHSE: Tensor,
+    v_BHSE: Tensor,
+    out_BHLE: Tensor,
+    lse_BHL: Tensor,
+    dout_BHLE: Tensor,
+    part: Chunk,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq [B, H, L, E], dk and dv [B, H, S, E], views of [B, L or S, H, E]."""
+    num_samples, num_heads, num_queries, width = q_BHLE.shape
+    dq_BHLE, dk_BHSE, dv_BHSE = (
+        x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHLE, k_BHSE, v_BHSE)
+    )
+    delta_BHL = row_dots(out_BHLE, dout_BHLE)
+    (s_tile, p_scratch), (dp_tile, ds_scratch) = _scratch(part, q_BHLE), _scratch(part, q_BHLE)
+    scale, ds_scale = width**-0.5, width**-0.5 / DS_SCALE
+    for sample, heads, keys in product(
+        range(num_samples), _slices(num_heads, part.heads), _slices(k_BHSE.shape[2], part.keys)
+    ):
+        q_NLE, dout_NLE, lse_NL, delta_NL, dq_NLE = (
+            x[sample, heads] for x in (q_BHLE, dout_BHLE, lse_BHL, delta_BHL, dq_BHLE)
+        )
+        k_NSE, v_NSE, dk_NSE, dv_NSE = (
+            x[sample, heads, keys] for x in (k_BHSE, v_BHSE, dk_BHSE, dv_BHSE)
+        )
+        num, num_keys = k_NSE.shape[:2]
+        p_NLS, ds_NLS = (x[:num, :, :num_keys] for x in (p_scratch, ds_scratch))
+        for rows in _slices(num_queries, part.tile):
+            s_NLS, dp_NLS = (
+                x[:num, : rows.stop - rows.start, :num_keys] for x in (s_tile, dp_tile)
+            )
+            s_NLS.baddbmm_(q_NLE[:, rows], k_NSE.mT, beta=0, alpha=scale)
+            dp_NLS.baddbmm_(dout_NLE[:, rows], v_NSE.mT, beta=0)
+            softmax_backward(
+                s_NLS, dp_NLS, lse_NL[:, rows], delta_NL[:, rows], p_NLS[:, rows], ds_NLS[:, rows]
+            )
+        dv_NSE.baddbmm_(p_NLS.mT, dout_NLE, beta=0, alpha=1 / P_SCALE)
+        dk_NSE.baddbmm_(ds_NLS.mT, q_NLE, beta=0, alpha=ds_scale)
+        dq_NLE.baddbmm_(ds_NLS, k_NSE, beta=int(keys.start > 0), alpha=ds_scale)
+    return dq_BHLE, dk_BHSE, dv_BHSE
+
+
+def _slices(total: int, step: int) -> Iterator[slice]:
+    for first in range(0, total, step):
+        yield slice(first, min(first + step, total))
+
+
+def _scratch(part: Chunk, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [N, tile, S] and what becomes of them, [N, L, S]: the same place without tiles."""
+    padded = row_stride(part.keys)
+    whole = like.new_empty(part.heads, part.queries, padded)[..., : part.keys]
+    if part.tile == part.queries:
+        return whole, whole
+    return like.new_empty(part.heads, part.tile, padded)[..., : part.keys], whole
+
+
+# The row-wise work between the GEMMs: each function chooses its Triton kernel on a GPU, else its
+# reference implementation below it. Rows of S, P, dP and dS have padding behind them
+# (attention_chunks.row_stride); all four have the same row stride.
+
+
+def softmax(s_NLS: Tensor, p_NLS: Tensor, lse_NL: Tensor) -> None:
+    """P_SCALE * softmax(s) into `p_NLS`, which may be s itself, and its log-sum-exp."""
+    if s_NLS.is_cuda:
+        from train.kernels import attention_gemm_triton
+
+        attention_gemm_triton.softmax(s_NLS, p_NLS, lse_NL, P_SCALE)
+    else:
+        softmax_eager(s_NLS, p_NLS, lse_NL)
+
+
+def softmax_eager(s_NLS: Tensor, p_NLS: Tensor, lse_NL: Tensor) -> None:
+    lse_NL.copy_(s_NLS.float().logsumexp(-1))
+    p_NLS.copy_((s_NLS.float() - lse_NL[..., None]).exp() * P_SCALE)
+
+
+def softmax_backward(
+    s_NLS: Tensor, dp_NLS: Tensor, lse_NL: Tensor, delta_NL: Tensor, p_NLS: Tensor, ds_NLS: Tensor
+) -> None:
+    """P_SCALE * P into `p_NLS` and DS_SCALE * P * (dP - delta) into `ds_NLS`; these may be s and
+    dP themselves.
+    """
+    if s_NLS.is_cuda:
+        from train.kernels import attention_gemm_triton
+
+        attention_gemm_triton.softmax_backward(
+            s_NLS, dp_NLS, lse_NL, delta_NL, p_NLS, ds_NLS, P_SCALE, DS_SCALE
+        )
+    else:
+        softmax_backward_eager(s_NLS, dp_NLS, lse_NL, delta_NL, p_NLS, ds_NLS)
+
+
+def softmax_backward_eager(
+    s_NLS: Tensor, dp_NLS: Tensor, lse_NL: Tensor, delta_NL: Tensor, p_NLS: Tensor, ds_NLS: Tensor
+) -> None:
+    probability_NLS = (s_NLS.float() - lse_NL[..., None]).exp()
+    ds_NLS.copy_(DS_SCALE * probability_NLS * (dp_NLS.float() - delta_NL[..., None]))
+    p_NLS.copy_(P_SCALE * probability_NLS)
+
+
+def row_dots(x_BHLE: Tensor, y_BHLE: Tensor) -> Tensor:
+    """The sum of x * y over each row, float32 [B, H, L]."""
+    if x_BHLE.is_cuda:
+        from train.kernels import attention_gemm_triton
+
+        return attention_gemm_triton.row_dots(x_BHLE, y_BHLE)
+    return row_dots_eager(x_BHLE, y_BHLE)
+
+
+def row_dots_eager(x_BHLE: Tensor, y_BHLE: Tensor) -> Tensor:
+    return (x_BHLE.float() * y_BHLE.float()).sum(-1)
+
+
+# Operations of torch's own, so that train/activations can tell them from others and save what they
+# put out.
+
+
+@torch.library.custom_op("newsreel::gemm_attention_forward", mutates_args=())
+def gemm_attention_forward(
+    q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, num_padding: int
+) -> tuple[Tensor, Tensor]:
+    """See `forward`."""
+    return forward(q_BHLE, k_BHSE, v_BHSE, num_padding, _chunk(q_BHLE, k_BHSE, backward=False))
+
+
+@torch.library.custom_op("newsreel::gemm_attention_backward", mutates_args=())
+def gemm_attention_backward(
+    q_BHLE: Tensor,
+    k_BHSE: Tensor,
+    v_BHSE: Tensor,
+    out_BHLE: Tensor,
+    lse_BHL: Tensor,
+    dout_BHLE: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backward`."""
+    part = _chunk(q_BHLE, k_BHSE, backward=True)
+    return backward(q_BHLE, k_BHSE, v_BHSE, out_BHLE, lse_BHL, dout_BHLE, part)
+
+
+def _chunk(q_BHLE: Tensor, k_BHSE: Tensor, backward: bool) -> Chunk:
+    return chunk(
+        q_BHLE.shape[1],
+        q_BHLE.shape[2],
+        k_BHSE.shape[2],
+        q_BHLE.element_size(),
+        backward,
+        cache_bytes=cache_bytes(q_BHLE.device),
+    )
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the L2 cache, what tiles of scores may fill: half, because results stream through it."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).L2_cache_size // 2
+
+
+def _save_for_backward(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dout_BHLE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *gemm_attention_backward(*ctx.saved_tensors, dout_BHLE), None
+
+
+gemm_attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
