@@ -259,4 +259,4 @@ def graphed(step: Step, batch: Batch) -> Step:
 
 
 def chosen_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    return choose_attention(name, device, dtype)[1]  # type: ignore[arg-type]
+    return choose_attention(name, device, dtype).attention  # type: ignore[arg-type]

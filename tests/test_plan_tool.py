@@ -37,7 +37,7 @@ def test_operations_are_those_that_torch_counts(
         torch.tensor([0]),
         torch.randn(1, 512, model.config.text_dim),
     )
-    _, attention = choose_attention("math", CPU, torch.float32)
+    attention = choose_attention("math", CPU, torch.float32).attention
     # embeddings and the output projection: not in the plan
     with FlopCounterMode(display=False) as outside:
         blocks, model.blocks = model.blocks, torch.nn.ModuleList()

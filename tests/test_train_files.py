@@ -49,7 +49,7 @@ def ours(model: Wan) -> Tensor:
         t_BR,
         torch.tensor([0]),
         text,
-        choose_attention("math", torch.device("cpu"), torch.float32)[1],
+        choose_attention("math", torch.device("cpu"), torch.float32).attention,
     )
     return out
 

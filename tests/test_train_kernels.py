@@ -51,7 +51,7 @@ def test_the_whole_model_is_the_same_through_the_kernels(
     their inputs and, with dropout, add two gradients up where they lie; T2V and I2V.
     """
     latent, text = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 3, 32)
-    _, attention = choose_attention("math", torch.device("cpu"), torch.float32)
+    attention = choose_attention("math", torch.device("cpu"), torch.float32).attention
 
     def with_padding(q: Tensor, k: Tensor, v: Tensor, num_padding: int) -> Tensor:
         """As flash4 does it."""

@@ -54,7 +54,7 @@ def gradients(
     latent, text = (
         torch.randn(2, *shape, generator=generator) for shape in ((48, 2, 6, 8), (TEXT_TOKENS, 32))
     )
-    _, attention = choose_attention("auto", CPU, torch.float32)
+    attention = choose_attention("auto", CPU, torch.float32).attention
     plans = plan.plan_run(
         model.config, [SHAPE], targets, 4, budget_bytes, 0.0, max_graph_tokens=0, offload=offload
     )

@@ -84,7 +84,7 @@ def ours_forward(model: Wan, inputs: Inputs) -> Tensor:
         noised.t_BR,
         noised.num_clean_frames_B,
         text_BSD,
-        choose_attention("math", torch.device("cpu"), torch.float32)[1],
+        choose_attention("math", torch.device("cpu"), torch.float32).attention,
     )
     return out
 
@@ -210,7 +210,7 @@ def test_text_of_another_width_than_the_model_takes_is_named(folder: Path) -> No
     step = MicroStep(
         model,
         lambda seeds_B: None,
-        choose_attention("auto", torch.device("cpu"), torch.float32)[1],
+        choose_attention("auto", torch.device("cpu"), torch.float32).attention,
         None,
         torch.amp.GradScaler("cpu", enabled=False),
         1.0,

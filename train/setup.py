@@ -184,10 +184,8 @@ def build(
     num_micro = micro_batches(config, world)
     budget_bytes = parse_activation_memory(config.activation_memory)
     _set_precision(config)
-    attention_name, attention = choose_attention(
-        config.model.attention, device, dtype, config.deterministic
-    )
-    if attention_name == "math" and config.activation_memory not in ("all", "block"):
+    choice = choose_attention(config.model.attention, device, dtype, config.deterministic)
+    if choice.kernel == "math" and config.activation_memory not in ("all", "block"):
         raise ValueError(
             f'activation_memory = "{config.activation_memory}": attention = "math" is many small '
             f'operations, none of which can be saved alone; use "all" or "block"'
@@ -229,14 +227,14 @@ def build(
         budget_bytes=budget_bytes,
         room_bytes=planned_bytes,
         max_graph_tokens=config.cuda_graph_tokens if device.type == "cuda" else 0,
-        attention=attention_name,
+        attention=choice.kernel,
         offload=config.activation_offload,
     )
 
     micro_step = MicroStep(
         model,
         set_seeds=adapters.set_seeds,
-        attention=attention,
+        attention=choice.attention,
         run_block=block_runner(model, plans),
         scaler=scaler,
         share=1 / (num_micro * world.data_size),
@@ -246,8 +244,8 @@ def build(
         config=config,
         world=world,
         model=model,
-        attention_name=attention_name,
-        attention=attention,
+        attention_name=choice.kernel,
+        attention=choice.attention,
         adapters=adapters,
         flat=flat_parameters,
         optimizer=optimizer,

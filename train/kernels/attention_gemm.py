@@ -181,8 +181,8 @@ def row_dots_eager(x_BHLE: Tensor, y_BHLE: Tensor) -> Tensor:
     return (x_BHLE.float() * y_BHLE.float()).sum(-1)
 
 
-# Operations of torch's own, so that train/activations can tell them from others and save what they
-# put out.
+# Operations of torch's own, so that train/activations/runner.py can tell them from others and save
+# what they put out.
 
 
 @torch.library.custom_op("newsreel::gemm_attention_forward", mutates_args=())

@@ -1,171 +1,306 @@
-"""Which attention kernel runs: chosen once, by name, logged, and never switched behind anyone's
-back.
+"""Which attention kernel runs: chosen before the first step, by name or by timing, logged, and
+never switched behind anyone's back.
 
-V100 (sm_70) has only torch's memory-efficient kernel; Ampere adds flash; on Hopper cuDNN's is the
-fastest in torch, and the package flash-attn-4 (extra `flash4`) is faster still where there are
-many keys. Forward and backward at 11,440 tokens, 24 x 128, bf16, one H200: flash4 9.3 ms, cuDNN
-10.7, flash 18.1; fp16 efficient 42. With the 512 keys of cross-attention cuDNN takes 0.83 ms and
-flash4 0.95, so "flash4" leaves cross-attention to cuDNN.
+A V100 (sm_70) has torch's memory-efficient kernel ("efficient") and attention from GEMMs ("gemm",
+train/kernels/attention_gemm.py), which is faster from some length on; Ampere adds "flash", Hopper
+"cudnn" and, with the package flash-attn-4, "flash4". Which is the fastest depends on the card and
+on the lengths, so "auto" times those that can run, forward and backward, at the lengths of the run.
+`deterministic` times nothing, because a timing may come out differently each time, and chooses
+among kernels that repeat their bits.
+
+Shapes: B samples, H heads, L queries, S keys, E width of a head.
 """
 
+import statistics
 import warnings
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from train.kernels.layout import empty_padded
+from train.kernels.attention_flash4 import flash4_forward, has_flash4
+from train.kernels.attention_gemm import gemm_attention_forward
 
-Attention = Callable[..., Tensor]  # (q, k, v, num_padding = 0): see choose_attention
-AttentionName = Literal["auto", "flash4", "cudnn", "flash", "efficient", "math"]
+Attention = Callable[..., Tensor]  # (q, k, v, num_padding = 0): see run_kernel
+AttentionName = Literal["auto", "gemm", "flash4", "cudnn", "flash", "efficient", "math"]
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-MANY_KEYS = 1024  # from here on flash4's share of "flash4"
-
-
-def choose_attention(
-    name: AttentionName, device: torch.device, dtype: torch.dtype, deterministic: bool = False
-) -> tuple[str, Attention]:
-    """(the name of the kernel, attention(q, k, v) -> out), all [B, H, L, E], no mask.
-    `deterministic` leaves out the kernels whose backward pass gives other bits each time,
-    whatever torch is told: flash4 and cuDNN.
-
-    `attention(q, k, v, num_padding)` asks for so many free columns behind the output's rows of [B,
-    L, H * E], which only flash4 grants: see train/lora/linear.py.
-
-    Raises ValueError for a kernel that can't run here: it never becomes another one.
-    """
-    if name == "auto":
-        name = _best(device, dtype, deterministic)
-    if deterministic and name in ("flash4", "cudnn"):
-        raise ValueError(
-            f'model.attention = "{name}" gives other bits each time: with deterministic = true use '
-            f'"flash", "efficient" or "auto"'
-        )
-    if (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device) < (8, 0)
-    ):
-        raise ValueError(
-            f"model.dtype = bfloat16: {torch.cuda.get_device_name(device)} would emulate it, many times "
-            f'slower; set model.dtype = "float16"'
-        )
-    if name == "flash4" and not _has_flash4(device, dtype):
-        raise ValueError(
-            f'model.attention = "flash4" needs the package flash-attn-4 (the extra flash4), a Hopper GPU '
-            f'and float16 or bfloat16, not {dtype} on {device.type}; set "auto" or "cudnn"'
-        )
-    backend = _BACKENDS["cudnn" if name == "flash4" else name]
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, num_padding: int = 0) -> Tensor:
-        if name == "flash4" and k.shape[2] >= MANY_KEYS:
-            out: Tensor = flash4_forward(*(x.transpose(1, 2) for x in (q, k, v)), num_padding)[
-                0
-            ].transpose(1, 2)
-            return out
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    try:
-        with warnings.catch_warnings(action="ignore"):  # in which torch says why not
-            # as with text
-            attention(
-                *torch.zeros(3, 1, 24, 512, 128, device=device, dtype=dtype, requires_grad=True)
-            )
-    except RuntimeError as error:
-        raise ValueError(
-            f'model.attention = "{name}" can\'t run in {dtype} on this {device.type} ({error}); set '
-            f'"auto"'
-        ) from error
-    return name, attention
-
-
-def _best(device: torch.device, dtype: torch.dtype, deterministic: bool) -> AttentionName:
-    if device.type == "cpu":
-        return "flash"
-    if dtype == torch.float32:
-        return "efficient"
-    if _has_flash4(device, dtype) and not deterministic:
-        return "flash4"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "cudnn" if major >= 9 and not deterministic else "flash" if major >= 8 else "efficient"
-
-
-def _has_flash4(device: torch.device, dtype: torch.dtype) -> bool:
-    try:
-        version("flash-attn-4")  # flash-attn 2 has the same module name
-    except PackageNotFoundError:
-        return False
-    return (
-        device.type == "cuda"
-        and dtype != torch.float32
-        and torch.cuda.get_device_capability(device)[0] == 9
-    )
-
-
-# Operations of torch's own, so that train/activations/runner.py can tell them from others and save
-# what they put out. The package's public function is an autograd function, which hides them; the
-# pair below it is pinned in configs/env/hopper.txt.
-
-
-@torch.library.custom_op("newsreel::flash4_forward", mutates_args=())
-def flash4_forward(
-    q_BLHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, num_padding: int
-) -> tuple[Tensor, Tensor]:
-    """Attention by flash-attn-4: out [B, L, H, E], and the log of the sums, float32 [B, H, L]."""
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    out_BLD = empty_padded(q_BLHE, q_BLHE.shape[2] * v_BSHE.shape[3], num_padding, q_BLHE.dtype)
-    out_BLHE, lse_BHL = _flash_attn_fwd(
-        q_BLHE, k_BSHE, v_BSHE, return_lse=True, out=out_BLD.unflatten(2, (q_BLHE.shape[2], -1))
-    )[:2]
-    return out_BLHE, lse_BHL
-
-
-@torch.library.custom_op("newsreel::flash4_backward", mutates_args=())
-def flash4_backward(
-    q_BLHE: Tensor,
-    k_BSHE: Tensor,
-    v_BSHE: Tensor,
-    out_BLHE: Tensor,
-    lse_BHL: Tensor,
-    dout_BLHE: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    dq_BLHE, dk_BSHE, dv_BSHE = _flash_attn_bwd(
-        q_BLHE, k_BSHE, v_BSHE, out_BLHE, dout_BLHE, lse_BHL
-    )[:3]
-    return dq_BLHE, dk_BSHE, dv_BSHE
-
-
-def _keep_for_backward(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]
-) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, dout_BLHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *flash4_backward(*ctx.saved_tensors, dout_BLHE), None
-
-
-flash4_forward.register_autograd(_backward, setup_context=_keep_for_backward)
-
-# what calls attention, in the forward pass: the activation plan may save their outputs
+# What runs attention in the forward pass: the activation plan may save their outputs.
 OPERATIONS = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.newsreel.flash4_forward.default,
+    torch.ops.newsreel.gemm_attention_forward.default,
 }
+# Their backward passes give other bits each time, whatever torch is told.
+NOT_DETERMINISTIC = ("flash4", "cudnn")
+# With fewer keys flash4 is slower than cuDNN (512 keys, 11,440 queries, 24 x 128, bf16, one H200:
+# 0.95 and 0.83 ms), and leaves the call to it.
+FLASH4_MIN_KEYS = 1024
+# Without timing: on an H100 and an H200 GEMMs win over the memory-efficient kernel at 11,440 keys
+# and lose at 5,070.
+GEMM_MIN_KEYS = 8192
+
+
+class AttentionShape(NamedTuple):
+    """Samples, heads, queries, keys and the width of a head."""
+
+    batch: int
+    num_heads: int
+    num_queries: int
+    num_keys: int
+    head_dim: int
+
+
+class Row(NamedTuple):
+    """The kernel for one pair of lengths, and milliseconds of those that were timed, forward and
+    backward together; None: can't run there, or not in this memory.
+    """
+
+    num_queries: int
+    num_keys: int
+    kernel: str
+    times_ms: dict[str, float | None]
+
+
+class Choice(NamedTuple):
+    """`kernel` is what runs where `rows` is empty; else the row of the same or the nearest lengths
+    decides. `card`: where the rows were made.
+    """
+
+    kernel: str
+    card: str
+    rows: tuple[Row, ...]
+
+    def kernel_for(self, num_queries: int, num_keys: int) -> str:
+        if not self.rows:
+            return self.kernel
+        return min(
+            self.rows,
+            key=lambda row: (abs(row.num_keys - num_keys), abs(row.num_queries - num_queries)),
+        ).kernel
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_padding: int = 0) -> Tensor:
+        """See `run_kernel`."""
+        return run_kernel(self.kernel_for(q.shape[2], k.shape[2]), q, k, v, num_padding)
+
+    def table(self) -> dict[str, Any]:
+        """For a checkpoint or a file: only dicts, lists, strings and numbers. See `from_table`."""
+        return {
+            "kernel": self.kernel,
+            "card": self.card,
+            "rows": [row._asdict() for row in self.rows],
+        }
+
+
+def from_table(table: dict[str, Any]) -> Choice:
+    """The Choice whose `table()` this is."""
+    return Choice(table["kernel"], table["card"], tuple(Row(**row) for row in table["rows"]))
+
+
+def describe(choice: Choice) -> list[str]:
+    """Lines for the log."""
+    if not choice.rows:
+        return [f"attention: {choice.kernel}"]
+    return [
+        f"attention of {row.num_queries:,} queries and {row.num_keys:,} keys: {row.kernel}"
+        + (" of " if row.times_ms else "")
+        + ", ".join(
+            f"{name} {'none' if ms is None else f'{ms:.2f} ms'}"
+            for name, ms in row.times_ms.items()
+        )
+        for row in choice.rows
+    ]
+
+
+def choose_attention(
+    name: AttentionName,
+    device: torch.device,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+    shapes: Sequence[AttentionShape] = (),
+    kernels: Sequence[str] | None = None,
+    time: Callable[[str, AttentionShape, torch.device, torch.dtype], float] | None = None,
+) -> Choice:
+    """The kernel `name`, or for "auto" the fastest of `kernels` (default: `candidates`) for each
+    pair of lengths in `shapes`. `time`: milliseconds of a kernel at a shape, `time_ms` if None.
+
+    Raises ValueError for a kernel that can't run here: it never becomes another one.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        _refuse_emulation(device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    kernels = candidates(device, dtype, deterministic) if kernels is None else kernels
+    time = time or time_ms
+    if name != "auto" or len(kernels) == 1:
+        kernel = kernels[0] if name == "auto" else name
+        _refuse(kernel, device, dtype, deterministic)
+        return Choice(kernel, card, ())
+    rows = []
+    for shape in _one_of_each_length(shapes):
+        times_ms = {}
+        if deterministic:
+            kernel = fixed_kernel(kernels, shape)
+        else:
+            timed = [
+                kernel
+                for kernel in kernels
+                if kernel != "flash4" or shape.num_keys >= FLASH4_MIN_KEYS
+            ]
+            times_ms = {
+                kernel: _time_or_none(partial(time, kernel, shape, device, dtype))
+                for kernel in timed
+            }
+            done = {kernel: ms for kernel, ms in times_ms.items() if ms is not None}
+            if not done:
+                raise ValueError(
+                    f'model.attention = "auto": none of {", ".join(timed)} can run {shape} in '
+                    f"{dtype} on {card}; use smaller windows.buckets or a smaller micro-batch"
+                )
+            kernel = min(done, key=done.__getitem__)
+        rows.append(Row(shape.num_queries, shape.num_keys, kernel, times_ms))
+    return Choice(kernels[0], card, tuple(rows))
+
+
+def candidates(device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> list[str]:
+    """Kernels that can run here, those first that tend to be fast."""
+    if device.type == "cpu":
+        return ["flash"]
+    if dtype == torch.float32:
+        return ["efficient"]
+    major, _ = torch.cuda.get_device_capability(device)
+    can_run = {
+        "flash4": has_flash4(device, dtype),
+        "cudnn": major >= 9,
+        "flash": major >= 8,
+        "efficient": True,
+        "gemm": dtype == torch.float16,
+    }
+    return [
+        name
+        for name, here in can_run.items()
+        if here and not (deterministic and name in NOT_DETERMINISTIC)
+    ]
+
+
+def fixed_kernel(kernels: Sequence[str], shape: AttentionShape) -> str:
+    """Without timing: the first, but GEMMs instead of the memory-efficient kernel for many keys."""
+    if kernels[0] == "efficient" and "gemm" in kernels and shape.num_keys >= GEMM_MIN_KEYS:
+        return "gemm"
+    return kernels[0]
+
+
+def run_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, num_padding: int = 0) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v without a mask: q [B, H, L, E], k and v [B, H, S, E] -> [B, H, L,
+    E], in their dtype.
+
+    `num_padding` asks for so many columns of padding behind the output's rows of [B, L, H * E],
+    which "flash4" and "gemm" grant: see train/lora/linear.py.
+    """
+    if name == "gemm":
+        out: Tensor = gemm_attention_forward(q, k, v, num_padding)[0]
+        return out
+    if name == "flash4" and k.shape[2] >= FLASH4_MIN_KEYS:
+        out_BLHE, _ = flash4_forward(*(x.transpose(1, 2) for x in (q, k, v)), num_padding)
+        return out_BLHE.transpose(1, 2)
+    with sdpa_kernel(_BACKENDS["cudnn" if name == "flash4" else name]):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def random_inputs(
+    shape: AttentionShape, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """((q, k, v) that need gradients, the output's gradient), as the model has them: [B, L, H * E],
+    seen as [B, H, L, E]. Logits have deviation 1.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(
+            (shape.batch, length, shape.num_heads, shape.head_dim),
+            generator=generator,
+            device=device,
+            dtype=dtype,
+        ).transpose(1, 2)
+        for length in (shape.num_queries, shape.num_keys, shape.num_keys, shape.num_queries)
+    )
+    return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), dout
+
+
+def time_ms(
+    name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype, repeats: int = 3
+) -> float:
+    """Median milliseconds of one forward and backward pass on a GPU, after one that compiles."""
+    inputs, dout = random_inputs(shape, device, dtype)
+    found = []
+    for _ in range(1 + repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.autograd.grad(run_kernel(name, *inputs), inputs, dout)
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end))
+    return statistics.median(found[1:])
+
+
+def _time_or_none(time: Callable[[], float]) -> float | None:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # in which torch says why not
+            return time()
+    except RuntimeError:  # no kernel for this width of a head or this card, or out of memory
+        return None
+
+
+def _one_of_each_length(shapes: Sequence[AttentionShape]) -> list[AttentionShape]:
+    """Of several batches of the same lengths the largest."""
+    largest: dict[tuple[int, int], AttentionShape] = {}
+    for shape in sorted(shapes):
+        largest[shape.num_queries, shape.num_keys] = shape
+    return [largest[lengths] for lengths in sorted(largest)]
+
+
+def _refuse(name: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> None:
+    """ValueError if this kernel can't run here."""
+    if deterministic and name in NOT_DETERMINISTIC:
+        raise ValueError(
+            f'model.attention = "{name}" gives other bits each time: with deterministic = true use '
+            f'"gemm", "flash", "efficient" or "auto"'
+        )
+    if name == "gemm" and dtype == torch.bfloat16:
+        raise ValueError(
+            'model.attention = "gemm" stores logits in model.dtype, and bfloat16 has too few bits '
+            'for them; set model.dtype = "float16" or attention = "auto"'
+        )
+    if name == "flash4" and not has_flash4(device, dtype):
+        raise ValueError(
+            f'model.attention = "flash4" needs the package flash-attn-4 (the extra flash4), a '
+            f"Hopper GPU and float16 or bfloat16, not {dtype} on {device.type}; "
+            f'set "auto" or "cudnn"'
+        )
+    like_text = AttentionShape(1, 24, 512, 512, 128)
+    inputs, _ = random_inputs(like_text, device, dtype)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # in which torch says why not
+            run_kernel(name, *inputs)
+    except RuntimeError as error:
+        raise ValueError(
+            f'model.attention = "{name}" can\'t run in {dtype} on this {device.type} ({error}); '
+            f'set "auto"'
+        ) from error
+
+
+def _refuse_emulation(device: torch.device) -> None:
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(
+            f"model.dtype = bfloat16: {torch.cuda.get_device_name(device)} would emulate it, many "
+            f'times slower; set model.dtype = "float16"'
+        )
