@@ -150,7 +150,8 @@ def write_inputs(folder: Path) -> None:
     clips = [path.read_bytes() for path in sorted((folder / "clips").glob("*.mp4"))]
     if not clips:
         raise SystemExit(
-            f"{folder / 'clips'} holds no clips: run with --make-clips where PyAV is, and copy the folder"
+            f"{folder / 'clips'} holds no clips: run with --make-clips where PyAV is, and copy the "
+            f"folder"
         )
     with ThreadPoolExecutor(4) as pool:
         jobs = [

@@ -32,12 +32,13 @@ import torch
 import zstandard
 
 from bench import loader_peers as peers
-from loader.feed import Feed
 from loader.order import Order
 from loader.pinned import HostMemory
-from loader.read import open_shard, read_dataset
 from loader.sample import without_checksum
+from loader.shard import open_shard
+from loader.store import read_dataset
 from tools.fake.batch import write_synthetic_dataset
+from tools.fake.feed import make_feed
 
 NUM_THREADS = 2
 CPU = torch.device("cpu")
@@ -47,17 +48,11 @@ WARM_UP = 8  # samples before the clock of the rate starts
 def feed_samples(
     location: str, num_threads: int = NUM_THREADS, device: torch.device = CPU, num_epochs: int = 1
 ) -> Iterator[peers.Pair]:
-    feed = Feed(
-        [location],
-        split="train",
+    feed = make_feed(
+        location,
         global_batch=1,
-        micro_batch=1,
-        rank=0,
-        world_size=1,
-        seed=0,
         i2v_share=0.4,
         caption_dropout=0.0,
-        condition="latent",
         device=device,
         num_threads=num_threads,
         max_ahead=2 * num_threads,
@@ -227,8 +222,8 @@ def report(subjects: list[tuple[str, str, str, bool]], folder: Path, num_rounds:
                 file=sys.stderr,
             )
     print(
-        "| subject | samples/s: median (least to most) | MB/s of tensors | CPU ms/sample | first sample s | peak MiB "
-        "|"
+        "| subject | samples/s: median (least to most) | MB/s of tensors | CPU ms/sample | "
+        "first sample s | peak MiB |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     for label, runs in results.items():
@@ -236,8 +231,8 @@ def report(subjects: list[tuple[str, str, str, bool]], folder: Path, num_rounds:
         middle = {key: statistics.median(result[key] for result in runs) for key in runs[0]}
         print(
             f"| {label} | {middle['samples_per_s']:.1f} ({min(rates):.1f} to {max(rates):.1f}) | "
-            f"{middle['bytes_per_s'] / 1e6:.0f} | {middle['cpu_ms_per_sample']:.1f} | {middle['first_s']:.2f} | "
-            f"{middle['peak_mib']:.0f} |"
+            f"{middle['bytes_per_s'] / 1e6:.0f} | {middle['cpu_ms_per_sample']:.1f} | "
+            f"{middle['first_s']:.2f} | {middle['peak_mib']:.0f} |"
         )
 
 
@@ -264,7 +259,8 @@ def main() -> None:
         for name, write in (("litdata", "write_litdata"), ("mosaic", "write_mosaic")):
             if not Path(f"{location}.{name}").exists():
                 code = (
-                    "import sys; from pathlib import Path; from bench import loader_peers as peers; "
+                    "import sys; from pathlib import Path; "
+                    "from bench import loader_peers as peers; "
                     f"peers.{write}(*map(Path, sys.argv[1:]))"
                 )
                 subprocess.run(

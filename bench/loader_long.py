@@ -1,9 +1,9 @@
 """What only size and time show of the loader: `python -m bench.loader_long [--samples 1000000]
 [--batches 100000]`.
 
-start   a dataset of a million samples (10,000 names for one small shard of 100): seconds from nothing to the first
-        batch, and from a fresh feed by load_state_dict to the batch in the middle of the epoch;
-        each in a new process
+start   a dataset of a million samples (10,000 names for one small shard of 100): seconds from
+        nothing to the first batch, and from a fresh feed by load_state_dict to the batch in the
+        middle of the epoch; each in a new process
 memory  resident memory over 100,000 batches of 64x32x1
 """
 
@@ -21,23 +21,18 @@ import msgspec
 from loader.feed import Feed
 from loader.manifest import MANIFEST_FILE, Manifest, encode_manifest, read_manifest
 from tools.fake.batch import write_synthetic_dataset
+from tools.fake.feed import make_feed
 
 BUCKET, SHARD_SAMPLES, GLOBAL_BATCH = "64x32x1", 100, 24
 
 
-def make_feed(folder: Path) -> Feed:
-    return Feed(
-        [folder],
-        split="train",
+def long_feed(folder: Path) -> Feed:
+    return make_feed(
+        folder,
         global_batch=GLOBAL_BATCH,
-        micro_batch=1,
-        rank=0,
         world_size=8,
-        seed=0,
         i2v_share=0.4,
         caption_dropout=0.1,
-        condition="latent",
-        device="cpu",
     )
 
 
@@ -62,7 +57,7 @@ def write_many(folder: Path, num_samples: int) -> None:
 
 def start_s(folder: Path, from_batch: int) -> float:
     begin_s = time.perf_counter()
-    with make_feed(folder) as feed:
+    with long_feed(folder) as feed:
         if from_batch:
             feed.load_state_dict(
                 json.loads(json.dumps(feed.state_dict() | {"batches": from_batch}))
@@ -101,7 +96,7 @@ def main() -> None:
                 f"({min(runs):.2f} to {max(runs):.2f}, n = {len(runs)})",
                 flush=True,
             )
-        with make_feed(folder) as feed:
+        with long_feed(folder) as feed:
             for i in range(arguments.batches + 1):
                 next(feed)
                 if i in (

@@ -17,8 +17,8 @@ import zstandard
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from loader.feed import merge_planes
-from loader.read import Reader, read_dataset
+from loader.batch import merge_planes
+from loader.read import Reader
 from loader.sample import (
     JSON,
     LATENT,
@@ -28,6 +28,7 @@ from loader.sample import (
     decode_planes_into,
     decode_tensor,
 )
+from loader.store import read_dataset
 
 Pair = tuple[Tensor, Tensor]  # latent [48, T, h, w] and text [512, D], float16
 

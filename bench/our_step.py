@@ -9,11 +9,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from loader.feed import Batch
+from loader.batch import Batch
+from loader.feed_config import FeedConfig
 from loader.shape import Bucket
 from train import optim, setup
 from train.activations.budget import room_bytes
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.lora import adapters as lora
 from train.lora.config import SELF_AND_CROSS_QKV, LoRAConfig
 from train.model.config import ModelConfig
@@ -43,7 +44,7 @@ def our_config(
     config = TrainConfig(
         output="",
         model=ModelConfig(path="", dtype=name, attention=attention),  # type: ignore[arg-type]
-        data=DataConfig(datasets=[""]),
+        data=FeedConfig(datasets=[""]),
         lora=LoRAConfig(
             targets=list(adapters.targets),
             rank=adapters.rank,

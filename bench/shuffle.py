@@ -1,7 +1,7 @@
 """How far the shuffle parts neighbours: `python -m bench.shuffle [--shards 400] [--plot PNG]`.
 
 Neighbours in a shard are often of one programme. For every two of them this takes their distance
-in an epoch, in global batches, for windows of several sizes (loader/order.py shuffles within
+in an epoch, in global batches, for windows of several sizes (loader/shuffle.py shuffles within
 windows of `window_shards`) and for a full shuffle of all samples, which a window of all shards
 comes to. Nothing is timed: the figures are exact for the seed.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from loader.order import Ints, epoch_order
+from loader.shuffle import Ints, epoch_order
 
 WINDOWS = (1, 2, 8, 32, 128)
 
@@ -62,14 +62,14 @@ def main() -> None:
     ]
     spreads.append(spread("all: a full shuffle", *sizes, arguments.shards))
     print(
-        "| window | neighbours in one batch | within 10 batches | median distance, batches | 99% nearer than | "
-        "shards in a batch |"
+        "| window | neighbours in one batch | within 10 batches | median distance, batches | "
+        "99% nearer than | shards in a batch |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     for name, distances, shards in spreads:
         print(
-            f"| {name} | {np.mean(distances == 0):.2%} | {np.mean(distances <= 10):.1%} | {np.median(distances):.0f} "
-            f"| {np.quantile(distances, 0.99):.0f} | {shards:.1f} |"
+            f"| {name} | {np.mean(distances == 0):.2%} | {np.mean(distances <= 10):.1%} | "
+            f"{np.median(distances):.0f} | {np.quantile(distances, 0.99):.0f} | {shards:.1f} |"
         )
     if arguments.plot:
         figure = Figure(figsize=(8, 5), layout="constrained")

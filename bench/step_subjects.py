@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from bench.our_step import Adapters, add_gradients, update
-from loader.feed import Batch
+from loader.batch import Batch
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
 from train import flow

@@ -144,7 +144,10 @@ class FrameDecoder:
     def _advice(self) -> str:
         if self._container == "jpg" or self._device.type == "cuda":
             return ""
-        return " (DALI decodes H.264 on a GPU only: without one, build the dataset with first frames, KEY.jpg, stored)"
+        return (
+            " (DALI decodes H.264 on a GPU only: without one, build the dataset with first frames, "
+            "KEY.jpg, stored)"
+        )
 
     def _run(self, files: Sequence[bytes | memoryview]) -> list[Tensor]:
         self._pipeline.feed_input("encoded", [np.frombuffer(file, np.uint8) for file in files])

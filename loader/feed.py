@@ -1,196 +1,103 @@
-"""Ready batches on the device, ahead of the trainer: threads read, verify and unpack; a side
-stream copies.
+"""Ready batches on the device, ahead of the trainer: threads make them, a side stream copies.
 
-A job is one micro-batch, whole: which samples (order.py), their bytes (read.py), zstd straight
-into pinned memory, one copy to the device, the byte planes merged and the text padded there. A
+A job is one micro-batch, whole: which samples (order.py), and the batch of them (batch.py). A
 pool of threads works on at most `max_ahead` jobs at a time and `next()` hands them out in order;
 there is no other thread, queue or process, so nothing can be lost between them, and what a job
 raises is raised by `next()`. All of the work that costs time (pread, xxh3, zstd, copies) runs
 without Python's lock.
 
 Where the feed stands is one number, the global batches handed out whole: what was prefetched but
-not consumed is simply read again. With `condition="raw"` the first frame of an I2V sample is
-decoded by DALI and encoded by the VAE, one at a time, so that its latent does not depend on who
-shares its batch.
+not consumed is simply read again.
 """
 
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import zstandard
-from torch import Tensor
 
-from loader.manifest import DatasetError, Split, media_shards
-from loader.order import GlobalBatch, Order, is_i2v, keyed_uniform, micro_slice, sample_seed
-from loader.pinned import HostMemory
-from loader.read import Damage, Reader, Sample, Store, read_dataset
-from loader.sample import (
-    EMPTY_PROMPT_FILE,
-    LATENT,
-    MAX_TEXT_TOKENS,
-    TEXT,
-    SampleError,
-    TensorInfo,
-    decode_planes_into,
-    without_checksum,
-)
-from loader.shape import WAN22, Bucket
+from loader.batch import Batch, BatchMaker, Choice
+from loader.batching import Batching, micro_slice
+from loader.dataset import open_datasets
+from loader.feed_config import FeedConfig
+from loader.order import Order, describe_counts, is_i2v, keyed_uniform, sample_seed
+from loader.sample import SampleMeta
+from loader.shape import Bucket
+from loader.shard import Damage
 from loader.vae.encoder import VAEEncoder
 
-if TYPE_CHECKING:
-    from loader.dali import FirstFrames
-
 log = logging.getLogger(__name__)
-# members that hold the first frame, the better one first
-FRAMES: tuple[Literal["jpg", "mp4"], ...] = ("jpg", "mp4")
 # shards per dataset and rank: a process may often have 1024 files open; beyond it they are
 # reopened
 MAX_OPEN = 256
-CLIPS = FRAMES[::-1]  # members to make a latent of where none is stored
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, on the device. B samples of one bucket and one dataset.
-
-    latent_BCTHW: float16, normalised. text_BSD: float16 [B, 512, D], zeros after each caption's
-    last row. condition_BC1HW: float16 latent of frame 0 as the raw path made it (for samples that
-    are not I2V the stored one), or None with condition="latent", where it is `latent_BCTHW[:, :,
-    :1]`. seeds: 63 bits from (seed, epoch, key). epoch: the dataset's own. index: the number of
-    the global batch. wait_s: how long `next()` waited for it.
-    """
-
-    latent_BCTHW: Tensor
-    text_BSD: Tensor
-    condition_BC1HW: Tensor | None
-    is_i2v: list[bool]
-    caption_dropped: list[bool]
-    seeds: list[int]
-    keys: list[str]
-    bucket: Bucket
-    dataset: int
-    epoch: int
-    index: int
-    wait_s: float
 
 
 class Feed:
     """Iterates over (Batch, state) for ever; `state` is what to resume from once the batch's
     global batch is done.
 
-    `datasets` are folders or URLs (of which `cache_dir` keeps up to `cache_bytes`), mixed by
-    `weights` (default: by size), each with its own epochs. Of global batch n, rank r gets in
-    micro-step m the samples [(m*world_size + r)*micro_batch : +micro_batch]. `num_threads` jobs
-    run at a time, at most `max_ahead` micro-batches are ready or in work. `condition="raw"` needs
-    `vae`, on `device`; an index of foreign tars, whose latents are made on the way, needs "raw".
-    More than `max_damaged` damaged samples of a dataset, on this rank, raise TooManyDamagedError.
-    Raises ValueError for sizes that don't divide and datasets that can't be used.
+    `data` says which datasets and what is done with their samples, `batching` how they are cut up
+    and which part is this rank's. Of global batch n, rank r gets in micro-step m the samples
+    [(m*world_size + r)*micro_batch : +micro_batch]. `condition = "raw"` needs `vae`, on `device`;
+    an index of foreign tars, whose latents are made on the way, needs "raw". More than
+    `max_damaged` damaged samples of a dataset, on this rank, raise TooManyDamagedError. Raises
+    ValueError for sizes that don't divide and datasets that can't be used.
     """
 
     def __init__(
         self,
-        datasets: Sequence[Path | str],
-        *,
-        split: Split,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        i2v_share: float,
-        caption_dropout: float,
-        condition: Literal["latent", "raw"],
+        data: FeedConfig,
+        batching: Batching,
         device: torch.device | str,
-        num_threads: int = 2,
-        max_ahead: int = 4,
         vae: VAEEncoder | None = None,
-        weights: Sequence[float] | None = None,
-        window_shards: int = 32,
-        max_damaged: int = 16,
-        cache_dir: Path | None = None,
-        cache_bytes: int = 64 * 2**30,
     ):
-        if global_batch % (micro_batch * world_size):
-            raise ValueError(
-                f"global batch {global_batch} is not a multiple of micro-batch {micro_batch} x world size "
-                f"{world_size}; every rank must get the same number of whole micro-batches"
-            )
-        if condition == "raw" and vae is None:
-            raise ValueError('condition "raw" encodes first frames with the VAE: pass one')
+        batching.check()
+        self._data, self._batching = data, batching
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
-        self._num_micro = global_batch // (micro_batch * world_size)
-        self._seed, self._i2v_share, self._caption_dropout = seed, i2v_share, caption_dropout
-        self._num_threads, self._max_ahead = num_threads, max_ahead
-
-        stores, manifests = zip(
-            *(read_dataset(dataset, cache_dir, cache_bytes) for dataset in datasets), strict=True
-        )
-        media = [media_shards(manifest) for manifest in manifests]
-        self.encodes_clips = any(media)  # whole ones, because some dataset has no latents
-        foreign = [str(dataset) for dataset, names in zip(datasets, media, strict=True) if names]
-        if condition == "latent" and foreign:
-            raise DatasetError(
-                f"{', '.join(foreign)}: an index of foreign tars holds no latents; set "
-                f'data.condition = "raw", which makes them in training'
-            )
-        shards = [manifest.splits.get(split, []) for manifest in manifests]
+        self.datasets = open_datasets(data, batching.split)
         self._order = Order(
-            shards,
-            seed=seed,
-            global_batch=global_batch,
-            weights=weights,
-            window_shards=window_shards,
+            [dataset.shards for dataset in self.datasets],
+            seed=batching.seed,
+            global_batch=batching.global_batch,
+            weights=data.weights or None,
+            window_shards=batching.window_shards,
+            excluded=[dataset.excluded for dataset in self.datasets],
         )
-        max_open = min(
-            2 * window_shards * max(len(buckets) for buckets in self._order.buckets), MAX_OPEN
-        )
+        num_buckets = max(len(counts) for counts in self._order.counts)
+        # a batch may straddle two windows
+        max_open = min(2 * batching.window_shards * num_buckets, MAX_OPEN)
         self._readers = [
-            Reader(store, split, infos, max_open=max_open, max_damaged=max_damaged, media=names)
-            for store, infos, names in zip(stores, shards, media, strict=True)
+            dataset.reader(max_open=max_open, max_damaged=data.max_damaged)
+            for dataset in self.datasets
         ]
-        self._stores, self._empty_text = (
-            stores,
-            [_empty_text(*pair) for pair in zip(stores, datasets, strict=True)],
+        self._maker = BatchMaker(
+            self.datasets,
+            self._readers,
+            condition=data.condition,
+            device=self._device,
+            vae=vae,
         )
-        self._raw = (
-            _first_frames(vae, self._device) if condition == "raw" and vae is not None else None
-        )
-        if rank == 0:
-            for dataset, num, dropped in zip(
-                datasets, self._order.batches_per_epoch, self._order.dropped_per_epoch, strict=True
-            ):
-                tails = (
-                    ", ".join(f"{count} of {bucket}" for bucket, count in dropped.items() if count)
-                    or "none"
-                )
-                log.info(
-                    "%s: %d batches of %d an epoch; samples left out each epoch, others each time: %s",
-                    dataset,
-                    num,
-                    global_batch,
-                    tails,
-                )
+        if batching.rank == 0:
+            self._log_counts()
 
-        self._memory = HostMemory(self._device)
         self._next = (0, 0)  # (global batch, micro-step) of the next job
         self._consumed = 0
         self._pending: deque[Future[_Ready]] = deque()
         use_stream = None if self._stream is None else partial(torch.cuda.set_stream, self._stream)
         self._pool = ThreadPoolExecutor(
-            num_threads, thread_name_prefix="feed", initializer=use_stream
+            data.num_threads, thread_name_prefix="feed", initializer=use_stream
         )
+
+    @property
+    def encodes_clips(self) -> bool:
+        """Whether whole clips are encoded on the way, because some dataset has no latents."""
+        return any(dataset.media for dataset in self.datasets)
 
     @property
     def num_batches_per_epoch(self) -> int:
@@ -200,14 +107,32 @@ class Feed:
         return sum(self._order.batches_per_epoch)
 
     @property
+    def micro_batches(self) -> dict[Bucket, set[int]]:
+        """All shapes that batches can have, and the numbers of samples that their micro-batches
+        then have: one for each layout among the datasets.
+        """
+        sizes: dict[Bucket, set[int]] = {}
+        for dataset, counts in enumerate(self._order.counts):
+            for count in counts:
+                if count.num_batches:
+                    size = self._micro_batch(dataset, count.bucket)
+                    sizes.setdefault(count.bucket, set()).add(size)
+        return dict(sorted(sizes.items()))
+
+    @property
     def buckets(self) -> list[Bucket]:
         """All shapes that batches can have."""
-        return sorted({bucket for buckets in self._order.buckets for bucket in buckets})
+        return list(self.micro_batches)
 
     @property
     def damages(self) -> list[Damage]:
-        """The samples that this rank could not use so far, each once."""
+        """What this rank could not use so far, each once."""
         return [damage for reader in self._readers for damage in reader.damages]
+
+    @property
+    def num_damaged(self) -> int:
+        """The samples that `damages` stand for."""
+        return sum(reader.num_damaged for reader in self._readers)
 
     def __iter__(self) -> "Feed":
         return self
@@ -218,22 +143,17 @@ class Feed:
         ready = self._pending[0].result()
         self._pending.popleft()
         self._fill()  # the next ones are in work while the trainer is busy with this one
+        batch = ready.batch
         if ready.copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(ready.copied)
-            for tensor in (
-                ready.batch.latent_BCTHW,
-                ready.batch.text_BSD,
-                ready.batch.condition_BC1HW,
-            ):
+            for tensor in (batch.latent_BCTHW, batch.text_BSD, batch.condition_BC1HW):
                 if tensor is not None:
                     tensor.record_stream(stream)
-        if ready.last_of_global:
-            self._consumed = ready.batch.index + 1
-        return (
-            replace(ready.batch, wait_s=time.perf_counter() - start_s),
-            self._order.state(ready.batch.index + 1),
-        )
+        if batch.micro_step + 1 == batch.num_micro:
+            self._consumed = batch.index + 1
+        state = self._order.state(batch.index + 1)
+        return replace(batch, wait_s=time.perf_counter() - start_s), state
 
     def state_dict(self) -> dict[str, Any]:
         """Where the feed stands: after the last global batch that was handed out whole."""
@@ -248,11 +168,23 @@ class Feed:
         self._next, self._consumed = (batches, 0), batches
 
     def close(self) -> None:
-        """Stop the threads. The feed can't be used afterwards."""
-        for store in self._stores:
-            store.close()
+        """Stop the threads, and repeat how many samples were damaged. The feed can't be used
+        afterwards.
+        """
+        for dataset in self.datasets:
+            dataset.store.close()
         self._drop_pending()
         self._pool.shutdown()
+        for dataset, reader in zip(self.datasets, self._readers, strict=True):
+            if reader.num_damaged:
+                log.warning(
+                    "%s: rank %d could not use %d samples (max_damaged = %d) and took others in "
+                    "their place; run `shardgen verify` on it",
+                    dataset.name,
+                    self._batching.rank,
+                    reader.num_damaged,
+                    self._data.max_damaged,
+                )
 
     def __enter__(self) -> "Feed":
         return self
@@ -265,208 +197,62 @@ class Feed:
     ) -> None:
         self.close()
 
+    def _log_counts(self) -> None:
+        for dataset, counts in zip(self.datasets, self._order.counts, strict=True):
+            log.info("%s: %s", dataset.name, describe_counts(counts, self._batching.global_batch))
+
+    def _micro_batch(self, dataset: int, bucket: Bucket) -> int:
+        layout = self.datasets[dataset].manifest.layout
+        return self._batching.micro_batch_of(layout.num_tokens(bucket))
+
+    def _num_micro(self, number: int) -> int:
+        """Micro-batches of a global batch on each rank; with `micro_tokens` by its bucket."""
+        micro_batch = self._batching.micro_batch
+        if self._batching.micro_tokens:
+            whole = self._order.batch(number)
+            micro_batch = self._micro_batch(whole.dataset, whole.bucket)
+        return self._batching.global_batch // (micro_batch * self._batching.world_size)
+
     def _drop_pending(self) -> None:
         wait([future for future in self._pending if not future.cancel()])
         self._pending.clear()
 
     def _fill(self) -> None:
-        while len(self._pending) < self._max_ahead:
+        while len(self._pending) < self._data.max_ahead:
             number, step = self._next
-            self._pending.append(self._pool.submit(self._job, number, step))
-            self._next = (number, step + 1) if step + 1 < self._num_micro else (number + 1, 0)
+            num_micro = self._num_micro(number)
+            self._pending.append(self._pool.submit(self._job, number, step, num_micro))
+            self._next = (number, step + 1) if step + 1 < num_micro else (number + 1, 0)
 
-    def _job(self, number: int, step: int) -> "_Ready":
-        whole = self._order.batch(number)
-        rows = micro_slice(step, self._rank, self._world_size, self._micro_batch)
-        places = list(
-            zip(whole.shard_G[rows].tolist(), whole.position_G[rows].tolist(), strict=True)
+    def _job(self, number: int, step: int, num_micro: int) -> "_Ready":
+        """Make one micro-batch; in a thread of the pool."""
+        whole, batching = self._order.batch(number), self._batching
+        micro_batch = batching.global_batch // (num_micro * batching.world_size)
+        rows = micro_slice(step, batching.rank, batching.world_size, micro_batch)
+        shards, positions = whole.shard_G[rows].tolist(), whole.position_G[rows].tolist()
+        batch = self._maker.make(
+            whole.dataset,
+            whole.bucket,
+            list(zip(shards, positions, strict=True)),
+            partial(self._choose, whole.epoch),
         )
-        batch = self._batch(whole, places)
-        return _Ready(
-            batch,
-            self._stream.record_event() if self._stream else None,
-            step + 1 == self._num_micro,
+        batch = replace(
+            batch, epoch=whole.epoch, index=number, micro_step=step, num_micro=num_micro
         )
+        return _Ready(batch, self._stream.record_event() if self._stream else None)
 
-    def _batch(self, whole: GlobalBatch, places: list[tuple[int, int]]) -> Batch:
-        """Read the samples at (shard, position) and place each one in the batch, on the device."""
-        latent_BCTHW = self._memory.for_batch(len(places), *WAN22.latent_shape(whole.bucket))
-        text_BSD, loaded = None, []
-        for i, (shard, position) in enumerate(places):
-            sample, latent_CTHW = self._read(whole, shard, position)
-            meta, members = sample.meta, sample.members
-            dropped = (
-                keyed_uniform(self._seed, whole.epoch, meta.key, "caption") < self._caption_dropout
-            )
-            i2v = is_i2v(self._seed, whole.epoch, meta.key, meta.num_frames, self._i2v_share)
-            needs_frame = i2v and self._raw is not None and latent_CTHW is None
-            frame = next(
-                (
-                    (kind, bytes(members[kind]))
-                    for kind in FRAMES
-                    if kind in members and needs_frame
-                ),
-                None,
-            )
-            if text_BSD is None:
-                text_BSD = self._memory.for_batch(len(places), MAX_TEXT_TOKENS, meta.text.shape[1])
-            num_tokens = meta.text.shape[0]
-            try:
-                if latent_CTHW is None:
-                    self._place(members[LATENT], meta.latent, latent_BCTHW[i])
-                else:
-                    latent_BCTHW[i] = latent_CTHW
-                if dropped:
-                    planes = torch.from_numpy(self._empty_text[whole.dataset]).view(
-                        2, -1, meta.text.shape[1]
-                    )
-                    num_tokens = planes.shape[1]
-                    merge_planes(planes.to(self._device), text_BSD[i, :num_tokens])
-                else:
-                    self._place(members[TEXT], meta.text, text_BSD[i, :num_tokens])
-                text_BSD[i, num_tokens:] = 0
-            except SampleError as error:  # its hash is right: it was written like this
-                raise SampleError(
-                    f"shard {sample.shard}, key {meta.key}: {error}; build the dataset anew"
-                ) from error
-            except RuntimeError as error:
-                error.add_note(f"shard {sample.shard}, key {meta.key}")
-                raise
-            loaded.append(_Loaded(sample.shard, meta.key, i2v, dropped, needs_frame, frame))
-        condition_BC1HW = None
-        if self._raw is not None:
-            # stays for the samples that are not I2V
-            condition_BC1HW = latent_BCTHW[:, :, :1].clone()
-            for one, stored in zip(loaded, condition_BC1HW, strict=True):
-                self._encode_frame(one, stored, whole)
-        assert text_BSD is not None
-        return Batch(
-            latent_BCTHW,
-            text_BSD,
-            condition_BC1HW,
-            is_i2v=[one.is_i2v for one in loaded],
-            caption_dropped=[one.caption_dropped for one in loaded],
-            keys=[one.key for one in loaded],
-            seeds=[sample_seed(self._seed, whole.epoch, one.key) for one in loaded],
-            bucket=whole.bucket,
-            dataset=whole.dataset,
-            epoch=whole.epoch,
-            index=whole.number,
-            wait_s=0.0,
+    def _choose(self, epoch: int, meta: SampleMeta) -> Choice:
+        seed, data = self._batching.seed, self._data
+        caption_draw = keyed_uniform(seed, epoch, meta.key, "caption")
+        return Choice(
+            is_i2v=is_i2v(seed, epoch, meta.key, meta.num_frames, data.i2v_share),
+            caption_dropped=caption_draw < data.caption_dropout,
+            seed=sample_seed(seed, epoch, meta.key),
         )
 
-    def _read(self, whole: GlobalBatch, shard: int, position: int) -> tuple[Sample, Tensor | None]:
-        """A sample, and the latent of its clip if none is stored. Where that can't be made,
-        another sample's.
-        """
-        reader = self._readers[whole.dataset]
-        while True:
-            sample = reader.read(shard, position, self._wanted)
-            if LATENT in sample.members or self._raw is None:
-                return sample, None
-            kind = next(kind for kind in CLIPS if kind in sample.members)
-            latent_CTHW = self._raw.encode_clip(kind, bytes(sample.members[kind]), whole.bucket)
-            if isinstance(latent_CTHW, Tensor):
-                return sample, latent_CTHW
-            key = sample.meta.key
-            reader.reject(Damage(sample.shard, key, f"{key}.{kind}", str(latent_CTHW)))
 
-    def _wanted(self, extensions: Sequence[str]) -> Sequence[str]:
-        """The same members every time, needed or not, so that a cache of samples has one kind of
-        entry.
-        """
-        if self._raw and LATENT not in extensions:
-            return [TEXT, *[kind for kind in CLIPS if kind in extensions][:1]]
-        frame = [kind for kind in FRAMES if kind in extensions][:1]
-        return [LATENT, TEXT, *(frame if self._raw else [])]
+class _Ready(NamedTuple):
+    """A batch, and on a GPU the event after which it has been copied."""
 
-    def _place(self, member: memoryview, info: TensorInfo, out: Tensor) -> None:
-        """Unpack a tensor member into `out`: on a GPU by way of pinned memory, its planes merged
-        there.
-        """
-        if out.shape != info.shape:
-            raise SampleError(
-                f"a tensor member of shape {list(info.shape)}, where {list(out.shape)} has its place"
-            )
-        planes = self._memory.empty((2, *info.shape), torch.uint8)
-        decode_planes_into(without_checksum(member), info, planes.numpy().data.cast("B"))
-        merge_planes(planes.to(self._device, non_blocking=True), out)
-
-    def _encode_frame(self, loaded: "_Loaded", stored_C1HW: Tensor, whole: GlobalBatch) -> None:
-        """Overwrite the stored latent of frame 0 by the raw frame's, or report why it can't be."""
-        if self._raw is None or not loaded.needs_frame:
-            return
-        container, data = loaded.frame or (FRAMES[0], b"")
-        latent_C1HW = self._raw.encode(container, data, whole.bucket) if data else "missing"
-        if isinstance(latent_C1HW, Tensor):
-            stored_C1HW.copy_(latent_C1HW)
-        else:
-            self._readers[whole.dataset].report(
-                Damage(
-                    loaded.shard,
-                    loaded.key,
-                    f"{loaded.key}.{container}",
-                    f"{latent_C1HW}; the stored latent frame is used instead",
-                )
-            )
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What is left to know of a sample whose tensors are in the batch; `frame` holds its first
-    frame, in a file.
-    """
-
-    shard: str
-    key: str
-    is_i2v: bool
-    caption_dropped: bool
-    needs_frame: bool
-    frame: tuple[Literal["jpg", "mp4"], bytes] | None
-
-
-@dataclass(frozen=True)
-class _Ready:
     batch: Batch
     copied: torch.cuda.Event | None
-    last_of_global: bool
-
-
-def _first_frames(vae: VAEEncoder, device: torch.device) -> "FirstFrames":
-    """DALI is an extra: only the raw path needs it. Raises ValueError where it isn't installed."""
-    try:
-        from loader.dali import FirstFrames
-    except ImportError as error:
-        raise ValueError(
-            f'condition "raw" needs DALI ({error}): install the extra dali-cuda12 (V100 to Hopper; works '
-            f"without a GPU too) or dali-cuda13"
-        ) from error
-    return FirstFrames(vae, device)
-
-
-def merge_planes(planes: Tensor, out: Tensor) -> None:
-    """uint8 [2, ...], high bytes and low bytes, into float16 `out` [...], on whatever device both
-    are.
-    """
-    (high, low), bits = planes.unbind(), out.view(torch.int16)
-    if out.device.type == "cpu":  # torch would first make a copy of `low` in 16 bits there
-        np.multiply(high.numpy(), np.int16(256), out=bits.numpy())
-        np.bitwise_or(bits.numpy(), low.numpy(), out=bits.numpy())
-    else:
-        torch.add(low, bits.copy_(high), alpha=256, out=bits)
-
-
-def _empty_text(store: Store, dataset: Path | str) -> np.ndarray[Any, Any]:
-    """The byte planes of the empty prompt, flat: its width is known once a sample is. Raises
-    DatasetError.
-    """
-    try:
-        member = store.read_file(EMPTY_PROMPT_FILE)
-        num_bytes = zstandard.frame_content_size(member)
-        planes = np.empty(num_bytes, np.uint8)
-        decode_planes_into(member, TensorInfo("float16", (num_bytes // 2,)), planes.data)
-        return planes
-    except (zstandard.ZstdError, ValueError, FileNotFoundError) as error:
-        raise DatasetError(
-            f"{dataset}: {EMPTY_PROMPT_FILE} is missing or damaged ({error}); copy it anew"
-        ) from error

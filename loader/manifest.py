@@ -154,8 +154,8 @@ def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
     has_layout = manifest.latent_layout is not UNSET
     if has_layout != (version == VERSION_WITH_LAYOUT) or (manifest.condition and not has_layout):
         raise DatasetError(
-            f"{name}: format_version {version} {'with' if has_layout else 'without'} latent_layout: "
-            f"the file was edited or damaged"
+            f"{name}: format_version {version} goes {'with' if not has_layout else 'without'} "
+            f"latent_layout: the file was edited or damaged"
         )
     if manifest.recipe_id != recipe_id(manifest.recipe):
         raise DatasetError(

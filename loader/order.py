@@ -4,28 +4,19 @@ torch-free.
 The unit is the global batch: all the samples that one optimizer step sees, over all ranks and
 accumulation steps. `Order.batch(n)` says which they are, for any n, without having walked there:
 an epoch has the same number of batches every time, so that the epoch is a division, and within
-one epoch the whole sequence is a few sorts in numpy (a third of a second for a million samples).
-That makes resume arithmetic, and the sequence independent of the number of ranks and threads:
-these only decide who fetches which slice.
-
-One epoch of one dataset, bucket by bucket:
-1. shuffle the shards;
-2. cut them into windows of at most `window_shards` and shuffle the samples within each window, so
-   that only that many shards are in use at a time, while neighbours in a shard (same programme,
-   often) end up far apart;
-3. cut the samples into batches; the tail that fills no batch is left out, another one each epoch.
-Then the batches of all buckets are interleaved at random.
+one epoch the whole sequence is one shuffle (shuffle.py). That makes resume arithmetic, and the
+sequence independent of the number of ranks and threads: these only decide who fetches which slice
+(batching.py).
 
 With several datasets every 1000 batches hold each one's share exactly, shuffled, so the dataset
 of batch n and the number of its batches before n follow from (seed, n) alone, and each dataset
 counts its own epochs.
 
-Shuffling sorts by splitmix64 hashes instead of calling numpy's generators: those may change
-between releases, and with them the meaning of a saved state. Left out: shuffling across windows
-or datasets, and samples of differing weight.
+Left out: shuffling across datasets, and samples of differing weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -35,15 +26,16 @@ import xxhash
 
 from loader.manifest import ShardInfo
 from loader.shape import Bucket
+from loader.shuffle import EpochOrder, Ints, epoch_order, hash64, permutation
 
-Ints = np.ndarray[Any, np.dtype[Any]]
+Places = AbstractSet[tuple[int, int]]  # samples, as (shard, position)
 MIX_BLOCK = 1000  # batches in which every dataset has its exact share
 ORDER_VERSION = 1  # part of the plan hash: another algorithm is another sequence
 
 
 class OrderError(ValueError):
     """No sequence can be made of these datasets, or a state belongs to another one; says which
-    and the way out.
+    and how to fix it.
     """
 
 
@@ -63,20 +55,37 @@ class GlobalBatch(NamedTuple):
     position_G: Ints
 
 
-def _hash64(*parts: int | str) -> int:
-    return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
+class Place(NamedTuple):
+    """Where a sample lies: `shard` in the manifest's list of the split, `position` in tar order."""
+
+    key: str
+    shard: int
+    position: int
+
+
+def once(keys: Sequence[Sequence[str]], excluded: Places = frozenset()) -> list[Place]:
+    """A split walked once: every sample in the order of the keys, nothing shuffled, nothing left
+    out but what is `excluded`. `keys` are those of each shard, in tar order.
+    """
+    places = (
+        Place(key, shard, position)
+        for shard, keys_of_shard in enumerate(keys)
+        for position, key in enumerate(keys_of_shard)
+    )
+    return sorted(place for place in places if (place.shard, place.position) not in excluded)
 
 
 def sample_seed(seed: int, epoch: int, key: str) -> int:
     """63-bit seed of a sample in an epoch; timestep, noise and LoRA dropout follow from it."""
-    return _hash64(seed, epoch, key) >> 1
+    return hash64(seed, epoch, key) >> 1
 
 
 def keyed_uniform(seed: int, epoch: int, key: str, purpose: str) -> float:
     """Uniform in [0, 1) from (seed, epoch, key): one independent draw per `purpose`, the same on
     every rank.
     """
-    return (_hash64(seed, epoch, key, purpose) >> 11) * 2.0**-53
+    top_53_bits = hash64(seed, epoch, key, purpose) >> 11  # as many as a float64 holds
+    return top_53_bits * 2.0**-53
 
 
 def is_i2v(seed: int, epoch: int, key: str, num_frames: int, share: float) -> bool:
@@ -86,91 +95,25 @@ def is_i2v(seed: int, epoch: int, key: str, num_frames: int, share: float) -> bo
     return num_frames > 1 and keyed_uniform(seed, epoch, key, "i2v") < share
 
 
-def micro_slice(step: int, rank: int, world_size: int, micro_batch: int) -> slice:
-    """Samples of a global batch that `rank` gets in its micro-step `step`; 2 ranks x 1 step == 1
-    rank x 2 steps.
-    """
-    start = (step * world_size + rank) * micro_batch
-    return slice(start, start + micro_batch)
-
-
-def _splitmix64(key: int, num: int) -> Ints:
-    """The first `num` outputs of splitmix64 started at `key`, uint64."""
-    x = (np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) + np.uint64(key)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permutation(num: int, key: int) -> Ints:
-    """A permutation of range(num), the same for the same 64-bit key on every platform and numpy
-    version.
-    """
-    return np.argsort(_splitmix64(key, num), kind="stable")
-
-
-class EpochOrder(NamedTuple):
-    """All batches of one epoch: `bucket_N` bucket ids, `shard_NG` and `position_NG` the samples."""
-
-    bucket_N: Ints
-    shard_NG: Ints
-    position_NG: Ints
-
-
-def epoch_order(
-    size_S: Ints, bucket_S: Ints, key: int, global_batch: int, window_shards: int
-) -> EpochOrder:
-    """The batches of one epoch over shards of `size_S` samples and bucket ids `bucket_S`; `key`
-    is the epoch's.
-    """
-    bucket_ids = np.unique(bucket_S)
-    shards_all, positions_all, num_batches = [], [], []
-    for bucket in bucket_ids:
-        shards = np.flatnonzero(bucket_S == bucket)
-        shards = shards[permutation(len(shards), _hash64(key, "shards", bucket))]
-        sizes = size_S[shards]
-        num_samples = int(sizes.sum())
-        num_windows = -(-len(shards) // window_shards)
-        # even windows, none of a single shard
-        window_S = np.arange(len(shards)) * num_windows // len(shards)
-        sort_key = np.repeat(window_S.astype(np.uint64) << np.uint64(40), sizes)
-        sort_key |= _splitmix64(_hash64(key, "samples", bucket), num_samples) >> np.uint64(24)
-        kept = np.argsort(sort_key, kind="stable")[: num_samples - num_samples % global_batch]
-        first_of_shard = np.cumsum(sizes) - sizes
-        shards_all.append(np.repeat(shards, sizes)[kept])
-        positions_all.append(kept - np.repeat(first_of_shard, sizes)[kept])
-        num_batches.append(num_samples // global_batch)
-    bucket_N = np.repeat(bucket_ids, num_batches)
-    bucket_N = bucket_N[permutation(len(bucket_N), _hash64(key, "buckets"))]
-    row_N = np.empty_like(bucket_N)  # the batches of a bucket keep their order
-    row_N[np.argsort(bucket_N, kind="stable")] = np.arange(len(bucket_N))
-    shape = (-1, global_batch)
-    return EpochOrder(
-        bucket_N,
-        np.concatenate(shards_all).reshape(shape)[row_N],
-        np.concatenate(positions_all).reshape(shape)[row_N],
-    )
-
-
 def mix_quotas(weights: Sequence[float]) -> list[int]:
     """How many of every 1000 batches each dataset gets: weights scaled, rounded by largest
     remainder.
     """
     if not weights or min(weights) <= 0:
         raise OrderError(
-            f"dataset weights must all be positive, not {list(weights)}; leave a dataset out instead"
+            f"dataset weights must all be positive, not {list(weights)}; leave a dataset out "
+            f"instead"
         )
     exact = [MIX_BLOCK * weight / sum(weights) for weight in weights]
     quotas = [int(share) for share in exact]
-    for i in sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))[
-        : MIX_BLOCK - sum(quotas)
-    ]:
+    by_remainder = sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))
+    for i in by_remainder[: MIX_BLOCK - sum(quotas)]:
         quotas[i] += 1
     if min(quotas) == 0:
         raise OrderError(
             f"dataset weights {list(weights)} (default: the batches of each): number "
-            f"{quotas.index(0) + 1} is under 1/{MIX_BLOCK} of the sum and would never be read; raise it, "
-            f"or leave that dataset out"
+            f"{quotas.index(0) + 1} is under 1/{MIX_BLOCK} of the sum and would never be read; "
+            f"raise it, or leave that dataset out"
         )
     return quotas
 
@@ -180,11 +123,87 @@ def mix(n: int, quotas: Sequence[int], seed: int) -> tuple[int, int]:
     alone.
     """
     block, i = divmod(n, MIX_BLOCK)
-    pattern = np.repeat(np.arange(len(quotas)), quotas)[
-        permutation(MIX_BLOCK, _hash64(seed, "mix", block))
+    dataset_of_block = np.repeat(np.arange(len(quotas)), quotas)
+    dataset_of_block = dataset_of_block[permutation(MIX_BLOCK, hash64(seed, "mix", block))]
+    dataset = int(dataset_of_block[i])
+    before_in_block = int((dataset_of_block[:i] == dataset).sum())
+    return dataset, block * quotas[dataset] + before_in_block
+
+
+class BucketCount(NamedTuple):
+    """What an epoch holds of a bucket. `num_left_out` are the samples that fill no batch: other
+    ones each epoch, unless there is no batch at all, so that none is ever trained.
+    """
+
+    bucket: Bucket
+    num_samples: int
+    num_batches: int
+    num_left_out: int
+
+
+def count_buckets(
+    shards: Sequence[ShardInfo], global_batch: int, excluded: Places = frozenset()
+) -> list[BucketCount]:
+    """Per bucket, in their order, what an epoch of these shards holds."""
+    sizes: dict[Bucket, int] = {}
+    for shard in shards:
+        bucket = Bucket.parse(shard.bucket)
+        sizes[bucket] = sizes.get(bucket, 0) + shard.num_samples
+    for shard_number, _ in excluded:
+        sizes[Bucket.parse(shards[shard_number].bucket)] -= 1
+    return [
+        BucketCount(bucket, size, size // global_batch, size % global_batch)
+        for bucket, size in sorted(sizes.items())
     ]
-    dataset = int(pattern[i])
-    return dataset, block * quotas[dataset] + int((pattern[:i] == dataset).sum())
+
+
+def describe_counts(counts: Sequence[BucketCount], global_batch: int) -> str:
+    """What an epoch holds, what it leaves out, and what is never trained, as one sentence."""
+    num_batches = sum(count.num_batches for count in counts)
+    text = f"{num_batches} batches of {global_batch} an epoch"
+    tails = [
+        f"{count.num_left_out} of {count.bucket}"
+        for count in counts
+        if count.num_batches and count.num_left_out
+    ]
+    text += f"; samples left out each epoch, others each time: {', '.join(tails) or 'none'}"
+    never = [f"{count.num_samples} of {count.bucket}" for count in counts if not count.num_batches]
+    if never:
+        text += (
+            f"; never trained, because a bucket holds fewer samples than a global batch of "
+            f"{global_batch}: {', '.join(never)}"
+        )
+    return text
+
+
+class _DatasetShards:
+    """The shards of one dataset as arrays over S: samples that take part and bucket ids; and
+    where exclusions make gaps, the positions of those samples, all shards in a row.
+    """
+
+    def __init__(self, shards: Sequence[ShardInfo], excluded: Places, global_batch: int):
+        self.counts = count_buckets(shards, global_batch, excluded)
+        self.buckets = [count.bucket for count in self.counts]
+        bucket_ids = {str(bucket): i for i, bucket in enumerate(self.buckets)}
+        self.bucket_S = np.array([bucket_ids[shard.bucket] for shard in shards], np.int64)
+        self.size_S = np.array([shard.num_samples for shard in shards], np.int64)
+        self._position_I: Ints | None = None
+        if excluded:
+            is_included = [np.ones(shard.num_samples, bool) for shard in shards]
+            for shard_number, position in excluded:
+                is_included[shard_number][position] = False
+            positions = [np.flatnonzero(included) for included in is_included]
+            self.size_S = np.array([len(each) for each in positions], np.int64)
+            self._position_I = np.concatenate(positions)
+
+    def epoch(self, key: int, global_batch: int, window_shards: int) -> EpochOrder:
+        order = epoch_order(self.size_S, self.bucket_S, key, global_batch, window_shards)
+        if self._position_I is None:
+            return order
+        # the order counts the samples that take part; these are their places in the tar
+        first_S = np.cumsum(self.size_S) - self.size_S
+        position_NG = self._position_I[first_S[order.shard_NG] + order.position_NG]
+        return order._replace(position_NG=position_NG)
 
 
 class Order:
@@ -193,8 +212,8 @@ class Order:
 
     Args: `weights` is each dataset's share of the batches, in any unit (default: by their numbers
     of batches); `window_shards` bounds the shards in use at a time per bucket (twice that while a
-    batch straddles two windows). Raises OrderError when a dataset has no bucket with a whole
-    global batch, or not one weight.
+    batch straddles two windows); `excluded` are samples of each dataset that take no part. Raises
+    OrderError when a dataset has no bucket with a whole global batch, or not one weight.
     """
 
     def __init__(
@@ -205,47 +224,41 @@ class Order:
         global_batch: int,
         weights: Sequence[float] | None = None,
         window_shards: int = 32,
+        excluded: Sequence[Places] | None = None,
     ):
         self.seed, self.global_batch, self.window_shards = seed, global_batch, window_shards
-        self.buckets = [
-            sorted({Bucket.parse(shard.bucket) for shard in shards}) for shards in datasets
+        excluded = excluded or [frozenset()] * len(datasets)
+        self._datasets = [
+            _DatasetShards(shards, places, global_batch)
+            for shards, places in zip(datasets, excluded, strict=True)
         ]
-        self._size_S = [
-            np.array([shard.num_samples for shard in shards], np.int64) for shards in datasets
-        ]
-        self._bucket_S = [
-            np.array([buckets.index(Bucket.parse(shard.bucket)) for shard in shards], np.int64)
-            for buckets, shards in zip(self.buckets, datasets, strict=True)
-        ]
-        self.batches_per_epoch = []
-        # samples left out each epoch, by bucket
-        self.dropped_per_epoch: list[dict[Bucket, int]] = []
-        for d in range(len(datasets)):
-            sizes = {
-                bucket: int(self._size_S[d][self._bucket_S[d] == b].sum())
-                for b, bucket in enumerate(self.buckets[d])
-            }
-            self.batches_per_epoch.append(sum(size // global_batch for size in sizes.values()))
-            self.dropped_per_epoch.append(
-                {bucket: size % global_batch for bucket, size in sizes.items()}
-            )
-            if self.batches_per_epoch[d] == 0:
-                held = (
-                    ", ".join(f"{bucket}: {size}" for bucket, size in sizes.items())
-                    or "none at all"
-                )
+        for number, dataset in enumerate(self._datasets):
+            if not any(count.num_batches for count in dataset.counts):
+                held = [f"{count.bucket}: {count.num_samples}" for count in dataset.counts]
                 raise OrderError(
-                    f"dataset {d} has no bucket with a whole global batch of {global_batch} samples "
-                    f"({held}); take a smaller global batch or build more samples"
+                    f"dataset {number} has no bucket with a whole global batch of {global_batch} "
+                    f"samples ({', '.join(held) or 'none at all'}); take a smaller global batch or "
+                    f"build more samples"
                 )
         if weights and len(weights) != len(datasets):
             raise OrderError(
-                f"{len(weights)} dataset weights for {len(datasets)} datasets; give one for each, or none"
+                f"{len(weights)} dataset weights for {len(datasets)} datasets; give one for each, "
+                f"or none"
             )
         self.quotas = mix_quotas(weights or self.batches_per_epoch)
-        self._identity = self._describe(datasets)
+        self._identity = self._describe(datasets, excluded)
         self._epochs: dict[tuple[int, int], EpochOrder] = {}
         self._lock = Lock()
+
+    @property
+    def counts(self) -> list[list[BucketCount]]:
+        """Per dataset and bucket, what an epoch holds."""
+        return [dataset.counts for dataset in self._datasets]
+
+    @property
+    def batches_per_epoch(self) -> list[int]:
+        """Per dataset, the global batches of one epoch."""
+        return [sum(count.num_batches for count in counts) for counts in self.counts]
 
     def batch(self, n: int) -> GlobalBatch:
         """Global batch n, counted from 0 over all datasets and epochs. Safe to call from several
@@ -254,24 +267,24 @@ class Order:
         dataset, count = mix(n, self.quotas, self.seed) if len(self.quotas) > 1 else (0, n)
         epoch, i = divmod(count, self.batches_per_epoch[dataset])
         order = self._epoch(dataset, epoch)
-        bucket = self.buckets[dataset][order.bucket_N[i]]
+        bucket = self._datasets[dataset].buckets[order.bucket_N[i]]
         return GlobalBatch(n, dataset, epoch, bucket, order.shard_NG[i], order.position_NG[i])
 
     def _epoch(self, dataset: int, epoch: int) -> EpochOrder:
         with self._lock:
             if (dataset, epoch) not in self._epochs:
+                # at the turn of an epoch two are in use
                 for old in [(d, e) for d, e in self._epochs if d == dataset and abs(e - epoch) > 1]:
                     del self._epochs[old]
-                self._epochs[dataset, epoch] = epoch_order(
-                    self._size_S[dataset],
-                    self._bucket_S[dataset],
-                    _hash64(self.seed, dataset, epoch),
-                    self.global_batch,
-                    self.window_shards,
+                self._epochs[dataset, epoch] = self._datasets[dataset].epoch(
+                    hash64(self.seed, dataset, epoch), self.global_batch, self.window_shards
                 )
             return self._epochs[dataset, epoch]
 
-    def _describe(self, datasets: Sequence[Sequence[ShardInfo]]) -> dict[str, Any]:
+    def _describe(
+        self, datasets: Sequence[Sequence[ShardInfo]], excluded: Sequence[Places]
+    ) -> dict[str, Any]:
+        """All that the sequence depends on, and its hash."""
         identity: dict[str, Any] = {
             "order_version": ORDER_VERSION,
             "seed": self.seed,
@@ -281,10 +294,11 @@ class Order:
             "datasets": [
                 {
                     "num_shards": len(shards),
-                    "num_samples": int(sizes.sum()),
+                    "num_samples": sum(shard.num_samples for shard in shards),
                     "content": xxhash.xxh3_128_hexdigest(msgspec.json.encode(shards)),
+                    **_describe_excluded(places),
                 }
-                for shards, sizes in zip(datasets, self._size_S, strict=True)
+                for shards, places in zip(datasets, excluded, strict=True)
             ],
         }
         return identity | {"plan_hash": xxhash.xxh3_128_hexdigest(msgspec.json.encode(identity))}
@@ -295,7 +309,7 @@ class Order:
         """
         return {"batches": batches, **self._identity}
 
-    def resume(self, state: dict[str, Any]) -> int:
+    def resume(self, state: Mapping[str, Any]) -> int:
         """The number of consumed batches in `state`. Raises OrderError, naming what changed, if
         it isn't of this order.
 
@@ -308,7 +322,15 @@ class Order:
                 if name != "plan_hash" and state.get(name) != value
             ]
             raise OrderError(
-                f"this state continues another sequence of samples ({'; '.join(changed)}); restore these, "
-                f"or start a new run from the saved LoRA"
+                f"this state continues another sequence of samples ({'; '.join(changed)}); restore "
+                f"these, or start a new run from the saved LoRA"
             )
         return int(state["batches"])
+
+
+def _describe_excluded(places: Places) -> dict[str, Any]:
+    """Nothing without exclusions, so that such a state is what it always was."""
+    if not places:
+        return {}
+    content = xxhash.xxh3_128_hexdigest(msgspec.json.encode(sorted(places)))
+    return {"num_excluded": len(places), "excluded": content}

@@ -136,7 +136,7 @@ class Cache:
 
 
 class RemoteStore:
-    """A dataset folder behind a URL; see loader.read.Store. Credentials and endpoints come from
+    """A dataset folder behind a URL; see loader.store.Store. Credentials and endpoints come from
     the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), as every tool for S3 reads them.
 
     Without `cache` each epoch reads everything from the server. Raises RemoteError once
@@ -173,6 +173,9 @@ class RemoteStore:
 
     def open(self, name: str, size: int, xxh3: str) -> "RemoteFile":
         return RemoteFile(self, name, size, xxh3)
+
+    def missing(self, names: list[str]) -> list[str] | None:
+        return None  # a request for each would take as long as reading them
 
     def close(self) -> None:
         self._closed.set()
@@ -223,7 +226,7 @@ class RemoteStore:
 
 
 class RemoteFile:
-    """A tar behind a URL; see loader.read.File."""
+    """A tar behind a URL; see loader.store.File."""
 
     def __init__(self, store: RemoteStore, name: str, size: int, xxh3: str):
         self._store, self._name, self._size, self._xxh3 = store, name, size, xxh3

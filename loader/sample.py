@@ -182,8 +182,8 @@ def decode_planes_into(data: bytes | memoryview, info: TensorInfo, out: memoryvi
         size, expected = zstandard.frame_content_size(data), 2 * math.prod(info.shape)
         if size != expected:
             raise SampleError(
-                f"a tensor member of shape {list(info.shape)} must hold {expected} bytes, its zstd frame "
-                f"says {size}"
+                f"a tensor member of shape {list(info.shape)} must hold {expected} bytes, its zstd "
+                f"frame says {size}"
             )
         # a stream, because decompress() would allocate megabytes anew for each sample
         with zstandard.ZstdDecompressor().stream_reader(data) as stream:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from nvidia.dali import Pipeline, fn
 
-from loader.feed import Batch, Feed
+from loader.batch import Batch
+from loader.feed import Feed
 from loader.manifest import DatasetError, Manifest, decode_index, media_shards, read_manifest
 from loader.read import TooManyDamagedError
 from loader.vae.encoder import VAEEncoder, load_vae_encoder
@@ -23,6 +24,7 @@ from shardgen.cli import main as shardgen
 from shardgen.encode.text import TextEncoder
 from shardgen.media.colour import BT709
 from shardgen.verify import verify_dataset
+from tools.fake.feed import make_feed
 from tools.index import tar_samples, write_index
 
 FRAMES = 5
@@ -120,18 +122,13 @@ def indexed(
 
 
 def feed(dataset: Path, vae: VAEEncoder, **changes: Any) -> Feed:
-    return Feed(
-        [dataset],
-        split="train",
+    return make_feed(
+        dataset,
         global_batch=2,
         micro_batch=2,
-        rank=0,
-        world_size=1,
-        seed=0,
         i2v_share=0.5,
         caption_dropout=0.0,
         condition="raw",
-        device="cpu",
         vae=vae,
         **changes,
     )
@@ -245,18 +242,12 @@ def test_a_clip_that_changed_or_does_not_decode_is_replaced_and_reported(
 
 def test_stored_latents_can_not_be_asked_of_it(indexed: Path) -> None:
     with pytest.raises(DatasetError, match=r'holds no latents; set data.condition = "raw"'):
-        Feed(
-            [indexed],
-            split="train",
+        make_feed(
+            indexed,
             global_batch=2,
             micro_batch=2,
-            rank=0,
-            world_size=1,
-            seed=0,
             i2v_share=0.5,
             caption_dropout=0.0,
-            condition="latent",
-            device="cpu",
         )
 
 

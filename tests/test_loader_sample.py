@@ -8,7 +8,7 @@ import pytest
 import torch
 import zstandard
 
-from loader.feed import merge_planes
+from loader.batch import merge_planes
 from loader.sample import (
     SampleError,
     SampleMeta,

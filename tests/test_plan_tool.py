@@ -8,12 +8,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from loader.feed_config import FeedConfig
+from loader.order import describe_counts
 from loader.shape import WAN22, Bucket
 from tools import plan
 from tools.fake.batch import write_synthetic_dataset
 from train.activations.plan import Shape, ShapePlan, plan_run
 from train.activations.runner import block_runner
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.lora import adapters as lora
 from train.model.attention import choose_attention
 from train.model.config import ModelConfig
@@ -91,7 +93,7 @@ def test_a_card_of_32_gib_needs_recomputation_at_720p() -> None:
     config = TrainConfig(
         output="",
         model=ModelConfig(path="", dtype="float16"),
-        data=DataConfig(datasets=[]),
+        data=FeedConfig(datasets=[]),
         num_steps=1000,
         global_batch=8,
     )
@@ -155,7 +157,7 @@ def test_a_time_is_for_the_kernel_that_runs_or_there_is_none(
     config = TrainConfig(
         output="",
         model=model,
-        data=DataConfig(datasets=[""]),
+        data=FeedConfig(datasets=[""]),
         num_steps=1000,
         global_batch=8,
         deterministic=deterministic,
@@ -184,7 +186,7 @@ def test_gpus_that_do_not_divide_the_batch_are_refused_as_in_training(num_gpus: 
     config = TrainConfig(
         output="",
         model=ModelConfig(path=""),
-        data=DataConfig(datasets=[""]),
+        data=FeedConfig(datasets=[""]),
         num_steps=1,
         global_batch=8,
     )
@@ -202,18 +204,35 @@ def test_shapes_have_the_share_that_their_dataset_is_weighted_with(tmp_path: Pat
     config = TrainConfig(
         output="",
         model=ModelConfig(path=""),
-        data=DataConfig(datasets=datasets),
+        data=FeedConfig(datasets=datasets),
         num_steps=1,
         global_batch=2,
     )
     wide, tall = Bucket(64, 32, 1), Bucket(32, 64, 1)
-    assert plan.buckets_of(config) == pytest.approx({tall: 0.2, wide: 0.8})
+    assert plan.buckets_of(plan.order_of(config)) == pytest.approx({tall: 0.2, wide: 0.8})
     weighted = msgspec.structs.replace(
-        config, data=DataConfig(datasets=datasets, weights=[1.0, 1.0])
+        config, data=FeedConfig(datasets=datasets, weights=[1.0, 1.0])
     )
-    assert plan.buckets_of(weighted) == pytest.approx({tall: 0.125, wide: 0.875})
+    assert plan.buckets_of(plan.order_of(weighted)) == pytest.approx({tall: 0.125, wide: 0.875})
     for weights in ([1.0], [1.0, 2.0, 3.0], [0.0, 1.0]):
-        with pytest.raises(ValueError, match="each needs samples, and a weight if another has one"):
-            plan.buckets_of(
-                msgspec.structs.replace(config, data=DataConfig(datasets=datasets, weights=weights))
-            )
+        data = FeedConfig(datasets=datasets, weights=weights)
+        with pytest.raises(ValueError, match="dataset weights"):
+            plan.order_of(msgspec.structs.replace(config, data=data))
+
+
+def test_a_shape_that_is_never_trained_has_no_share_and_is_named(tmp_path: Path) -> None:
+    write_synthetic_dataset(tmp_path, {"64x32x1": 9, "32x64x1": 3}, text_dim=8)
+    config = TrainConfig(
+        output="",
+        model=ModelConfig(path=""),
+        data=FeedConfig(datasets=[str(tmp_path)]),
+        num_steps=1,
+        global_batch=4,
+    )
+    order = plan.order_of(config)
+    assert plan.buckets_of(order) == {Bucket(64, 32, 1): 1.0}
+    assert describe_counts(order.counts[0], 4) == (
+        "2 batches of 4 an epoch; samples left out each epoch, others each time: 1 of 64x32x1; "
+        "never trained, because a bucket holds fewer samples than a global batch of 4: "
+        "3 of 32x64x1"
+    )

@@ -9,10 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from loader.feed_config import FeedConfig
 from tools.doctor import host, run
 from tools.doctor.__main__ import HOST_CHECKS, main
 from tools.doctor.finding import Finding, guarded
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.model.config import ModelConfig
 
 
@@ -20,7 +21,7 @@ def config(model: Path, dataset: Path, output: Path) -> TrainConfig:
     return TrainConfig(
         output=str(output),
         model=ModelConfig(path=str(model), dtype="float32"),
-        data=DataConfig(datasets=[str(dataset)]),
+        data=FeedConfig(datasets=[str(dataset)]),
         num_steps=1,
         global_batch=1,
     )

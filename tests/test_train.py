@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loader.config import dump_toml
+from loader.feed_config import FeedConfig
 from tools.fake.batch import write_synthetic_dataset
 from train import checkpoint
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.lora import adapters as lora
 from train.lora import files
 from train.lora.config import LoRAConfig
@@ -42,7 +43,7 @@ def base(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
     return TrainConfig(
         output="",
         model=ModelConfig(path=str(tiny_checkpoint), dtype="float32"),
-        data=DataConfig(datasets=[str(dataset)], num_threads=1),
+        data=FeedConfig(datasets=[str(dataset)], num_threads=1),
         num_steps=NUM_STEPS,
         global_batch=2,
         micro_batch=1,
@@ -338,7 +339,7 @@ def test_raw_first_frames_train_like_the_stored_ones(
     """
     losses = {}
     for condition in ("latent", "raw"):
-        data = DataConfig(
+        data = FeedConfig(
             datasets=[str(tiny_dataset)],
             num_threads=1,
             i2v_share=1.0,

@@ -9,10 +9,11 @@ import msgspec
 import pytest
 import torch
 
+from loader.feed_config import FeedConfig
 from loader.shape import Bucket
 from tools.fake.batch import write_synthetic_dataset
 from train import setup
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.parallel.mesh import World
@@ -27,7 +28,7 @@ def config(tiny_checkpoint: Path, tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         output=str(tmp_path / "run"),
         model=ModelConfig(path=str(tiny_checkpoint), dtype="float32"),
-        data=DataConfig(datasets=[str(tmp_path / "dataset")], num_threads=1),
+        data=FeedConfig(datasets=[str(tmp_path / "dataset")], num_threads=1),
         lora=LoRAConfig(rank=4),
         num_steps=3,
         global_batch=2,

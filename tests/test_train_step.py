@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from loader.feed_config import FeedConfig
 from loader.shape import Bucket
 from tools.fake.step import random_batch, random_transformer
 from train import setup
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.model.wan import TI2V_5B
@@ -33,7 +34,7 @@ def build(memory: str = "block", global_batch: int = 1, dropout: float = 0.0) ->
     config = TrainConfig(
         output="",
         model=ModelConfig(path="", dtype="float32"),
-        data=DataConfig(datasets=[""]),
+        data=FeedConfig(datasets=[""]),
         lora=LoRAConfig(rank=4, dropout=dropout),
         num_steps=1,
         global_batch=global_batch,

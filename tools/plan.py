@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loader.config import load_toml
-from loader.read import read_dataset
+from loader.order import MIX_BLOCK, Order, describe_counts
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
+from loader.store import read_dataset
 from train.activations.budget import parse_activation_memory
 from train.activations.plan import GROUPS, Shape, ShapePlan, describe, plan_run
 from train.config import TrainConfig
@@ -297,27 +298,28 @@ def why_no_time(config: TrainConfig, card: Card) -> str:
     return "" if name in card.attention_flops else f'no rate for attention = "{name}" there'
 
 
-def buckets_of(config: TrainConfig) -> dict[Bucket, float]:
-    """The shapes of the configured datasets, each with its share of the samples. Raises
-    ValueError.
+def order_of(config: TrainConfig) -> Order:
+    """The sequence of the run's batches, exclusions left aside. Raises ValueError where the
+    trainer would refuse the datasets.
     """
-    datasets = [
-        read_dataset(location)[1].splits.get("train", []) for location in config.data.datasets
-    ]
-    sizes = [sum(shard.num_samples for shard in shards) for shards in datasets]
-    weights = config.data.weights or sizes
-    if len(weights) != len(sizes) or min(*sizes, *weights) <= 0:
-        raise ValueError(
-            f"data.datasets {config.data.datasets} have {sizes} samples to train on and data.weights = "
-            f"{config.data.weights}: each needs samples, and a weight if another has one"
-        )
+    manifests = [read_dataset(location)[1] for location in config.data.datasets]
+    return Order(
+        [manifest.splits.get("train", []) for manifest in manifests],
+        seed=config.seed,
+        global_batch=config.global_batch,
+        weights=config.data.weights or None,
+    )
+
+
+def buckets_of(order: Order) -> dict[Bucket, float]:
+    """The shapes that are trained, each with its share of the batches."""
     shares: dict[Bucket, float] = {}
-    for shards, size, weight in zip(datasets, sizes, weights, strict=True):
-        for shard in shards:
-            bucket = Bucket.parse(shard.bucket)
-            shares[bucket] = (
-                shares.get(bucket, 0.0) + weight / sum(weights) * shard.num_samples / size
-            )
+    per_dataset = zip(order.quotas, order.batches_per_epoch, order.counts, strict=True)
+    for quota, num_batches, counts in per_dataset:
+        for count in counts:
+            if count.num_batches:
+                share = quota / MIX_BLOCK * count.num_batches / num_batches
+                shares[count.bucket] = shares.get(count.bucket, 0.0) + share
     return dict(sorted(shares.items()))
 
 
@@ -425,7 +427,13 @@ def main() -> None:
     try:
         config = load_toml(arguments.config, TrainConfig, arguments.set)
         wan = read_config(Path(config.model.path) / "transformer" / "config.json")
-        shares = {WAN22.parse(arguments.shape): 1.0} if arguments.shape else buckets_of(config)
+        if arguments.shape:
+            shares = {WAN22.parse(arguments.shape): 1.0}
+        else:
+            order = order_of(config)
+            shares = buckets_of(order)
+            for name, counts in zip(config.data.datasets, order.counts, strict=True):
+                print(f"{name}: {describe_counts(counts, config.global_batch)}")
         print(report(config, wan, shares, arguments.gpus))
     except (ValueError, OSError) as error:
         sys.exit(f"plan: {error}")

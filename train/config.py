@@ -4,11 +4,12 @@ V100.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from loader.feed_config import FeedConfig
 from train.flow import FlowConfig
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
@@ -18,37 +19,13 @@ Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
-class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The `[data]` table: which samples are trained on, and how they are read."""
-
-    # folders or URLs with a manifest.json
-    datasets: Annotated[list[str], Meta(min_length=1)]
-    # each dataset's share of the batches; empty: by size
-    weights: list[float] = []
-    # where the clean first frame of image-to-video comes from: the stored latent, or (decoded by
-    # DALI and encoded by the VAE) the stored picture or clip
-    condition: Literal["latent", "raw"] = "latent"
-    # of the video samples
-    i2v_share: Share = 0.4
-    caption_dropout: Share = 0.1
-    num_threads: Positive = 4
-    # micro-batches that are ready or in work
-    max_ahead: Positive = 4
-    # damaged samples of each dataset that a rank replaces, from its start on; at one more the
-    # run stops
-    max_damaged: Annotated[int, Meta(ge=0)] = 16
-    # keeps what was read from URLs, shared by the ranks of a host; empty: no cache
-    cache_dir: str = ""
-    cache_gib: Annotated[float, Meta(gt=0.0)] = 64.0
-
-
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One run."""
 
     # folder of everything that the run writes; it goes on from the newest checkpoint there
     output: str
     model: ModelConfig
-    data: DataConfig
+    data: FeedConfig
     lora: LoRAConfig = LoRAConfig()
     flow: FlowConfig = FlowConfig()
     optim: OptimConfig = OptimConfig()
@@ -96,6 +73,8 @@ _RESUMABLE = frozenset(
         "model.path",
         "model.attention",
         "data.datasets",
+        # which samples it leaves out is part of the feed's own state
+        "data.exclude",
         "data.num_threads",
         "data.max_ahead",
         "data.max_damaged",
@@ -113,7 +92,7 @@ def resumable_changes(config: TrainConfig) -> frozenset[str]:
 
 def defaults() -> dict[str, object]:
     """The dotted keys and their defaults; those of keys without a default mean nothing."""
-    model, data = ModelConfig(path=""), DataConfig(datasets=[""])
+    model, data = ModelConfig(path=""), FeedConfig(datasets=[""])
     return flat(TrainConfig(output="", model=model, data=data, num_steps=1, global_batch=1))
 
 

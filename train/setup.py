@@ -8,6 +8,7 @@ that what tools and benchmarks measure is what train/main.py runs.
 Left out: the order of a step, which stands in train/main.py.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loader.batching import Batching
 from loader.feed import Feed
+from loader.identity import check_identity, folder_xxh3
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
@@ -33,6 +36,9 @@ from train.model.load import load_transformer
 from train.model.wan import Wan
 from train.parallel.mesh import World
 from train.step import MicroStep
+
+log = logging.getLogger(__name__)
+FPS = 24.0  # of Wan2.2-TI2V-5B
 
 
 @dataclass(frozen=True)
@@ -126,31 +132,37 @@ class Run:
 
 def open_feed(config: TrainConfig, world: World) -> Feed:
     """The training batches of this process. Raises ValueError for datasets that can't be used."""
-    data, vae = config.data, None
+    vae = None
     micro_batches(config, world)  # refuses a global batch that can't be divided
-    if data.condition == "raw":
+    if config.data.condition == "raw":
         dtype = getattr(torch, config.model.dtype)
         vae = load_vae_encoder(Path(config.model.path), world.device, dtype)
-    return Feed(
-        data.datasets,
-        split="train",
+    batching = Batching(
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
         rank=world.data_rank,
         world_size=world.data_size,
         seed=config.seed,
-        i2v_share=data.i2v_share,
-        caption_dropout=data.caption_dropout,
-        condition=data.condition,
-        device=world.device,
-        num_threads=data.num_threads,
-        max_ahead=data.max_ahead,
-        vae=vae,
-        weights=data.weights or None,
-        max_damaged=data.max_damaged,
-        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
-        cache_bytes=int(data.cache_gib * 2**30),
     )
+    feed = Feed(config.data, batching, world.device, vae)
+    try:
+        check_datasets(config, world, feed)
+    except ValueError:
+        feed.close()
+        raise
+    return feed
+
+
+def check_datasets(config: TrainConfig, world: World, feed: Feed) -> None:
+    """Are the datasets of this model? Rank 0 logs what can't be compared. Raises DatasetError."""
+    vae_xxh3 = folder_xxh3(Path(config.model.path) / "vae")
+    for dataset in feed.datasets:
+        not_compared = check_identity(
+            dataset.name, dataset.manifest, layout=WAN22, fps=FPS, vae_xxh3=vae_xxh3
+        )
+        if world.is_main:
+            for line in not_compared:
+                log.warning(line)
 
 
 def feed_bytes(config: TrainConfig, feed: Feed) -> float:

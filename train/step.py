@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loader.feed import Batch
+from loader.batch import Batch
 from train import flow
 from train.flow import FlowConfig
 from train.model.attention import Attention

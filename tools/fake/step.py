@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from loader.feed import Batch
+from loader.batch import Batch
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
 from train.model.load import build_transformer, tensor_sources

@@ -11,12 +11,12 @@ import torch
 
 from bench.gpu_inputs import dali_frame, make_clips
 from loader.dali import DecodeError, FirstFrames, FrameDecoder
-from loader.feed import Feed
 from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
 from shardgen.media.colour import BT601, BT709
 from shardgen.media.pictures import encode_mp4
 from tools.fake.batch import write_synthetic_dataset
+from tools.fake.feed import make_feed
 
 CPU = torch.device("cpu")
 
@@ -129,18 +129,13 @@ def test_the_raw_feed_takes_the_first_frame_of_a_clip(
     write_synthetic_dataset(tmp_path, {"96x64x5": 4}, clips=[clip])
     vae = load_vae_encoder(tiny_checkpoint, CPU, torch.float32)
     expected = [vae.encode(pixels(jpeg(seed)).unsqueeze(0))[0] for seed in range(5)]
-    with Feed(
-        [tmp_path],
-        split="train",
+    with make_feed(
+        tmp_path,
         global_batch=4,
         micro_batch=4,
-        rank=0,
-        world_size=1,
-        seed=0,
         i2v_share=1.0,
         caption_dropout=0.0,
         condition="raw",
-        device="cpu",
         vae=vae,
     ) as feed:
         batch, _ = next(feed)

@@ -16,12 +16,13 @@ from loader.order import (
     MIX_BLOCK,
     Order,
     OrderError,
+    count_buckets,
     is_i2v,
     keyed_uniform,
-    micro_slice,
-    permutation,
+    once,
     sample_seed,
 )
+from loader.shuffle import permutation
 
 G = 24
 
@@ -57,8 +58,8 @@ def test_every_sample_once_an_epoch_but_for_a_counted_tail_that_changes() -> Non
         assert len(seen) == len(set(seen)) and set(seen) <= everything
         tails.append(everything - set(seen))
         dropped = Counter(SHARDS[s].bucket for _, s, _ in tails[-1])
-        assert dropped == {str(b): num for b, num in order.dropped_per_epoch[0].items() if num}
-        assert all(num < G for num in dropped.values())
+        left_out = {str(count.bucket): count.num_left_out for count in order.counts[0]}
+        assert dropped == left_out and all(0 < num < G for num in dropped.values())
     assert tails[0] != tails[1] != tails[2]
 
 
@@ -66,21 +67,6 @@ def test_a_global_batch_holds_one_bucket() -> None:
     order = Order([SHARDS], seed=3, global_batch=G)
     for batch in map(order.batch, range(order.batches_per_epoch[0])):
         assert {SHARDS[s].bucket for s in batch.shard_G} == {str(batch.bucket)}
-
-
-def test_world_sizes_only_share_the_batch_out() -> None:
-    order = Order([SHARDS], seed=3, global_batch=G)
-    batch = order.batch(5)
-    whole = list(zip(batch.shard_G, batch.position_G, strict=True))
-    for world_size in (1, 2, 3, 4, 8):
-        for micro_batch in (1, G // world_size):
-            steps = G // (world_size * micro_batch)
-            parts = [
-                whole[micro_slice(step, rank, world_size, micro_batch)]
-                for step in range(steps)
-                for rank in range(world_size)
-            ]
-            assert [sample for part in parts for sample in part] == whole
 
 
 def test_resumed_at_any_step_the_sequence_goes_on() -> None:
@@ -150,7 +136,7 @@ def test_buckets_are_interleaved() -> None:
     order = Order([SHARDS], seed=3, global_batch=G)
     buckets = [order.batch(n).bucket for n in range(order.batches_per_epoch[0])]
     changes = sum(a != b for a, b in pairwise(buckets))
-    assert changes > len(order.buckets[0])
+    assert changes > len(order.counts[0])
 
 
 def test_datasets_are_mixed_by_weight_each_with_its_own_epochs() -> None:
@@ -237,3 +223,53 @@ def test_a_million_samples_start_and_resume_within_a_second() -> None:
 def test_order_needs_no_torch() -> None:
     code = "import sys, loader.order; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_walk_once_has_every_sample_in_key_order_the_tail_included() -> None:
+    keys = [["b", "e"], ["a", "d", "f"], [], ["c"]]
+    places = once(keys)
+    assert [place.key for place in places] == list("abcdef")
+    assert all(keys[place.shard][place.position] == place.key for place in places)
+    assert [place.key for place in once(keys, {(1, 1), (0, 0)})] == list("acef")
+
+
+EXCLUDED = {(0, 3), (0, 39), (21, 0), (22, 30), *((25, i) for i in range(80))}
+
+
+def test_excluded_samples_are_in_no_batch_and_all_others_are() -> None:
+    order = Order([SHARDS], seed=3, global_batch=G, excluded=[EXCLUDED])
+    everything = {(s, p) for s, shard in enumerate(SHARDS) for p in range(shard.num_samples)}
+    ever_seen = set()
+    for epoch in range(6):
+        start = epoch * order.batches_per_epoch[0]
+        seen = [(s, p) for _, s, p in sequence(order, start, start + order.batches_per_epoch[0])]
+        assert len(seen) == len(set(seen)) and not set(seen) & EXCLUDED
+        ever_seen |= set(seen)
+    never = {(s, p) for s, p in everything if SHARDS[s].bucket in ("96x160x1", "96x160x9")}
+    assert ever_seen >= everything - EXCLUDED - never
+
+
+def test_exclusions_are_part_of_the_state_and_none_leave_it_as_it_was() -> None:
+    plain = Order([SHARDS], seed=3, global_batch=G).state(7)
+    assert plain == Order([SHARDS], seed=3, global_batch=G, excluded=[set()]).state(7)
+    assert plain["plan_hash"] == "29c590339f13a8387e2d03bf8fb636bb"
+    excluding = Order([SHARDS], seed=3, global_batch=G, excluded=[EXCLUDED])
+    assert excluding.resume(excluding.state(7)) == 7
+    with pytest.raises(OrderError, match="num_excluded"):
+        excluding.resume(plain)
+    with pytest.raises(OrderError, match="excluded"):
+        excluding.resume(
+            Order([SHARDS], seed=3, global_batch=G, excluded=[EXCLUDED | {(0, 4)}]).state(7)
+        )
+
+
+def test_a_bucket_smaller_than_a_global_batch_has_no_batches() -> None:
+    counts = {str(count.bucket): count[1:] for count in count_buckets(SHARDS, G)}
+    assert counts == {
+        "96x160x1": (11, 0, 11),
+        "96x160x9": (100, 4, 4),
+        "160x96x1": (90, 3, 18),
+        "160x96x9": (847, 35, 7),
+    }
+    without = count_buckets(SHARDS, G, {(25, i) for i in range(80)})
+    assert [count[1:] for count in without if str(count.bucket) == "96x160x9"] == [(20, 0, 20)]
