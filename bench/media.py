@@ -23,7 +23,7 @@ import numpy as np
 
 from loader.shape import WAN22, Bucket
 from shardgen.media.decode import decode_window
-from shardgen.media.geometry import fit
+from shardgen.media.geometry import Orientation, fit
 
 SAR, NTSC, START_MS = Fraction(32, 27), Fraction(30000, 1001), 1000
 
@@ -54,7 +54,7 @@ def ours(paths: list[Path], bucket: Bucket) -> None:
 
 
 def ffmpeg(paths: list[Path], bucket: Bucket) -> None:
-    place = fit(720, 480, SAR, 0, bucket, "letterbox")
+    place = fit(720, 480, SAR, Orientation(), bucket, "letterbox")
     chain = (
         f"trim=start={START_MS / 1000},setpts=PTS-STARTPTS,fps=24:round=down,"
         f"scale={place.width_px}:{place.height_px}:flags=lanczos+full_chroma_int+full_chroma_inp+accurate_rnd+"

@@ -123,7 +123,8 @@ def test_killed_at_any_moment_the_next_run_completes_the_catalog(tmp_path: Path)
         "import sys; from pathlib import Path; from shardgen.catalog.catalog import Catalog; "
         "from shardgen.stages.ingest import ingest_labels; root = Path(sys.argv[1])\n"
         "if __name__ == '__main__':\n"
-        "    with Catalog(root.with_suffix('.sqlite')) as catalog: ingest_labels(catalog, root, workers=1)"
+        "    with Catalog(root.with_suffix('.sqlite')) as catalog:\n"
+        "        ingest_labels(catalog, root, workers=1)"
     )
     for wait_s in (0.3, 0.5, 0.8):
         process = subprocess.Popen(

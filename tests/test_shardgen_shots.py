@@ -13,6 +13,7 @@ from shardgen.rules.shots import (
     Shot,
     clamp_shots,
     exclusive_ranges,
+    first_frame,
     last_frame,
     shots_of,
 )
@@ -88,6 +89,16 @@ def test_one_frame_past_the_probed_end_is_clamped_and_two_are_a_reason() -> None
         with pytest.raises(PlanError) as caught:
             clamp_shots([wrong], duration_s)
         assert (caught.value.reason, caught.value.probed) == ("timecode_past_end", "19.75 s")
+
+
+def test_a_shot_begins_with_the_picture_and_one_that_ends_before_it_is_a_reason() -> None:
+    assert clamp_shots([shot(0, 100), shot(20, 50)], 10.0, 15) == [shot(15, 100), shot(20, 50)]
+    with pytest.raises(PlanError) as caught:
+        clamp_shots([shot(0, 14)], 10.0, 15)
+    assert caught.value.reason == "timecode_before_start"
+    # half a second is 14.985 frames of the counter, and a picture is there from the 15th on
+    assert first_frame(0.5, 25.0) == 15 and first_frame(15 * 1001 / 30000, 25.0) == 15
+    assert first_frame(0.04, 25.0) == first_frame(0.0, 0.0) == 0
 
 
 def test_frames_that_two_shots_claim_belong_to_neither() -> None:

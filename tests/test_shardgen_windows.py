@@ -47,6 +47,15 @@ def test_missing_timecodes_mean_the_whole_clip_with_a_flag() -> None:
     assert (stretch.shot.first, stretch.shot.last, stretch.number) == (0, 299, 0)
 
 
+def test_no_window_begins_before_the_picture() -> None:
+    for shots, whole in ((("", ""), [15, 299]), (("00:00:00;00", "00:00:09;29"), [15, 299])):
+        (stretch,), _ = video_stretches(
+            label(shots), 10.01, [LONG], 24.0, 9, whole_clip=False, first=15
+        )
+        assert [stretch.shot.first, stretch.shot.last] == whole
+        assert min(stretch.starts_ms) >= 500
+
+
 def test_every_window_lies_inside_its_shot_and_overlaps_no_other() -> None:
     draw = random.Random(0)
     for _ in range(3000):

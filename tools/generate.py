@@ -294,7 +294,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "float16")
     try:
-        image = load_image(arguments.image).convert("RGB") if arguments.image else None
+        image = Image.fromarray(load_image(arguments.image).upright) if arguments.image else None
         options = Options(
             WAN22.parse(arguments.shape),
             arguments.steps,

@@ -1,125 +1,291 @@
 """A video file, opened: its frames in display order, each with its time on the screen, and damage
 that is named.
 
-Decoders hide damage by default; here they are told to fail, and packets are counted against the
-header.
+The clock is the one that a player's display shows: the container's start is 0:00. So a picture
+track that starts half a second after the sound begins at 0.5 s, and a transport stream whose
+first timestamp is 10 s, or 26 hours, begins at 0.
+
+Decoders hide damage by default; here they are told to fail, and the file's own structure is held
+against its length (structure.py). Not every codec can tell: HEVC and VP9 take many overwritten
+bytes for valid ones, and so does Motion JPEG, whose frames are checked no closer than the decoder
+does. What such a decoder makes of damage is used.
 """
 
+import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
+from heapq import heappop, heappush
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
+from av.stream import Disposition
 
 from shardgen.media.errors import MediaError
+from shardgen.media.structure import missing_bytes
 
-# formats that hold their own pictures: a playlist would take them from files that nobody hashed
-_FORMATS = (
-    "mov,mp4,matroska,webm,avi,mxf,mxf_opatom,mpegts,mpeg,mpegvideo,m4v,h264,hevc,mjpeg,asf,flv,ogg,gxf,dv,"
-    "nut,ivf"
+# Formats that hold their own pictures: a playlist would take them from files that nobody hashed.
+FORMATS = (
+    "mov,mp4,matroska,webm,avi,mxf,mxf_opatom,mpegts,mpeg,mpegvideo,m4v,h264,hevc,mjpeg,asf,flv,"
+    "ogg,gxf,dv,nut,ivf"
 )
+# Formats whose header says how long the file is. For the others libavformat guesses.
+_STATE_A_DURATION = ("mov", "matroska", "avi", "mxf", "asf", "flv", "gxf", "nut", "ivf")
+# A header's duration may be rounded or counted by another stream's clock.
+_DURATION_TOLERANCE_S = Fraction(1, 2)
+# Encoders put up to some 80 ms of silence before a track's sound; players skip it.
+_PRIMING_S = Fraction(1, 10)
+_CLOCK_TOLERANCE_S = Fraction(1, 1000)
+# PyAV before 19 reads titles as strict UTF-8 unless told otherwise; many are in CP949.
+_TITLES = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
-def open_container(path: Path) -> Any:
-    """An open container with at least one video stream, its decoder set to fail on damage, on one
-    thread.
+class Video(NamedTuple):
+    """An open file and the stream that players take."""
+
+    container: Any
+    stream: Any
+
+
+class Shown(NamedTuple):
+    """A frame, from when to when it is on the screen, and its pixel aspect ratio."""
+
+    frame: Any
+    begin_s: float
+    end_s: float
+    sar: Fraction
+
+
+@contextmanager
+def open_video(source: Path | bytes) -> Iterator[Video]:
+    """Open a file, or a file's bytes; its decoder fails on damage and runs on one thread.
+
+    Raises MediaError (media_empty, media_truncated, media_undecodable, media_no_video).
     """
+    file: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
-        if path.stat().st_size == 0:
+        if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
             raise MediaError("media_empty", "the file has 0 bytes")
-        container = av.open(
-            str(path),
-            "r",
-            container_options={"format_whitelist": _FORMATS},
-            metadata_errors="replace",
-        )  # titles are in CP949 as often as in UTF-8
+        if missing := missing_bytes(source):
+            raise MediaError("media_truncated", f"{missing} bytes are missing at the file's end")
+        options = {"format_whitelist": FORMATS}
+        container = av.open(file, "r", container_options=options, **_TITLES)
     except av.ArgumentError as error:
         raise MediaError(
-            "media_undecodable", f"can't be opened, or its format is none of {_FORMATS}"
+            "media_undecodable", f"can't be opened, or its format is none of {FORMATS}"
         ) from error
     except (av.FFmpegError, OSError) as error:
         raise MediaError("media_undecodable", f"can't be opened: {error}") from error
-    if not container.streams.video:
-        container.close()
-        raise MediaError("media_no_video", "the file has no video stream")
-    context: Any = container.streams.video[0].codec_context
-    if context is None:
-        container.close()
-        raise MediaError("media_undecodable", "there is no decoder for its codec")
-    context.thread_count = 1
-    context.options = {"err_detect": "explode"}
-    return container
+    with container:
+        stream = _best_stream(container)
+        if stream.codec_context is None:
+            raise MediaError("media_undecodable", "there is no decoder for its codec")
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"err_detect": "explode"}
+        yield Video(container, stream)
 
 
-def timed_frames(
-    frames: Iterator[Any], average_rate: Fraction | None
-) -> Iterator[tuple[Any, float, float]]:
-    """(frame, begin_s, end_s) for each frame, counted from the first one. Raises MediaError."""
-    origin: Fraction | None = None
-    held: tuple[Any, float] | None = None
-    begin_s = -1.0
+def _best_stream(container: Any) -> Any:
+    """The film: what av_find_best_stream takes, but never a cover or a thumbnail."""
+    still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    films = [each for each in container.streams.video if not each.disposition & still]
+    if not films:
+        what = "only a cover picture" if container.streams.video else "no video stream"
+        raise MediaError("media_no_video", f"the file has {what}")
+    best = container.streams.best("video")
+    if best in films:
+        return best
+    # a cover that is marked as the default; among the films the mark counts too
+    return max(films, key=lambda each: bool(each.disposition & Disposition.default))
+
+
+class Decoder:
+    """The frames of a video, once, and what is learnt on the way.
+
+    `frames` yields every frame in display order with its time in `pts`. Then `sar_at` and `times`
+    say the rest.
+    """
+
+    def __init__(self, video: Video) -> None:
+        self._container, self._stream = video
+        self._num_packets = 0
+        self._demuxed_s = Fraction(0)
+        # Pixel aspect ratios in the order in which they come into force.
+        self._sars: list[tuple[Fraction, Fraction]] = []
+        self._container_sar = _as_fraction(self._stream.sample_aspect_ratio)
+        # AVI has no presentation times: frames get the packets' times in order.
+        self._free_times: list[int] | None = [] if "avi" in self._container.format.name else None
+
+    def frames(self) -> Iterator[Any]:
+        """Raises MediaError at the first damage, and at the end if some frames were missing."""
+        first_key: int | None = None
+        began_at_key = False
+        num_frames = 0
+        for packet in self._packets():
+            time = packet.pts if self._free_times is None else packet.dts
+            if packet.size:
+                if packet.is_keyframe and first_key is None:
+                    first_key, began_at_key = time, self._num_packets == 1
+                if self._free_times is not None:
+                    heappush(self._free_times, time)
+            # What precedes the first keyframe on the screen leans on frames that were cut away.
+            is_leading = (first_key is None and num_frames == 0) or (
+                first_key is not None and time is not None and time < first_key
+            )
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                if is_leading:
+                    continue
+                raise MediaError(
+                    "media_undecodable",
+                    f"packet {self._num_packets} does not decode: {error.strerror}",
+                ) from error
+            self._note_sar(time)
+            for frame in frames:
+                if num_frames == 0 and not began_at_key and not frame.key_frame:
+                    continue
+                if self._free_times is not None:
+                    frame.pts = self._take_time(first_key if num_frames == 0 else None)
+                if frame.is_corrupt:
+                    if first_key is not None and frame.pts is not None and frame.pts < first_key:
+                        continue
+                    raise MediaError(
+                        "media_undecodable", f"a frame near packet {self._num_packets} is damaged"
+                    )
+                num_frames += 1
+                yield frame
+        self._check_duration()
+
+    def _packets(self) -> Iterator[Any]:
+        """Packets of the stream. Those of other streams are looked at only for damage and time."""
+        try:
+            for packet in self._container.demux():
+                if packet.pts is not None:
+                    end_s = _seconds(packet.pts + (packet.duration or 0), packet.time_base)
+                    self._demuxed_s = max(self._demuxed_s, end_s)
+                if packet.is_corrupt:
+                    raise MediaError("media_truncated", f"packet {self._num_packets} is cut off")
+                if packet.stream is self._stream:
+                    self._num_packets += packet.size > 0
+                    yield packet
+        except av.FFmpegError as error:
+            raise MediaError(
+                "media_undecodable",
+                f"the file can't be read on after packet {self._num_packets}: {error.strerror}",
+            ) from error
+        except IndexError:
+            # PyAV's, at the end of a file that got a stream in its middle. The streams that it
+            # began with are through by then.
+            pass
+
+    def _take_time(self, first_key: int | None) -> int:
+        """The smallest packet time that no frame has yet, from `first_key` on."""
+        assert self._free_times is not None
+        while True:
+            time = heappop(self._free_times)
+            if first_key is None or time >= first_key:
+                return time
+
+    def _note_sar(self, time: int | None) -> None:
+        """The aspect ratio that the packet's headers brought into force. Raises MediaError where
+        container and stream disagree about it.
+        """
+        sar = _as_fraction(self._stream.codec_context.sample_aspect_ratio)
+        if time is None or (self._sars and self._sars[-1][1] == sar):
+            return
+        if self._sars and self._sars[0][1] == self._container_sar and not self._stream_states_sar:
+            raise MediaError(
+                "media_aspect",
+                f"the pixel aspect ratio changes from {self._sars[-1][1]} to {sar} in the stream, "
+                f"while the container states {self._container_sar} for all of it; cut it there",
+            )
+        self._sars.append((_seconds(time, self._stream.time_base), sar))
+
+    @property
+    def _stream_states_sar(self) -> bool:
+        """Whether the aspect ratio can only be the stream's: these containers hold none."""
+        names = self._container.format.name.split(",")
+        return bool({"mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "avi"} & set(names))
+
+    def sar_at(self, time_s: Fraction) -> Fraction:
+        """The pixel aspect ratio of the frame with this time."""
+        if not self._stream_states_sar:
+            return self._container_sar
+        in_force = [sar for since_s, sar in self._sars if since_s <= time_s]
+        return in_force[-1] if in_force else self._sars[0][1]
+
+    def origin(self, first_s: Fraction) -> Fraction:
+        """The timestamp at which a player's display says 0:00. `first_s` is the first frame's."""
+        if self._container.start_time is None:
+            return first_s
+        start_s = Fraction(self._container.start_time, av.time_base)
+        if -_PRIMING_S < start_s < 0 <= first_s:
+            start_s = Fraction(0)
+        # libavformat gives the start in microseconds, the first frame has it exactly
+        return first_s if first_s - start_s < _CLOCK_TOLERANCE_S else start_s
+
+    def _check_duration(self) -> None:
+        """Raises MediaError if the header promises more than there was. Some count the duration
+        from 0, others from the first timestamp.
+        """
+        names = set(self._container.format.name.split(","))
+        if not names & set(_STATE_A_DURATION) or self._container.duration is None:
+            return
+        promised_s = Fraction(self._container.duration, av.time_base)
+        start_s = Fraction(self._container.start_time or 0, av.time_base)
+        held_s = max(self._demuxed_s, self._demuxed_s - start_s)
+        if promised_s - held_s > _DURATION_TOLERANCE_S:
+            raise MediaError(
+                "media_truncated",
+                f"the header promises {float(promised_s):.2f} s, the file holds "
+                f"{float(held_s):.2f} s",
+            )
+
+
+def shown_frames(video: Video, *, deinterlace: bool = False) -> Iterator[Shown]:
+    """Every frame of a video with its time on the screen. Of frames with one timestamp the last
+    is shown. Raises MediaError (media_undecodable, media_truncated, media_timestamps,
+    media_aspect).
+    """
+    decoder = Decoder(video)
+    frames = deinterlaced(decoder.frames()) if deinterlace else decoder.frames()
+    origin_s: Fraction | None = None
+    pending: tuple[Any, float, Fraction] | None = None
+    num_shown, num_hidden = 0, 0
     for frame in frames:
         if frame.pts is None:
             raise MediaError("media_timestamps", "a frame has no timestamp")
-        time = frame.pts * frame.time_base
-        origin = time if origin is None else origin
-        previous_s, begin_s = begin_s, float(time - origin)
-        if begin_s <= previous_s:
-            raise MediaError(
-                "media_timestamps", f"timestamps go back from {previous_s} to {begin_s} s"
-            )
-        if held is not None:
-            yield *held, begin_s
-        held = frame, begin_s
-    if held is not None:
-        frame, begin_s = held
-        length_s = frame.duration * frame.time_base if frame.duration else 1 / (average_rate or 24)
-        yield frame, begin_s, begin_s + float(length_s)
-
-
-def decoded_frames(container: Any) -> Iterator[Any]:
-    """All frames in display order. Raises MediaError at the first damage, and at the end if some
-    were missing.
-    """
-    stream = container.streams.video[0]
-    num_packets, demuxed_s = 0, 0.0
-    try:
-        for packet in container.demux():
-            if packet.pts is not None:
-                demuxed_s = max(
-                    demuxed_s, float((packet.pts + (packet.duration or 0)) * packet.time_base)
+        time_s = _seconds(frame.pts, frame.time_base)
+        if origin_s is None:
+            origin_s = decoder.origin(time_s)
+        begin_s = float(time_s - origin_s)
+        if pending is not None:
+            held, held_begin_s, sar = pending
+            if begin_s < held_begin_s:
+                raise MediaError(
+                    "media_timestamps", f"timestamps go back from {held_begin_s} to {begin_s} s"
                 )
-            if packet.is_corrupt:
-                raise MediaError("media_truncated", f"packet {num_packets} is cut off")
-            if packet.stream is not stream:
-                continue
-            num_packets += packet.size > 0
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    raise MediaError(
-                        "media_undecodable", f"a frame near packet {num_packets} is damaged"
-                    )
-                yield frame
-    except av.FFmpegError as error:
+            if begin_s == held_begin_s:
+                num_hidden += 1
+            else:
+                num_shown += 1
+                yield Shown(held, held_begin_s, begin_s, sar)
+        pending = frame, begin_s, decoder.sar_at(time_s)
+    if num_hidden > num_shown:
         raise MediaError(
-            "media_undecodable", f"packet {num_packets} does not decode: {error.strerror}"
-        ) from error
-    except IndexError:  # PyAV's, at the end of a file that got a stream in its middle: those it began with are through
-        pass
-    if stream.frames > num_packets:
-        raise MediaError(
-            "media_truncated",
-            f"the header promises {stream.frames} frames, the file holds {num_packets}",
+            "media_timestamps",
+            f"{num_hidden} of {num_hidden + num_shown + 1} frames have the timestamp of the frame "
+            f"before",
         )
-    promised_s = (container.duration or 0) / av.time_base + max(
-        container.start_time or 0, 0
-    ) / av.time_base
-    if promised_s - demuxed_s > 0.5:
-        raise MediaError(
-            "media_truncated",
-            f"the header promises {promised_s:.2f} s, the file holds {demuxed_s:.2f} s",
-        )
+    if pending is not None:
+        held, held_begin_s, sar = pending
+        if held.duration:
+            length_s = _seconds(held.duration, held.time_base)
+        else:
+            length_s = 1 / (_as_fraction(video.stream.average_rate or 24))
+        yield Shown(held, held_begin_s, held_begin_s + float(length_s), sar)
 
 
 def deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:
@@ -127,25 +293,39 @@ def deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:
     passes progressive ones.
     """
     graph: Any = None
+    kind: Any = None
     for frame in frames:
-        if graph is None and frame.interlaced_frame:
-            graph = av.filter.Graph()
-            source = graph.add_buffer(
-                width=frame.width,
-                height=frame.height,
-                format=frame.format,
-                time_base=frame.time_base,
-            )
-            bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
-            graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
-        if graph is None:
+        if graph is None and not frame.interlaced_frame:
             yield frame
-        else:
-            graph.vpush(frame)
-            yield from _pulled(graph)
-    if graph is not None:
-        graph.vpush(None)
+            continue
+        # a graph is for one size and format
+        if kind != (frame.width, frame.height, frame.format.name):
+            if graph is not None:
+                yield from _drained(graph)
+            graph = _bwdif(frame)
+            kind = frame.width, frame.height, frame.format.name
+        graph.vpush(frame)
         yield from _pulled(graph)
+    if graph is not None:
+        yield from _drained(graph)
+
+
+def _bwdif(frame: Any) -> Any:
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width,
+        height=frame.height,
+        format=frame.format,
+        time_base=frame.time_base,
+    )
+    bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
+    return graph
+
+
+def _drained(graph: Any) -> Iterator[Any]:
+    graph.vpush(None)
+    yield from _pulled(graph)
 
 
 def _pulled(graph: Any) -> Iterator[Any]:
@@ -156,11 +336,10 @@ def _pulled(graph: Any) -> Iterator[Any]:
         return
 
 
-def rotation_deg(frame: Any) -> int:
-    """How far a frame is to be turned anticlockwise. Raises MediaError (media_rotation)."""
-    if frame.rotation % 90:
-        raise MediaError(
-            "media_rotation",
-            f"turned by {frame.rotation} degrees; only multiples of 90 are handled",
-        )
-    return int(frame.rotation)
+def _as_fraction(value: Any) -> Fraction:
+    """PyAV's AVRational or Fraction; None and 0 are square pixels, or unknown."""
+    return Fraction(value.numerator, value.denominator) if value else Fraction(1)
+
+
+def _seconds(ticks: int, time_base: Any) -> Fraction:
+    return Fraction(ticks * time_base.numerator, time_base.denominator)

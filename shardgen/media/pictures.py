@@ -28,7 +28,9 @@ _OPTIONS = {
         "crf": "18",
         "preset": "medium",
         "threads": "1",
-        "x264-params": "open-gop=0:mbtree=0:colorprim=bt709:transfer=bt709:colormatrix=bt709:range=tv",
+        "x264-params": (
+            "open-gop=0:mbtree=0:colorprim=bt709:transfer=bt709:colormatrix=bt709:range=tv"
+        ),
     },
     "h264_nvenc": {
         "rc": "constqp",
@@ -91,8 +93,8 @@ def encode_mp4(frames: Frames, fps: float, encoder: Mp4Encoder = "libx264") -> b
             container.mux(stream.encode(None))
     except av.FFmpegError as error:
         raise PictureError(
-            f"{encoder} does not work here ({error.strerror or error}); set encode.mp4_encoder to one "
-            f"that does, in a new output folder"
+            f"{encoder} does not work here ({error.strerror or error}); set encode.mp4_encoder to "
+            f"one that does, in a new output folder"
         ) from error
     return buffer.getvalue()
 

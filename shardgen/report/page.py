@@ -187,7 +187,8 @@ def _pictures(catalog: Catalog, root: Path, clip: Clip) -> list[bytes]:
             return []
         found = probe(path)
         shares = (0.0,) if found.num_frames == 1 else (0.05, 0.5, 0.95)
-        starts_ms = [int(found.duration_s * share * 1000) for share in shares]
+        length_s = found.duration_s - found.start_s
+        starts_ms = [int((found.start_s + length_s * share) * 1000) for share in shares]
         frames = dict(decode_windows(path, starts_ms, 24.0, _THUMBNAIL))
     except (CatalogError, MediaError):
         return []

@@ -11,7 +11,7 @@ The reason codes, in the order of the rules; the first that applies is the clip'
          caption_repeated_char caption_special_chars duration_unknown duration_short duration_long
          resolution_unknown timecode_invalid timecode_reversed
   media  media_type_differs duration_short duration_long picture_small upscale_large
-         timecode_past_end shot_short
+         timecode_before_start timecode_past_end shot_short
 Others come from reading (label_*), reviewers (excluded_by_review), fetching (media_missing, url_*,
 http_*), probing (media_*) and from counting (clip_id_repeated, duplicate_media).
 """

@@ -101,12 +101,29 @@ def last_frame(duration_s: float) -> int:
     return max(ceil(duration_s * 1000 / FRAME_MS - 1e-3) - 1, 0)
 
 
-def clamp_shots(shots: Sequence[Shot], duration_s: float) -> list[Shot]:
-    """Shots against the probed length: one frame past the end is clamped. Raises PlanError
-    (timecode_past_end).
+def first_frame(start_s: float, fps: float) -> int:
+    """The number of the first frame of the 29.97 fps counter at which there is a picture.
+
+    A picture that comes later than the sound by no more than a frame counts as there from 0: a
+    player shows it until its time has come.
+    """
+    return 0 if start_s * fps <= 1 else ceil(start_s * 1000 / FRAME_MS - 1e-3)
+
+
+def clamp_shots(shots: Sequence[Shot], duration_s: float, first: int = 0) -> list[Shot]:
+    """Shots against the probed picture, which is there from frame `first` until `duration_s`:
+    what comes before it and one frame past the end are clamped. Raises PlanError
+    (timecode_past_end, timecode_before_start).
     """
     last = last_frame(duration_s)
     for shot in shots:
+        if shot.last < first:
+            raise PlanError(
+                "timecode_before_start",
+                f"a shot ends at frame {shot.last}, the picture begins at frame {first}",
+                f"{(shot.last + 1) * FRAME_MS / 1000:.2f} s",
+                f"{first * FRAME_MS / 1000:.2f} s",
+            )
         if shot.last > last + 1 or shot.first > last:
             raise PlanError(
                 "timecode_past_end",
@@ -114,7 +131,9 @@ def clamp_shots(shots: Sequence[Shot], duration_s: float) -> list[Shot]:
                 f"{(shot.last + 1) * FRAME_MS / 1000:.2f} s",
                 f"{duration_s:.2f} s",
             )
-    return [shot._replace(last=min(shot.last, last)) for shot in shots]
+    return [
+        shot._replace(first=max(shot.first, first), last=min(shot.last, last)) for shot in shots
+    ]
 
 
 def exclusive_ranges(shots: Sequence[Shot]) -> list[tuple[int, int] | None]:

@@ -2,7 +2,8 @@
 
 A window lies inside one shot: its first sample is not before the shot's first frame, its last one
 not after the shot's last frame. Shots are counted in frames of the labels' 29.97 fps counter;
-windows leave this module in milliseconds from the clip's first frame.
+windows leave this module in milliseconds from the container's start, which is 0:00 on a player's
+display.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ from shardgen.rules.shots import (
     Shot,
     clamp_shots,
     exclusive_ranges,
+    first_frame,
     last_frame,
     shots_of,
     whole_clip_shot,
@@ -31,8 +33,8 @@ from shardgen.rules.split import split_of
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """One sample to be: a stretch of one shot. `start_ms` counts from the clip's first frame; fps
-    is the target's.
+    """One sample to be: a stretch of one shot. `start_ms` counts from the container's start; fps is
+    the target's.
     """
 
     key: str
@@ -99,6 +101,7 @@ def clip_windows(
             recipe.fps,
             recipe.per_shot,
             whole_clip or filters.wrong_timecodes == "whole_clip" or filters.score_only,
+            first=first_frame(probe.start_s, probe.fps),
         )
 
     split = split_of(origin.programme, rules.split.seed, rules.split.val_share)
@@ -144,32 +147,33 @@ def video_stretches(
     fps: float,
     per_shot: int,
     whole_clip: bool,
+    first: int = 0,
 ) -> tuple[list[Stretch], list[str]]:
     """Where a video's windows lie, in time order: in each shot of the longest shape that fits.
-    With flags.
+    With flags. The picture is there from frame `first` of the labels' counter until `duration_s`.
 
     A clip without timecodes counts as one shot (flag timecodes_missing); so does, if
     `whole_clip`, one whose timecodes are wrong (timecodes_wrong). Else those raise PlanError.
     """
     flags = []
     try:
-        shots = clamp_shots(shots_of(label), duration_s)
+        shots = clamp_shots(shots_of(label), duration_s, first)
     except PlanError:
         if not whole_clip:
             raise
         shots, flags = [], ["timecodes_wrong"]
     if not shots:
         flags = flags or ["timecodes_missing"]
-        shots = [whole_clip_shot(label, last=last_frame(duration_s))]
+        shots = [whole_clip_shot(label, last=last_frame(duration_s))._replace(first=first)]
 
     stretches = []
     for number, (shot, free) in enumerate(zip(shots, exclusive_ranges(shots), strict=True)):
         if free is None:
             continue
-        first, last = free
+        begin, end = free
         # `buckets` has the longest first: a shot takes the first one that fits.
         for bucket in buckets:
-            starts_ms = window_starts_ms(first, last, bucket.num_frames, fps, per_shot)
+            starts_ms = window_starts_ms(begin, end, bucket.num_frames, fps, per_shot)
             if starts_ms:
                 stretches.append(Stretch(number, starts_ms, shot, bucket))
                 break

@@ -1,5 +1,6 @@
 """Small clips whose every frame, timestamp and header field is known."""
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,17 +19,19 @@ def write_clip(
     rotation: int = 0,
     codec: str = "libx264",
     pix_fmt: str = "yuv420p",
+    rate: Fraction | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
     """Write planar 8-bit YUV frames [3, H, W] (chroma at full size, subsampled here) with exact
-    timestamps.
+    timestamps; `rate` is for codecs that know no other ones than its multiples.
     """
-    base = Fraction(1, 30000)
+    base = 1 / rate if rate else Fraction(1, 30000)
     with av.open(
         str(path), "w", options={"movflags": "+faststart"} if path.suffix == ".mp4" else {}
     ) as container:
+        best = {"crf": "1"} if codec.startswith("libx") else {}
         stream = container.add_stream(
-            codec, rate=Fraction(30000, 1001), options={"crf": "1", **(options or {})}
+            codec, rate=rate or Fraction(30000, 1001), options={**best, **(options or {})}
         )
         _, stream.height, stream.width = frames[0].shape
         stream.pix_fmt = pix_fmt
@@ -69,3 +72,37 @@ def counting_clip(path: Path, times: list[Fraction]) -> Path:
 def levels(frames: np.ndarray) -> list[int]:
     """Which source frame each decoded frame of a counting clip is."""
     return [round(float(f[40:50, 70:90].mean()) * 219 / 255 / 4) for f in frames]
+
+
+def remux(
+    source: Path,
+    target: Path,
+    *,
+    shift_s: Fraction = Fraction(0),
+    keep: Callable[[int], bool] = lambda number: True,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Copy a clip's video packets, those whose number `keep` wants, with all times shifted."""
+    with (
+        av.open(str(source)) as old,
+        av.open(
+            str(target), "w", options={"avoid_negative_ts": "disabled", **(options or {})}
+        ) as new,
+    ):
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(video=0)):
+            if packet.dts is None or not keep(number):
+                continue
+            ticks = round(shift_s / packet.time_base)
+            assert packet.pts is not None
+            packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+            packet.stream = stream
+            new.mux(packet)
+    return target
+
+
+def keyframes(path: Path) -> list[int]:
+    """The numbers of the packets that decoding can start at."""
+    with av.open(str(path)) as container:
+        packets = container.demux(video=0)
+        return [number for number, packet in enumerate(packets) if packet.is_keyframe]

@@ -1,0 +1,115 @@
+"""Whether a file is as long as its own structure says.
+
+A file that was cut between two packets decodes without an error. But most containers write the
+length of what follows before it, so the cut is found to the byte. Formats that don't (transport
+and program streams, raw streams) can't tell: one that ends between two frames is whole.
+"""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+# Boxes of MP4 and MOV whose loss matters. What follows the last one may be anything.
+_BOXES = (b"moov", b"mdat", b"moof", b"ftyp", b"free", b"skip", b"wide", b"styp", b"sidx", b"mfra")
+_EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
+_ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+
+
+def missing_bytes(source: Path | bytes) -> int:
+    """How many bytes a file's structure promises past its end: 0 for a whole file, and for one
+    whose format makes no such promise. Raises OSError.
+    """
+    if isinstance(source, bytes):
+        return _missing(io.BytesIO(source))
+    with source.open("rb") as file:
+        return _missing(file)
+
+
+def _missing(file: BinaryIO) -> int:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(16)
+    walk: Callable[[BinaryIO, int], int] | None = None
+    if head[4:8] in _BOXES:
+        walk = _end_of_boxes
+    elif head[:4] == b"\x1a\x45\xdf\xa3":
+        walk = _end_of_ebml
+    elif head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        walk = _end_of_riff
+    elif head == _ASF_HEADER:
+        walk = _end_of_asf
+    return max(walk(file, size) - size, 0) if walk else 0
+
+
+def _end_of_boxes(file: BinaryIO, size: int) -> int:
+    """ISO/IEC 14496-12, 4.2: a box is a 32-bit size and a type; size 1 puts a 64-bit one after
+    them, size 0 reaches to the end of the file.
+    """
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        if length < 8 or (head[4:8] not in _BOXES and position + length > size):
+            return size
+        position += length
+    return position
+
+
+def _end_of_ebml(file: BinaryIO, size: int) -> int:
+    """RFC 8794: an element is an id, a length and its data; a length of all ones is unknown, and
+    then the data's own elements say where it ends.
+    """
+    position = 0
+    while position < size:
+        file.seek(position)
+        head = file.read(12)
+        id_length = _vint_length(head)
+        length_length = _vint_length(head[id_length:])
+        if not id_length or not length_length or id_length + length_length > len(head):
+            return size
+        element = int.from_bytes(head[:id_length], "big")
+        bits = 7 * length_length
+        length = int.from_bytes(head[id_length : id_length + length_length], "big") % (1 << bits)
+        position += id_length + length_length
+        if length == (1 << bits) - 1:
+            if element not in (_SEGMENT, _CLUSTER):
+                return size
+            continue
+        position += length
+    return position
+
+
+def _vint_length(data: bytes) -> int:
+    """Bytes of a variable-length integer: one more than the zero bits before its first one."""
+    return 9 - data[0].bit_length() if data and data[0] else 0
+
+
+def _end_of_riff(file: BinaryIO, size: int) -> int:
+    """One RIFF chunk, or several (OpenDML). Recorders that were cut off leave the length 0 or all
+    ones.
+    """
+    position = 0
+    while position + 12 <= size:
+        file.seek(position)
+        head = file.read(8)
+        length = int.from_bytes(head[4:8], "little")
+        if head[:4] != b"RIFF" or not 0 < length < 1 << 31:
+            return size
+        position += 8 + length
+    # the padding of an odd last chunk is often left out
+    return max(position - 1, 0)
+
+
+def _end_of_asf(file: BinaryIO, size: int) -> int:
+    """The header object says where the data object begins, and that how long it is (0: live)."""
+    file.seek(16)
+    position = int.from_bytes(file.read(8), "little")
+    file.seek(position)
+    head = file.read(24)
+    return position + int.from_bytes(head[16:24], "little") if head[:16] == _ASF_DATA else size
