@@ -1,7 +1,7 @@
 """tools.profile_step counts and adds up; the profiling itself needs a GPU."""
 
-from tools.plan import CARDS
-from tools.profile_step import NUM_STEPS, operation_flops, rows_of, table
+from tools.cards import CARDS
+from tools.profile_step import NUM_STEPS, operation_flops, report, rows_of
 from train.model.wan import TI2V_5B
 
 L, H, E = 100, 24, 128
@@ -42,6 +42,6 @@ def test_rows_add_up_and_a_kernel_inside_an_operation_is_not_counted_twice() -> 
     assert rows[0].floor_ms == 2 * L * 8 * 16 / CARDS[-1].gemm_flops * 1e3
     assert rows[1].floor_ms == 2.5 * 2 * L * TI2V_5B.ffn_dim / CARDS[-1].copy_bytes * 1e3
     assert rows[2].floor_ms is None
-    assert "3.500  all of a block's operations; 0.500 ms in the 1 that are not shown" in table(
-        rows, num_rows=2
+    assert "3.500  all of a block's operations; 0.500 ms in the 1 that are not shown" in report(
+        rows, num_shown=2
     )

@@ -8,7 +8,7 @@ whichever is longer. `--random` takes random weights of the size in model.path's
 of TI2V-5B where there is no such file.
 
 The floor of a GEMM or attention call is counted from its shapes; of our own kernels from the
-tensors that each reads and writes once; the rates are those of tools/plan.py for this card. What
+tensors that each reads and writes once; the rates are those of tools/cards.py for this card. What
 has no floor here says "-".
 """
 
@@ -24,8 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from loader.config import load_toml
 from loader.shape import WAN22, Bucket
+from tools.cards import CARDS, Card
 from tools.fake.step import random_batch, random_transformer
-from tools.plan import CARDS, Card
+from tools.table import table
 from train import setup
 from train.activations.plan import describe
 from train.config import TrainConfig
@@ -35,6 +36,8 @@ from train.parallel.mesh import World
 from train.step import prepare
 
 NUM_STEPS = 3
+# prefixes of operations, whose kernels are counted with them: torch's, our custom operations, and
+# our Triton kernels
 OPERATIONS = (
     "aten::",
     "newsreel::",
@@ -49,101 +52,100 @@ OPERATIONS = (
 
 
 class Row(NamedTuple):
-    """An operation: calls and milliseconds per block and step, its floor in ms (None: not
-    known).
-    """
+    """An operation, per block and step."""
 
     name: str
     calls: float
     ms: float
+    # None: not known
     floor_ms: float | None
 
 
-def kernel_bytes(config: WanConfig, rows: int, dtype_bytes: int) -> dict[str, float]:
-    """Bytes that each of our kernels reads and writes, for `rows` video tokens, as the mean of
+def kernel_bytes(config: WanConfig, num_rows: int, dtype_bytes: int) -> dict[str, float]:
+    """Bytes that each of our kernels reads and writes, for `num_rows` video tokens, as the mean of
     its calls in a block: norm and rotation of q/k/v, of q alone, and of the text's k, too short
     to count; GELU forward and backward (with an adapted ffn.net.2 both ride on `_down` and
     `_gradient`, on cards that have these).
     """
-    wide, half, up = (
-        4.0 * rows * config.dim,
-        dtype_bytes * rows * config.dim,
-        dtype_bytes * rows * config.ffn_dim,
-    )
+    stream = 4.0 * num_rows * config.dim
+    row = dtype_bytes * num_rows * config.dim
+    wide = dtype_bytes * num_rows * config.ffn_dim
     return {
-        "_residual_norm_forward": 2 * wide + 2 * half,
-        "_residual_norm_backward": 3 * wide + 2 * half,
-        "_norm_rope_forward": (4 + 2) * half / 3,
-        "_norm_rope_backward": (8 + 3) * half / 3,
-        "_gelu": (2 + 3) * up / 2,
+        "_residual_norm_forward": 2 * stream + 2 * row,
+        "_residual_norm_backward": 3 * stream + 2 * row,
+        "_norm_rope_forward": (4 + 2) * row / 3,
+        "_norm_rope_backward": (8 + 3) * row / 3,
+        "_gelu": (2 + 3) * wide / 2,
     }
 
 
 def operation_flops(name: str, shapes: list[Any]) -> float:
     """Of a GEMM or attention call with these input shapes; 0 for anything else."""
     if name in ("aten::mm", "aten::addmm"):
-        left, right = (shapes[1], shapes[2]) if name == "aten::addmm" else (shapes[0], shapes[1])
+        left, right = shapes[1:3] if name == "aten::addmm" else shapes[0:2]
         return 2.0 * left[0] * left[1] * right[1]
-    if name.startswith("newsreel::flash4"):  # [B, L, H, E]
+    # forward q k^T and P v; backward five products
+    each = 10.0 if "backward" in name else 4.0
+    if name.startswith("newsreel::flash4"):  # q [B, L, H, E], k [B, S, H, E]
         (batch, length, heads, width), num_keys = shapes[0], shapes[1][1]
-        return (10.0 if "backward" in name else 4.0) * batch * heads * length * num_keys * width
-    if name.startswith("aten::_scaled_dot_product") or name.startswith("aten::_cudnn_attention"):
-        q, k = (shapes[1], shapes[2]) if "backward" in name else (shapes[0], shapes[1])
-        return (10.0 if "backward" in name else 4.0) * math.prod(q[:3]) * k[2] * q[3]
+        return each * batch * heads * length * num_keys * width
+    if name.startswith(("aten::_scaled_dot_product", "aten::_cudnn_attention")):
+        # q [B, H, L, E], k [B, H, S, E]; backward has the output's gradient first
+        q, k = shapes[1:3] if "backward" in name else shapes[0:2]
+        return each * math.prod(q[:3]) * k[2] * q[3]
     return 0.0
+
+
+def floor_seconds(event: Any, bytes_per_kernel: dict[str, float], card: Card) -> float:
+    """Of one call; 0 where it is not known."""
+    if event.key in bytes_per_kernel:
+        return bytes_per_kernel[event.key] / card.copy_bytes
+    is_attention = "attention" in event.key or "flash4" in event.key
+    rate = max(card.attention_flops.values()) if is_attention else card.gemm_flops
+    return operation_flops(event.key, event.input_shapes) / rate
 
 
 def rows_of(
     events: Any, config: WanConfig, num_tokens: int, dtype_bytes: int, card: Card | None
 ) -> list[Row]:
     """The profiler's averages as rows, costliest first."""
-    per_call, per_block, found = (
-        kernel_bytes(config, num_tokens, dtype_bytes),
-        config.num_layers * NUM_STEPS,
-        [],
-    )
+    bytes_per_kernel = kernel_bytes(config, num_tokens, dtype_bytes)
+    num_blocks = config.num_layers * NUM_STEPS
+    rows = []
     for event in events:
-        ours = event.key in per_call
+        ours = event.key in bytes_per_kernel
         if event.self_device_time_total == 0 or not (ours or event.key.startswith(OPERATIONS)):
             continue  # a kernel of such an operation is counted there
-        flops, floor_s = operation_flops(event.key, event.input_shapes), 0.0
-        if card is not None:
-            attention = "attention" in event.key or "flash4" in event.key
-            rate = max(card.attention_flops.values()) if attention else card.gemm_flops
-            floor_s = per_call[event.key] / card.copy_bytes if ours else flops / rate
-        name = (
-            event.key
-            if ours
-            else f"{event.key} {[shape for shape in event.input_shapes[:3] if shape]}"
+        shapes = [shape for shape in event.input_shapes[:3] if shape]
+        floor_s = floor_seconds(event, bytes_per_kernel, card) if card else 0.0
+        row = Row(
+            name=event.key if ours else f"{event.key} {shapes}",
+            calls=event.count / num_blocks,
+            ms=event.self_device_time_total / 1e3 / num_blocks,
+            floor_ms=floor_s * 1e3 * event.count / num_blocks or None,
         )
-        found.append(
-            Row(
-                name,
-                event.count / per_block,
-                event.self_device_time_total / 1e3 / per_block,
-                floor_s * 1e3 * event.count / per_block or None,
-            )
-        )
-    return sorted(found, key=lambda row: -row.ms)
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row.ms)
 
 
-def table(rows: list[Row], num_rows: int = 10) -> str:
-    total = sum(row.ms for row in rows)
-    lines = [f"{'ms/block':>9}{'calls':>7}{'floor ms':>10}{'x floor':>9}{'share':>7}  operation"]
-    for row in rows[:num_rows]:
-        floor, ratio = (
-            ("-", "-")
-            if row.floor_ms is None
-            else (f"{row.floor_ms:.3f}", f"{row.ms / row.floor_ms:.2f}")
-        )
-        lines.append(
-            f"{row.ms:9.3f}{row.calls:7.2f}{floor:>10}{ratio:>9}{row.ms / total:7.1%}  {row.name}"
-        )
-    lines.append(
-        f"{total:9.3f}  all of a block's operations; {sum(row.ms for row in rows[num_rows:]):.3f} ms in the "
-        f"{max(len(rows) - num_rows, 0)} that are not shown"
+def report(rows: list[Row], num_shown: int = 10) -> str:
+    """The costliest rows as a table, and a line with the sum of all."""
+    total_ms = sum(row.ms for row in rows)
+
+    def cells(row: Row) -> tuple[str, ...]:
+        floor, ratio = "-", "-"
+        if row.floor_ms is not None:
+            floor, ratio = f"{row.floor_ms:.3f}", f"{row.ms / row.floor_ms:.2f}"
+        share = f"{row.ms / total_ms:.1%}"
+        return f"{row.ms:.3f}", f"{row.calls:.2f}", floor, ratio, share, row.name
+
+    header = ("ms/block", "calls", "floor ms", "x floor", "share", "operation")
+    hidden = rows[num_shown:]
+    return (
+        f"{table(header, map(cells, rows[:num_shown]), align='>>>>><')}\n"
+        f"{total_ms:9.3f}  all of a block's operations; {sum(row.ms for row in hidden):.3f} ms in "
+        f"the {len(hidden)} that are not shown"
     )
-    return "\n".join(lines)
 
 
 def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool) -> str:
@@ -189,7 +191,7 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     )
     return (
         f"{card_name}, {config.model.dtype}, {run.attention_name} attention, {bucket} x "
-        f"{config.micro_batch}: {describe(run.model.config, run.plans[bucket])}\n{table(rows)}\n"
+        f"{config.micro_batch}: {describe(run.model.config, run.plans[bucket])}\n{report(rows)}\n"
         f"trace: {output / 'trace.json.gz'}"
     )
 

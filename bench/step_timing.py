@@ -1,0 +1,170 @@
+"""The models of bench.step side by side on one card, and the clock that times a step of each."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import step_subjects as subjects
+from bench.our_step import Adapters, our_config, our_run
+from loader.batch import Batch
+from loader.shape import Bucket
+from tools.budget import CONTEXT_BYTES, GIB
+from train.model.attention import AttentionName
+from train.model.wan import WanConfig
+
+CAP_GIB, PLANNED_GIB = 32, 30
+GRAPH_TOKENS = 4096
+PEERS = ("eager, checkpointing", "compiled, checkpointing", "compiled")
+
+
+class Profile(NamedTuple):
+    dtype: torch.dtype
+    attention: AttentionName
+    # planned for PLANNED_GIB, and some steps run under a cap of CAP_GIB
+    capped: bool
+    # False: without the low-rank kernels that need tensor cores
+    tensor_cores: bool
+
+
+PROFILES = {
+    "native": Profile(torch.bfloat16, "auto", capped=False, tensor_cores=True),
+    "native32": Profile(torch.bfloat16, "auto", capped=True, tensor_cores=True),
+    "volta": Profile(torch.float16, "efficient", capped=True, tensor_cores=False),
+}
+
+
+class Timing(NamedTuple):
+    """Of one step."""
+
+    seconds: float
+    loss: float
+    # of the subject's own: what the others hold is subtracted
+    peak_gib: float
+
+
+class Subjects:
+    """The steps to time on adapters of one kind, by name, and what their models hold.
+
+    steps: "ours", "frozen", "floor" and the peers asked for.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        bucket: Bucket,
+        profile: Profile,
+        adapters: Adapters,
+        peers: list[str],
+        device: torch.device,
+    ):
+        self.config, self.bucket, self.profile, self.device = config, bucket, profile, device
+        dtype, kernel = profile.dtype, profile.attention
+        subjects.only_attention("efficient" if kernel == "efficient" else "cudnn")
+        self.resident: dict[str, int] = {}
+        self.steps: dict[str, subjects.Step] = {}
+        with _Counting(self.resident, "peer"):
+            self._reference = subjects.reference_model(config, device, dtype)
+
+        # our step, as train/main.py runs it
+        before = torch.cuda.memory_allocated()
+        run_config = our_config(
+            adapters,
+            dtype,
+            kernel,
+            activation_memory="auto" if profile.capped else "all",
+            activation_offload=profile.capped,
+            cuda_graph_tokens=GRAPH_TOKENS,
+        )
+        with _Counting(self.resident, "ours"):
+            self.run = our_run(
+                run_config,
+                bucket,
+                model=subjects.our_model(self._reference, config, dtype),
+                tensor_cores=profile.tensor_cores,
+                # as on a card of its own, whatever the other subjects have taken
+                free_bytes=lambda _: PLANNED_GIB * GIB - torch.cuda.memory_allocated() + before,
+            )
+            self.steps["ours"] = subjects.our_step(self.run)
+
+        # the same on the frozen base, without adapters
+        with _Counting(self.resident, "frozen"):
+            frozen = subjects.our_model(self._reference, config, dtype)
+        self.steps["frozen"] = subjects.frozen_step(
+            frozen, self.run.attention, bucket, self.run.plans[bucket], GRAPH_TOKENS
+        )
+        self.steps["floor"] = self.floor()
+
+        # diffusers + PEFT: one model, which each peer switches to its way before its step
+        if not peers:
+            return
+        with _Counting(self.resident, "peer"):
+            step = subjects.peer_step(self._reference, adapters, dtype)
+        compiled = None
+        if any("compiled" in peer for peer in peers):
+            compiled = subjects.compile_blocks(self._reference)
+        for peer in peers:
+            self.steps[peer] = self._peer(
+                step, compiled if "compiled" in peer else None, "checkpointing" in peer
+            )
+
+    def floor(self) -> subjects.Step:
+        return subjects.floor_step(
+            self.run.model, self.bucket, self.profile.dtype, self.run.attention
+        )
+
+    def _peer(self, step: subjects.Step, compiled: Any, checkpointing: bool) -> subjects.Step:
+        def run(batch: Batch) -> torch.Tensor:
+            subjects.use_compiled(self._reference, compiled)
+            self._reference.gradient_checkpointing = checkpointing
+            return step(batch)
+
+        if checkpointing:
+            self._reference.enable_gradient_checkpointing()
+        return run
+
+    def time(self, name: str, batch: Batch) -> Timing:
+        """One step of the subject `name`, by CUDA events."""
+        owner = "peer" if name in PEERS else "ours" if name == "ours" else "frozen"
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - self.resident[owner]
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        loss = self.steps[name](batch)
+        end.record()
+        torch.cuda.synchronize()
+        return Timing(
+            seconds=start.elapsed_time(end) / 1e3,
+            loss=loss.item(),
+            peak_gib=(torch.cuda.max_memory_allocated() - others) / GIB,
+        )
+
+    def under_the_cap(self, batch: Batch) -> dict[str, float]:
+        """Our step with no more memory for it than a card of 32 GiB has: seconds, and how often
+        in a step the allocator had to give back what it held and try again. Out of memory ends
+        the run.
+        """
+        torch.cuda.empty_cache()
+        others = torch.cuda.memory_reserved() - self.resident["ours"]
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction((CAP_GIB * GIB - CONTEXT_BYTES + others) / total)
+        self.time("ours", batch)
+        retries = torch.cuda.memory_stats()["num_alloc_retries"]
+        capped_s = min(self.time("ours", batch).seconds for _ in range(3))
+        retries = torch.cuda.memory_stats()["num_alloc_retries"] - retries
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        return {"capped_s": capped_s, "capped_retries": retries / 3}
+
+
+class _Counting:
+    """Adds what is allocated inside it to `resident[owner]`."""
+
+    def __init__(self, resident: dict[str, int], owner: str):
+        self._resident, self._owner = resident, owner
+
+    def __enter__(self) -> None:
+        self._before = torch.cuda.memory_allocated()
+
+    def __exit__(self, *_: object) -> None:
+        grown = torch.cuda.memory_allocated() - self._before
+        self._resident[self._owner] = self._resident.get(self._owner, 0) + grown

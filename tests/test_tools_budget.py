@@ -1,0 +1,184 @@
+"""tools.budget and tools.plan: what fits, how long it takes, and when there is no time to tell."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from loader.feed_config import FeedConfig
+from loader.order import describe_counts
+from loader.shape import Bucket
+from tools import budget, plan
+from tools.cards import CARDS
+from tools.counts import step_of
+from tools.fake.batch import write_synthetic_dataset
+from train.activations.plan import ShapePlan
+from train.config import TrainConfig
+from train.lora.config import SELF_AND_CROSS_QKV
+from train.model.config import ModelConfig
+from train.model.wan import TI2V_5B
+
+BUCKET, LARGE = Bucket(96, 64, 9), Bucket(1280, 704, 49)
+QKV = list(SELF_AND_CROSS_QKV)
+
+
+def on_card(config: TrainConfig, name: str) -> budget.CardBudget:
+    """The budget of the card whose name starts so."""
+    (found,) = (
+        one
+        for one in budget.budget(config, TI2V_5B, {LARGE: 1.0}, num_gpus=2).cards
+        if one.card.name.startswith(name)
+    )
+    return found
+
+
+def test_a_card_of_32_gib_needs_recomputation_at_720p() -> None:
+    config = TrainConfig(
+        output="",
+        model=ModelConfig(path="", dtype="float16"),
+        data=FeedConfig(datasets=[]),
+        num_steps=1000,
+        global_batch=8,
+    )
+    found = {
+        (card, memory): on_card(msgspec.structs.replace(config, activation_memory=memory), card)
+        for card in ("V100", "H200")
+        for memory in ("block", "auto", "all")
+    }
+    assert [found["V100", memory].fits for memory in ("block", "auto", "all")] == [
+        True,
+        True,
+        False,
+    ]
+    assert all(found["H200", memory].fits for memory in ("block", "auto", "all"))
+    assert found["H200", "auto"] == found["H200", "all"]
+    auto_s, block_s = found["V100", "auto"].step_s, found["V100", "block"].step_s
+    assert auto_s is not None and block_s is not None and auto_s < block_s
+
+    text = plan.report(
+        msgspec.structs.replace(config, activation_memory="all"), TI2V_5B, {LARGE: 1.0}, 2
+    )
+    assert 'To fit a smaller card: activation_memory = "auto"' in text
+
+
+@pytest.mark.parametrize(
+    ("model", "deterministic", "expected"),
+    [
+        (
+            ModelConfig(path="", dtype="float16"),
+            False,
+            {"V100": "efficient", "A100": "flash", "H200": "flash4"},
+        ),
+        (
+            ModelConfig(path="", dtype="float16"),
+            True,
+            {"V100": "efficient", "A100": "flash", "H200": "flash"},
+        ),
+        (
+            ModelConfig(path="", dtype="bfloat16"),
+            False,
+            {"V100": "refused: no bfloat16", "H200": "flash4"},
+        ),
+        (
+            ModelConfig(path="", dtype="float16", attention="efficient"),
+            False,
+            {"V100": "efficient", "H200": "efficient"},
+        ),
+        (
+            ModelConfig(path="", dtype="float16", attention="cudnn"),
+            False,
+            {"V100": "no rate", "H200": "cudnn"},
+        ),
+        (
+            ModelConfig(path="", dtype="float16", attention="cudnn"),
+            True,
+            {"H200": "refused: attention"},
+        ),
+        (ModelConfig(path="", dtype="float32"), False, {"H200": "no rates for float32"}),
+    ],
+)
+def test_a_time_is_for_the_kernel_that_runs_or_there_is_none(
+    model: ModelConfig, deterministic: bool, expected: dict[str, str]
+) -> None:
+    config = TrainConfig(
+        output="",
+        model=model,
+        data=FeedConfig(datasets=[""]),
+        num_steps=1000,
+        global_batch=8,
+        deterministic=deterministic,
+    )
+    text = plan.report(config, TI2V_5B, {LARGE: 1.0}, 2)
+    for card, words in expected.items():
+        found = on_card(config, card)
+        has_time = not words.startswith(("refused", "no rate"))
+        assert (found.step_s is not None) == has_time
+        assert found.attention == words if has_time else found.why_no_time.startswith(words)
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {card}"))
+        assert f"| {words}" in line and (not has_time or f"| {words} attention;" in line)
+
+
+def test_slower_attention_takes_longer_by_what_it_is_slower() -> None:
+    step = step_of(TI2V_5B, LARGE, QKV, 16, 2, ShapePlan(None, 0.0))
+    times = {name: budget.seconds(step, CARDS[-1], name) for name in CARDS[-1].attention_flops}
+    assert sorted(times, key=lambda name: times[name]) == ["flash4", "cudnn", "flash", "efficient"]
+    assert times["efficient"] - times["flash4"] == pytest.approx(
+        step.attention_flops / 1e12 * (1 / 131 - 1 / 568)
+    )
+
+
+@pytest.mark.parametrize("num_gpus", [0, -2, 3])
+def test_gpus_that_do_not_divide_the_batch_are_refused_as_in_training(num_gpus: int) -> None:
+    config = TrainConfig(
+        output="",
+        model=ModelConfig(path=""),
+        data=FeedConfig(datasets=[""]),
+        num_steps=1,
+        global_batch=8,
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"global_batch = 8 is not a multiple of micro_batch x GPUs = 1 x {num_gpus}",
+    ):
+        plan.report(config, TI2V_5B, {BUCKET: 1.0}, num_gpus)
+
+
+def test_shapes_have_the_share_that_their_dataset_is_weighted_with(tmp_path: Path) -> None:
+    for name, buckets in (("a", {"64x32x1": 6, "32x64x1": 2}), ("b", {"64x32x1": 2})):
+        write_synthetic_dataset(tmp_path / name, buckets, text_dim=8)
+    datasets = [str(tmp_path / name) for name in "ab"]
+    config = TrainConfig(
+        output="",
+        model=ModelConfig(path=""),
+        data=FeedConfig(datasets=datasets),
+        num_steps=1,
+        global_batch=2,
+    )
+    wide, tall = Bucket(64, 32, 1), Bucket(32, 64, 1)
+    assert budget.buckets_of(budget.order_of(config)) == pytest.approx({tall: 0.2, wide: 0.8})
+    weighted = msgspec.structs.replace(
+        config, data=FeedConfig(datasets=datasets, weights=[1.0, 1.0])
+    )
+    assert budget.buckets_of(budget.order_of(weighted)) == pytest.approx({tall: 0.125, wide: 0.875})
+    for weights in ([1.0], [1.0, 2.0, 3.0], [0.0, 1.0]):
+        data = FeedConfig(datasets=datasets, weights=weights)
+        with pytest.raises(ValueError, match="dataset weights"):
+            budget.order_of(msgspec.structs.replace(config, data=data))
+
+
+def test_a_shape_that_is_never_trained_has_no_share_and_is_named(tmp_path: Path) -> None:
+    write_synthetic_dataset(tmp_path, {"64x32x1": 9, "32x64x1": 3}, text_dim=8)
+    config = TrainConfig(
+        output="",
+        model=ModelConfig(path=""),
+        data=FeedConfig(datasets=[str(tmp_path)]),
+        num_steps=1,
+        global_batch=4,
+    )
+    order = budget.order_of(config)
+    assert budget.buckets_of(order) == {Bucket(64, 32, 1): 1.0}
+    assert describe_counts(order.counts[0], 4) == (
+        "2 batches of 4 an epoch; samples left out each epoch, others each time: 1 of 64x32x1; "
+        "never trained, because a bucket holds fewer samples than a global batch of 4: "
+        "3 of 32x64x1"
+    )
