@@ -18,8 +18,8 @@ from train.kernels.attention_gemm import (
     attention_eager,
     gemm_attention_forward,
     row_dots_eager,
-    softmax_backward_eager,
-    softmax_eager,
+    softmax_backward_eager_,
+    softmax_eager_,
 )
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}  # of a relative L2 distance
@@ -31,14 +31,20 @@ def relative(ours: Tensor, expected: Tensor) -> float:
 
 def through_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, in the interpreter, in several blocks of columns."""
-    monkeypatch.setattr(attention_gemm_triton, "SOFTMAX", (64, 4))
-    monkeypatch.setattr(attention_gemm_triton, "SOFTMAX_BACKWARD", (64, 4))
-    softmax = partial(attention_gemm_triton.softmax, p_scale=P_SCALE)
-    monkeypatch.setattr(attention_gemm, "softmax", softmax)
-    softmax_backward = partial(
-        attention_gemm_triton.softmax_backward, p_scale=P_SCALE, ds_scale=DS_SCALE
-    )
-    monkeypatch.setattr(attention_gemm, "softmax_backward", softmax_backward)
+    monkeypatch.setattr(attention_gemm_triton, "MAX_BLOCK", 64)
+
+    def softmax_(s_NLS: Tensor, lse_NL: Tensor) -> Tensor:
+        attention_gemm_triton.softmax_(s_NLS, lse_NL, P_SCALE)
+        return s_NLS
+
+    def softmax_backward_(
+        s_NLS: Tensor, dp_NLS: Tensor, lse_NL: Tensor, delta_NL: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        attention_gemm_triton.softmax_backward_(s_NLS, dp_NLS, lse_NL, delta_NL, P_SCALE, DS_SCALE)
+        return s_NLS, dp_NLS
+
+    monkeypatch.setattr(attention_gemm, "softmax_", softmax_)
+    monkeypatch.setattr(attention_gemm, "softmax_backward_", softmax_backward_)
     monkeypatch.setattr(attention_gemm, "row_dots", attention_gemm_triton.row_dots)
 
 
@@ -144,14 +150,13 @@ def test_small_probabilities_and_gradients_keep_their_precision(scale: float) ->
         assert relative(ours, reference) < max(1e-3, 2 * relative(reference.half(), reference))
 
 
-@pytest.mark.parametrize("tile", [40, 128])
 @pytest.mark.parametrize("heads", [1, 2, 3])
-def test_chunks_and_tiles_change_nothing(heads: int, tile: int) -> None:
-    """Neither divides its length."""
+def test_chunks_change_nothing(heads: int) -> None:
+    """Neither their rows nor their columns divide the lengths."""
     q, k, v, dout = inputs(torch.float32, 300, 280)
     reference = expected(q, k, v, dout)
-    out, lse = attention_gemm.forward(q, k, v, 0, Chunk(heads, 128, 280, tile))
-    grads = attention_gemm.backward(q, k, v, out, lse, dout, Chunk(heads, 300, 128, tile))
+    out, lse = attention_gemm.forward(q, k, v, 0, Chunk(heads, 128, 280))
+    grads = attention_gemm.backward(q, k, v, out, lse, dout, Chunk(heads, 300, 128))
     for ours, theirs in zip((out, *grads), reference, strict=True):
         assert relative(ours, theirs) < TOLERANCE[torch.float32]
 
@@ -182,32 +187,34 @@ def test_a_gradient_that_is_expanded_or_transposed_is_read_where_it_lies(
 def test_each_kernel_equals_its_reference_implementation(
     num_keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in place, and with NaN in the padding, where the kernels leave zeros."""
+    """With NaN in the padding, where the kernels leave zeros."""
     through_kernels(monkeypatch)
     torch.manual_seed(0)
     close = partial(torch.testing.assert_close, atol=1e-4, rtol=TOLERANCE[dtype])
 
-    def scratch(*shape: int) -> Tensor:
-        padded = torch.full((*shape[:2], row_stride(shape[2])), math.nan, dtype=dtype)
-        padded[..., : shape[2]] = 3 * torch.randn(shape)
-        return padded[..., : shape[2]]
+    def scratch(values: Tensor) -> Tensor:
+        padded = torch.full((*values.shape[:2], row_stride(num_keys)), math.nan, dtype=dtype)
+        padded[..., :num_keys] = values
+        return padded[..., :num_keys]
 
-    s, dp = (scratch(2, 7, num_keys) for _ in range(2))
+    def padding(x: Tensor) -> Tensor:
+        return x.as_strided((2, 7, x.stride(1)), x.stride())[..., num_keys:]
+
+    s, dp = (3 * torch.randn(2, 7, num_keys) for _ in range(2))
     lse, lse_eager, delta = (torch.randn(2, 9)[:, 1:8] for _ in range(3))
-    p, ds, p_eager, ds_eager = (scratch(2, 7, num_keys) for _ in range(4))
-    softmax_eager(s, p_eager, lse_eager)
-    in_place = s.as_strided((2, 7, s.stride(1)), s.stride()).clone()[..., :num_keys]
-    for source, target in ((s, p), (in_place, in_place)):
-        attention_gemm.softmax(source, target, lse)
-        torch.testing.assert_close(lse, lse_eager)
-        close(target, p_eager)
-        assert not target.as_strided((2, 7, s.stride(1)), s.stride())[..., num_keys:].any()
-    softmax_backward_eager(s, dp, lse, delta, p_eager, ds_eager)
-    for targets in ((p, ds), (s, dp)):
-        attention_gemm.softmax_backward(s, dp, lse, delta, *targets)
-        for ours, reference in zip(targets, (p_eager, ds_eager), strict=True):
-            close(ours, reference)
-            assert not ours.as_strided((2, 7, s.stride(1)), s.stride())[..., num_keys:].any()
+    p_eager = softmax_eager_(scratch(s), lse_eager)
+    p = attention_gemm.softmax_(scratch(s), lse)
+    torch.testing.assert_close(lse, lse_eager)
+    close(p, p_eager)
+    assert not padding(p).any()
+    reference = softmax_backward_eager_(scratch(s), scratch(dp), lse_eager, delta)
+    for ours, theirs in zip(
+        attention_gemm.softmax_backward_(scratch(s), scratch(dp), lse_eager, delta),
+        reference,
+        strict=True,
+    ):
+        close(ours, theirs)
+        assert not padding(ours).any()
     q, _, _, dout = inputs(dtype, 37, 1, width=96)
     torch.testing.assert_close(
         attention_gemm.row_dots(q, dout), row_dots_eager(q, dout), atol=1e-4, rtol=1e-4
@@ -216,20 +223,17 @@ def test_each_kernel_equals_its_reference_implementation(
 
 def test_chunks_stay_within_the_scratch() -> None:
     """And are no more than the limit asks for, but for what multiples of 128 cost."""
-    for num_tokens, text, backward, limit_bytes, cache_bytes in product(
+    for num_tokens, text, backward, limit_bytes in product(
         (1, 1170, 5070, 11_440, 27_280, 46_800, 75_600),
         (None, 512),
         (False, True),
         (2**26, 2**30, 2**33),
-        (0, 6 * 2**20, 25 * 2**20),
     ):
         keys = text or num_tokens
-        part = chunk(24, num_tokens, keys, 2, backward, limit_bytes, cache_bytes)
-        assert 1 <= part.heads <= 24 and 1 <= part.tile <= part.queries <= num_tokens
+        part = chunk(24, num_tokens, keys, 2, backward, limit_bytes)
+        assert 1 <= part.heads <= 24
         assert part.queries == num_tokens if backward else part.keys == keys
-        assert allocated_bytes(part, 2, backward) <= limit_bytes + cache_bytes
-        if part.tile < part.queries:
-            assert part.tile >= 256
+        assert allocated_bytes(part, 2, backward) <= limit_bytes
         all_bytes = (4 if backward else 2) * num_tokens * keys
         num_chunks = -(-num_tokens // part.queries) * -(-keys // part.keys)
         if part.queries > 128 and part.keys > 128:
@@ -238,6 +242,14 @@ def test_chunks_stay_within_the_scratch() -> None:
 
 def test_heads_are_divided_equally() -> None:
     one_head = 2 * 1170 * row_stride(1170)
-    assert chunk(24, 1170, 1170, 2, False, 24 * one_head) == Chunk(24, 1170, 1170, 1170)
+    assert chunk(24, 1170, 1170, 2, False, 24 * one_head) == Chunk(24, 1170, 1170)
     assert chunk(24, 1170, 1170, 2, False, 23 * one_head).heads == 12
     assert chunk(24, 1170, 1170, 2, True, 23 * one_head).heads == 8
+
+
+def test_the_chunks_are_those_that_were_measured() -> None:
+    """With a scratch of 1 GiB: bench/records/2026-11-26_attention_h200.md."""
+    assert chunk(24, 11_440, 11_440, 2, False) == Chunk(4, 11_440, 11_440)
+    assert chunk(24, 11_440, 11_440, 2, True) == Chunk(2, 11_440, 11_440)
+    assert chunk(24, 27_280, 27_280, 2, False) == Chunk(1, 13_696, 27_280)
+    assert chunk(24, 27_280, 27_280, 2, True) == Chunk(1, 27_280, 9216)

@@ -5,23 +5,20 @@ tools.plan share.
 
 from typing import NamedTuple
 
+# Twice and half as much differ by 5% (bench/records/2026-11-26_attention_h200.md).
 SCRATCH_BYTES = 2**30
 # Queries and keys are cut at multiples of this many: whole tiles of a GEMM.
 GRAIN = 128
-# Scores of fewer queries than this make a poor GEMM.
-MIN_TILE = 256
 
 
 class Chunk(NamedTuple):
     """What is worked on at a time: `heads` heads, and of them `queries` rows against `keys`
-    columns. Scores are made for `tile` of these rows at a time, so that the row-wise kernel still
-    finds them in the L2 cache; with `tile` = `queries` their place is the result's own.
+    columns.
     """
 
     heads: int
     queries: int
     keys: int
-    tile: int
 
 
 def chunk(
@@ -31,28 +28,22 @@ def chunk(
     dtype_bytes: int,
     backward: bool,
     scratch_bytes: int = SCRATCH_BYTES,
-    cache_bytes: int = 0,
 ) -> Chunk:
-    """How to cut one sample's attention so that the results of the row-wise kernels need at most
-    `scratch_bytes`, or what 128 rows need if that is more.
+    """How to cut one sample's attention so that its scores need at most `scratch_bytes`, or what
+    128 rows or columns need if that is more.
 
     Forward, a softmax needs its whole row, so queries are cut; backward keys, because then only
-    dq is a sum over chunks and not both dk and dv. `cache_bytes` is what tiles of scores may take
-    of the L2 cache; 0: no tiles.
+    dq is a sum over chunks and not both dk and dv.
     """
     element_bytes = dtype_bytes * _num_matrices(backward)
-    heads, queries, keys = 1, num_queries, num_keys
-    head_bytes = element_bytes * queries * row_stride(keys)
+    head_bytes = element_bytes * num_queries * row_stride(num_keys)
     if head_bytes <= scratch_bytes:
-        heads = _equal_parts(num_heads, scratch_bytes // head_bytes, 1)
-    elif backward:
-        keys = _equal_parts(keys, scratch_bytes // (element_bytes * queries), GRAIN)
-    else:
-        queries = _equal_parts(queries, scratch_bytes // (element_bytes * row_stride(keys)), GRAIN)
-    tile = cache_bytes // (element_bytes * heads * row_stride(keys))
-    return Chunk(
-        heads, queries, keys, _equal_parts(queries, tile, GRAIN) if tile >= MIN_TILE else queries
-    )
+        return Chunk(_equal_parts(num_heads, scratch_bytes // head_bytes, 1), num_queries, num_keys)
+    if backward:
+        most_keys = scratch_bytes // (element_bytes * num_queries)
+        return Chunk(1, num_queries, _equal_parts(num_keys, most_keys, GRAIN))
+    most_queries = scratch_bytes // (element_bytes * row_stride(num_keys))
+    return Chunk(1, _equal_parts(num_queries, most_queries, GRAIN), num_keys)
 
 
 def row_stride(num_keys: int) -> int:
@@ -64,8 +55,7 @@ def row_stride(num_keys: int) -> int:
 
 def allocated_bytes(part: Chunk, dtype_bytes: int, backward: bool) -> int:
     """What one call allocates for the scores of this chunk."""
-    rows = part.queries + (part.tile if part.tile < part.queries else 0)
-    return _num_matrices(backward) * dtype_bytes * part.heads * rows * row_stride(part.keys)
+    return _num_matrices(backward) * dtype_bytes * part.heads * part.queries * row_stride(part.keys)
 
 
 def _num_matrices(backward: bool) -> int:

@@ -51,18 +51,16 @@ def forward(
     )
     out_BHLE = out_BLD.unflatten(2, (num_heads, -1)).transpose(1, 2)
     lse_BHL = q_BHLE.new_empty(q_BHLE.shape[:3], dtype=torch.float32)
-    s_tile, p_scratch = _scratch(part, q_BHLE)
+    scratch_NLS = _scratch(part, q_BHLE)
     for sample, heads, queries in product(
         range(num_samples), _slices(num_heads, part.heads), _slices(num_queries, part.queries)
     ):
         q_NLE, lse_NL, out_NLE = (x[sample, heads, queries] for x in (q_BHLE, lse_BHL, out_BHLE))
         k_NSE, v_NSE = k_BHSE[sample, heads], v_BHSE[sample, heads]
         num, height = q_NLE.shape[:2]
-        p_NLS = p_scratch[:num, :height]
-        for rows in _slices(height, part.tile):
-            s_NLS = s_tile[:num, : rows.stop - rows.start]
-            s_NLS.baddbmm_(q_NLE[:, rows], k_NSE.mT, beta=0, alpha=width**-0.5)
-            softmax(s_NLS, p_NLS[:, rows], lse_NL[:, rows])
+        s_NLS = scratch_NLS[:num, :height]
+        s_NLS.baddbmm_(q_NLE, k_NSE.mT, beta=0, alpha=width**-0.5)
+        p_NLS = softmax_(s_NLS, lse_NL)
         out_NLE.baddbmm_(p_NLS, v_NSE, beta=0, alpha=1 / P_SCALE)
     return out_BHLE, lse_BHL
 
@@ -77,12 +75,12 @@ def backward(
     part: Chunk,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq [B, H, L, E], dk and dv [B, H, S, E], views of [B, L or S, H, E]."""
-    num_samples, num_heads, num_queries, width = q_BHLE.shape
+    num_samples, num_heads, _, width = q_BHLE.shape
     dq_BHLE, dk_BHSE, dv_BHSE = (
         x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHLE, k_BHSE, v_BHSE)
     )
     delta_BHL = row_dots(out_BHLE, dout_BHLE)
-    (s_tile, p_scratch), (dp_tile, ds_scratch) = _scratch(part, q_BHLE), _scratch(part, q_BHLE)
+    s_scratch_NLS, dp_scratch_NLS = _scratch(part, q_BHLE), _scratch(part, q_BHLE)
     scale, ds_scale = width**-0.5, width**-0.5 / DS_SCALE
     for sample, heads, keys in product(
         range(num_samples), _slices(num_heads, part.heads), _slices(k_BHSE.shape[2], part.keys)
@@ -94,16 +92,10 @@ def backward(
             x[sample, heads, keys] for x in (k_BHSE, v_BHSE, dk_BHSE, dv_BHSE)
         )
         num, num_keys = k_NSE.shape[:2]
-        p_NLS, ds_NLS = (x[:num, :, :num_keys] for x in (p_scratch, ds_scratch))
-        for rows in _slices(num_queries, part.tile):
-            s_NLS, dp_NLS = (
-                x[:num, : rows.stop - rows.start, :num_keys] for x in (s_tile, dp_tile)
-            )
-            s_NLS.baddbmm_(q_NLE[:, rows], k_NSE.mT, beta=0, alpha=scale)
-            dp_NLS.baddbmm_(dout_NLE[:, rows], v_NSE.mT, beta=0)
-            softmax_backward(
-                s_NLS, dp_NLS, lse_NL[:, rows], delta_NL[:, rows], p_NLS[:, rows], ds_NLS[:, rows]
-            )
+        s_NLS, dp_NLS = (x[:num, :, :num_keys] for x in (s_scratch_NLS, dp_scratch_NLS))
+        s_NLS.baddbmm_(q_NLE, k_NSE.mT, beta=0, alpha=scale)
+        dp_NLS.baddbmm_(dout_NLE, v_NSE.mT, beta=0)
+        p_NLS, ds_NLS = softmax_backward_(s_NLS, dp_NLS, lse_NL, delta_NL)
         dv_NSE.baddbmm_(p_NLS.mT, dout_NLE, beta=0, alpha=1 / P_SCALE)
         dk_NSE.baddbmm_(ds_NLS.mT, q_NLE, beta=0, alpha=ds_scale)
         dq_NLE.baddbmm_(ds_NLS, k_NSE, beta=int(keys.start > 0), alpha=ds_scale)
@@ -115,57 +107,50 @@ def _slices(total: int, step: int) -> Iterator[slice]:
         yield slice(first, min(first + step, total))
 
 
-def _scratch(part: Chunk, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [N, tile, S] and what becomes of them, [N, L, S]: the same place without tiles."""
+def _scratch(part: Chunk, like: Tensor) -> Tensor:
+    """A place for scores, [N, L, S], with padding behind its rows."""
     padded = row_stride(part.keys)
-    whole = like.new_empty(part.heads, part.queries, padded)[..., : part.keys]
-    if part.tile == part.queries:
-        return whole, whole
-    return like.new_empty(part.heads, part.tile, padded)[..., : part.keys], whole
+    return like.new_empty(part.heads, part.queries, padded)[..., : part.keys]
 
 
 # The row-wise work between the GEMMs: each function chooses its Triton kernel on a GPU, else its
-# reference implementation below it. Rows of S, P, dP and dS have padding behind them
-# (attention_chunks.row_stride); all four have the same row stride.
+# reference implementation below it. Those that end in an underscore overwrite their inputs, whose
+# rows have padding behind them (attention_chunks.row_stride).
 
 
-def softmax(s_NLS: Tensor, p_NLS: Tensor, lse_NL: Tensor) -> None:
-    """P_SCALE * softmax(s) into `p_NLS`, which may be s itself, and its log-sum-exp."""
+def softmax_(s_NLS: Tensor, lse_NL: Tensor) -> Tensor:
+    """Turns S into P_SCALE * softmax(S) and returns it; fills in the log-sum-exp of its rows."""
     if s_NLS.is_cuda:
         from train.kernels import attention_gemm_triton
 
-        attention_gemm_triton.softmax(s_NLS, p_NLS, lse_NL, P_SCALE)
-    else:
-        softmax_eager(s_NLS, p_NLS, lse_NL)
+        attention_gemm_triton.softmax_(s_NLS, lse_NL, P_SCALE)
+        return s_NLS
+    return softmax_eager_(s_NLS, lse_NL)
 
 
-def softmax_eager(s_NLS: Tensor, p_NLS: Tensor, lse_NL: Tensor) -> None:
+def softmax_eager_(s_NLS: Tensor, lse_NL: Tensor) -> Tensor:
     lse_NL.copy_(s_NLS.float().logsumexp(-1))
-    p_NLS.copy_((s_NLS.float() - lse_NL[..., None]).exp() * P_SCALE)
+    return s_NLS.copy_((s_NLS.float() - lse_NL[..., None]).exp() * P_SCALE)
 
 
-def softmax_backward(
-    s_NLS: Tensor, dp_NLS: Tensor, lse_NL: Tensor, delta_NL: Tensor, p_NLS: Tensor, ds_NLS: Tensor
-) -> None:
-    """P_SCALE * P into `p_NLS` and DS_SCALE * P * (dP - delta) into `ds_NLS`; these may be s and
-    dP themselves.
-    """
+def softmax_backward_(
+    s_NLS: Tensor, dp_NLS: Tensor, lse_NL: Tensor, delta_NL: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Turns S into P_SCALE * P and dP into DS_SCALE * P * (dP - delta); returns both."""
     if s_NLS.is_cuda:
         from train.kernels import attention_gemm_triton
 
-        attention_gemm_triton.softmax_backward(
-            s_NLS, dp_NLS, lse_NL, delta_NL, p_NLS, ds_NLS, P_SCALE, DS_SCALE
-        )
-    else:
-        softmax_backward_eager(s_NLS, dp_NLS, lse_NL, delta_NL, p_NLS, ds_NLS)
+        attention_gemm_triton.softmax_backward_(s_NLS, dp_NLS, lse_NL, delta_NL, P_SCALE, DS_SCALE)
+        return s_NLS, dp_NLS
+    return softmax_backward_eager_(s_NLS, dp_NLS, lse_NL, delta_NL)
 
 
-def softmax_backward_eager(
-    s_NLS: Tensor, dp_NLS: Tensor, lse_NL: Tensor, delta_NL: Tensor, p_NLS: Tensor, ds_NLS: Tensor
-) -> None:
+def softmax_backward_eager_(
+    s_NLS: Tensor, dp_NLS: Tensor, lse_NL: Tensor, delta_NL: Tensor
+) -> tuple[Tensor, Tensor]:
     probability_NLS = (s_NLS.float() - lse_NL[..., None]).exp()
-    ds_NLS.copy_(DS_SCALE * probability_NLS * (dp_NLS.float() - delta_NL[..., None]))
-    p_NLS.copy_(P_SCALE * probability_NLS)
+    dp_NLS.copy_(DS_SCALE * probability_NLS * (dp_NLS.float() - delta_NL[..., None]))
+    return s_NLS.copy_(P_SCALE * probability_NLS), dp_NLS
 
 
 def row_dots(x_BHLE: Tensor, y_BHLE: Tensor) -> Tensor:
@@ -208,21 +193,8 @@ def gemm_attention_backward(
 
 
 def _chunk(q_BHLE: Tensor, k_BHSE: Tensor, backward: bool) -> Chunk:
-    return chunk(
-        q_BHLE.shape[1],
-        q_BHLE.shape[2],
-        k_BHSE.shape[2],
-        q_BHLE.element_size(),
-        backward,
-        cache_bytes=cache_bytes(q_BHLE.device),
-    )
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Of the L2 cache, what tiles of scores may fill: half, because results stream through it."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).L2_cache_size // 2
+    num_heads, num_queries = q_BHLE.shape[1:3]
+    return chunk(num_heads, num_queries, k_BHSE.shape[2], q_BHLE.element_size(), backward)
 
 
 def _save_for_backward(

@@ -13,20 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# (columns, warps) of a program
-SOFTMAX, SOFTMAX_BACKWARD = (4096, 8), (4096, 8)
+# Columns that a program has in registers at a time, and how many of them are a warp's.
+MAX_BLOCK, WARP_COLUMNS = 4096, 512
 DOT_ROWS = 16
+
+
+def block_and_warps(num_keys: int) -> tuple[int, int]:
+    """The size of a block of columns for rows of this length, and the warps of a program."""
+    block = min(max(triton.next_power_of_2(num_keys), WARP_COLUMNS), MAX_BLOCK)
+    return block, block // WARP_COLUMNS
 
 
 @triton.jit
 def _softmax(
     s,
-    p,
     lse,
     num_keys,
     row_stride,
     s_head,
-    p_head,
     lse_head,
     P_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -34,28 +38,23 @@ def _softmax(
 ):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     s += head * s_head + row * row_stride
-    p += head * p_head + row * row_stride
     columns = tl.arange(0, BLOCK)
-    # Each lane has a maximum and a sum of its own, which are joined after the loop. The first
-    # maximum is finite: -inf less -inf would be NaN.
-    largest = tl.full([BLOCK], -1e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    # The first maximum is finite: -inf less -inf would be NaN.
+    largest, total = -1e30, 0.0
     for block in range(NUM_BLOCKS):
         at = block * BLOCK + columns
         x = tl.load(s + at, mask=at < row_stride, other=0.0).to(tl.float32)
         x = tl.where(at < num_keys, x, float("-inf"))
-        larger = tl.maximum(largest, x)
-        total = total * tl.exp(largest - larger) + tl.exp(x - larger)
+        larger = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
         largest = larger
-    top = tl.max(largest, 0)
-    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+    log_sum = largest + tl.log(total)
     tl.store(lse + head * lse_head + row, log_sum)
     for block in range(NUM_BLOCKS):
         at = block * BLOCK + columns
         x = tl.load(s + at, mask=at < row_stride, other=0.0).to(tl.float32)
         x = tl.where(at < num_keys, x, float("-inf"))
-        probability = tl.exp(x - log_sum)
-        tl.store(p + at, probability * P_SCALE, mask=at < row_stride)
+        tl.store(s + at, tl.exp(x - log_sum) * P_SCALE, mask=at < row_stride)
 
 
 @triton.jit
@@ -64,12 +63,9 @@ def _softmax_backward(
     dp,
     lse,
     delta,
-    p,
-    ds,
     num_keys,
     row_stride,
-    in_head,
-    out_head,
+    s_head,
     statistics_head,
     P_SCALE: tl.constexpr,
     DS_SCALE: tl.constexpr,
@@ -78,17 +74,16 @@ def _softmax_backward(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok, inside = at < row_stride, at < num_keys
-    source = head * in_head + row * row_stride + at
-    target = head * out_head + row * row_stride + at
+    place = head * s_head + row * row_stride + at
     statistics = head * statistics_head + row
-    x = tl.load(s + source, mask=ok, other=0.0).to(tl.float32)
-    grad = tl.load(dp + source, mask=ok, other=0.0).to(tl.float32)
+    x = tl.load(s + place, mask=ok, other=0.0).to(tl.float32)
+    grad = tl.load(dp + place, mask=ok, other=0.0).to(tl.float32)
     # The padding may hold anything, NaN too.
     x = tl.where(inside, x, float("-inf"))
     grad = tl.where(inside, grad, 0.0) - tl.load(delta + statistics)
     probability = tl.exp(x - tl.load(lse + statistics))
-    tl.store(p + target, probability * P_SCALE, mask=ok)
-    tl.store(ds + target, probability * grad * DS_SCALE, mask=ok)
+    tl.store(s + place, probability * P_SCALE, mask=ok)
+    tl.store(dp + place, probability * grad * DS_SCALE, mask=ok)
 
 
 @triton.jit
@@ -124,17 +119,15 @@ def _row_dots(
     tl.store(place, tl.sum(product, 1), mask=rows < num_rows)
 
 
-def softmax(s_NLS: Tensor, p_NLS: Tensor, lse_NL: Tensor, p_scale: float) -> None:
+def softmax_(s_NLS: Tensor, lse_NL: Tensor, p_scale: float) -> None:
     num_heads, num_rows, num_keys = s_NLS.shape
-    block, num_warps = SOFTMAX
+    block, num_warps = block_and_warps(num_keys)
     _softmax[(num_rows, num_heads)](
         s_NLS,
-        p_NLS,
         lse_NL,
         num_keys,
         s_NLS.stride(1),
         s_NLS.stride(0),
-        p_NLS.stride(0),
         lse_NL.stride(0),
         P_SCALE=p_scale,
         BLOCK=block,
@@ -143,29 +136,24 @@ def softmax(s_NLS: Tensor, p_NLS: Tensor, lse_NL: Tensor, p_scale: float) -> Non
     )
 
 
-def softmax_backward(
+def softmax_backward_(
     s_NLS: Tensor,
     dp_NLS: Tensor,
     lse_NL: Tensor,
     delta_NL: Tensor,
-    p_NLS: Tensor,
-    ds_NLS: Tensor,
     p_scale: float,
     ds_scale: float,
 ) -> None:
     num_heads, num_rows, num_keys = s_NLS.shape
-    block, num_warps = SOFTMAX_BACKWARD
+    block, num_warps = block_and_warps(num_keys)
     _softmax_backward[(num_rows, triton.cdiv(num_keys, block), num_heads)](
         s_NLS,
         dp_NLS,
         lse_NL,
         delta_NL,
-        p_NLS,
-        ds_NLS,
         num_keys,
         s_NLS.stride(1),
         s_NLS.stride(0),
-        p_NLS.stride(0),
         lse_NL.stride(0),
         P_SCALE=p_scale,
         DS_SCALE=ds_scale,
