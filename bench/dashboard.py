@@ -3,7 +3,7 @@
 `make` writes a dataset folder with a made-up catalog of `--labels` rows, of the users' size (their
 captions have 432 characters on average) and of a made-up vocabulary whose words are as unevenly
 frequent as real ones. `index` builds the search index on one core, and `pages` asks for pages
-under every kind of filter.
+under every kind of filter. bench.dashboard_load has the rest.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from tools.dashboard.catalog import CatalogView
 from tools.dashboard.indexing import Indexer
 from tools.dashboard.search import SEARCH_FILE, Filter, find, open_search
 
+CATALOG = "catalog.sqlite"
 CAPTION_WORDS, SPEECH_WORDS, VOCABULARY = 100, 20, 60_000
 CATEGORIES = ["생활/문화", "자연/풍경", "인물", "스포츠", "정치", "경제", "사건/사고", "날씨"]
 STATIONS = ["충북", "대전", "부산", "광주", "대구", "전주", "강원", "제주"]
@@ -41,7 +42,7 @@ _COLUMNS = (
 def make(folder: Path, num_labels: int) -> None:
     """A catalog of `num_labels` rows, three in four accepted, each with one window."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "catalog.sqlite"
+    path = folder / CATALOG
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
@@ -142,7 +143,7 @@ def _pieces(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 def index(folder: Path) -> None:
     """Seconds and bytes of the search index, from nothing."""
-    indexer = Indexer(CatalogView(folder / "catalog.sqlite"), folder / "own")
+    indexer = Indexer(CatalogView(folder / CATALOG), folder / "own")
     indexer.path.unlink(missing_ok=True)
     started, started_cpu = time.perf_counter(), time.process_time()
     rows_s = indexer.update()
@@ -176,11 +177,11 @@ def pages(folder: Path) -> None:
             page = find(db, wanted, 0, None, 50)
             middle = page.ids[-1] if page.ids else 0
             again = partial(find, db, wanted, middle, None, 50)
-            times = [_milliseconds(again) for _ in range(7)]
+            times = [milliseconds(again) for _ in range(7)]
             print(f"{name}: median {statistics.median(times):.1f} ms, {page.total} hits")
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
+def milliseconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return 1000 * (time.perf_counter() - started)
@@ -194,10 +195,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "make":
         make(options.folder, options.labels)
-    elif options.what == "index":
-        index(options.folder)
     else:
-        pages(options.folder)
+        {"index": index, "pages": pages}[options.what](options.folder)
 
 
 if __name__ == "__main__":

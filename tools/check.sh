@@ -10,3 +10,11 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/python -m pytest "$@"
+# The browser tests need a Chromium of the system's, and a font for Hangul: apt-get install chromium fonts-nanum
+if [ $# -eq 0 ]; then
+    if command -v chromium > /dev/null; then
+        .venv/bin/python -m pytest -m browser
+    else
+        echo "check: skipped, because no chromium is installed: tests/test_tools_dashboard_browser.py" >&2
+    fi
+fi

@@ -17,6 +17,7 @@ from tools.dashboard import media
 from tools.dashboard.guard import LOOPBACK, Guard
 from tools.dashboard.pages import (
     case,
+    compare,
     decisions,
     defects,
     explain,
@@ -24,7 +25,9 @@ from tools.dashboard.pages import (
     login,
     overview,
     preprocessing,
+    samples,
     training,
+    vote,
 )
 from tools.dashboard.render import STATIC, View
 from tools.dashboard.sources import Sources
@@ -96,6 +99,14 @@ def _routes() -> list[Route | Mount]:
         Route("/training", training.training),
         Route("/training/live", training.live),
         Route("/training/data", training.data),
+        Route("/samples", samples.samples),
+        Route("/samples/clip/{step:int}/{number:int}", samples.clip),
+        Route("/compare", compare.compare),
+        Route("/compare/picture/{number:int}", compare.picture),
+        Route("/vote", vote.vote),
+        Route("/vote", vote.answer, methods=["POST"]),
+        Route("/vote/clip/{token}/{side}", vote.clip),
+        Route("/votes.csv", vote.download),
     ]
 
 

@@ -178,6 +178,7 @@ class Result(msgspec.Struct, frozen=True):
     metrics: list[Metric] = []
     comparisons: list[Comparison] = []
     clips: list[ResultClip] = []
+    pictures: list[str] = []  # plots and contact sheets, relative
     grade: str = ""
     grade_rule: str = ""
 
