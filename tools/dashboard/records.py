@@ -1,4 +1,5 @@
 """The files that the dashboard reads, as types: what each may hold, and nothing that is not there.
+Those of builds and steps have theirs in shardgen.report.progress and train.records.
 
 Every field has a default, because a file of an older writer lacks some: what is absent reads "not
 measured" on the page. Unknown fields are ignored. A file that can't be decoded is reported by name
@@ -49,18 +50,6 @@ class QualityReport(msgspec.Struct, frozen=True):
     declared_against_probed_size: list[SizePair] = []
     accepted_videos_by_whole_seconds: dict[str, int] = {}
     checks: list[Check] = []
-
-
-class BuildLine(msgspec.Struct, frozen=True):
-    """A line of build.jsonl: how far a stage was at a moment. `rate` is per second; `time` is Unix
-    seconds or ISO 8601.
-    """
-
-    stage: str = ""
-    done: float | None = None
-    left: float | None = None
-    rate: float | None = None
-    time: float | str | None = None
 
 
 class RunStatus(msgspec.Struct, frozen=True):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from tools.dashboard.files import FileProblem
 from tools.dashboard.records import RunStatus, ValidationLine, flat
-from tools.dashboard.sources import METRICS_FILE, STATUS_FILE
+from tools.dashboard.sources import STATUS_FILE
 from tools.dashboard.state import State
+from train.records import METRICS_FILE
 
 VALIDATION_FILE, CONFIG_FILE = "validation.jsonl", "config.toml"
 # a chart has fewer pixels than this; of longer runs every nth record is drawn

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loader.exclusions import EXCLUSIONS_FILE
+from train.records import METRICS_FILE
 
 # as shardgen.build calls them, which would bring torch along
 CATALOG_FILE, CONFIG_FILE = "catalog.sqlite", "config.toml"
-METRICS_FILE, STATUS_FILE, RESULT_FILE = "metrics.jsonl", "status.json", "result.json"
+STATUS_FILE, RESULT_FILE = "status.json", "result.json"
 EVALUATIONS, SAMPLES = "evaluations", "samples"
 # runs may stand in folders of folders, but a whole disk is not searched for them
 MAX_DEPTH, MAX_RUNS = 3, 500

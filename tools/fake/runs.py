@@ -12,8 +12,8 @@ import av
 import msgspec
 import numpy as np
 
+from shardgen.report.progress import BuildRecord, append_record
 from tools.dashboard.records import (
-    BuildLine,
     Comparison,
     Metric,
     Result,
@@ -51,7 +51,8 @@ def write_run(folder: Path, *, num_steps: int = 1000, step: int = 600, lr: float
                 "loss_scale": 65536.0,
                 "s_per_step": s_per_step,
                 "data_wait_s": wait_s,
-                "forward_backward_s": s_per_step - wait_s - 0.08,
+                "forward_s": 0.3 * s_per_step,
+                "backward_s": 0.6 * s_per_step,
                 "optimizer_s": 0.08,
                 "tokens_per_s": 11440 / s_per_step,
                 "data_wait_share": wait_s / s_per_step,
@@ -175,12 +176,11 @@ def write_evaluation(folder: Path, num_seeds: int = 3) -> None:
 
 def write_build_log(dataset: Path) -> None:
     """build.jsonl of a build that is probing."""
-    lines = [
-        BuildLine("labels", done=42, left=0, rate=900.0, time=1_790_000_000),
-        BuildLine("probe", done=20, left=22, rate=2.5, time=1_790_000_030),
-    ]
-    with (dataset / "build.jsonl").open("wb") as file:
-        file.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
+    for stage, done, left, rate in (("labels", 42, None, 900.0), ("probe", 20, 22, 2.5)):
+        record = BuildRecord(
+            stage=stage, done=done, left=left, rate_per_s=rate, time_s=1_790_000_000.0
+        )
+        append_record(dataset, record)
 
 
 def write_clip(path: Path, hue: int) -> None:

@@ -8,22 +8,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from shardgen.catalog.tables import FAILED, FINAL, UNAVAILABLE, UNREADABLE
+from shardgen.report.progress import BUILD_FILE, BuildRecord
 from tools.dashboard.catalog import CatalogView, ShardRow
-from tools.dashboard.records import BuildLine
 from tools.dashboard.render import View
 
-BUILD_LOG = "build.jsonl"
 # in the order of a build; shardgen.build, which has them too, would bring torch along
 STAGES = ("labels", "filter", "fetch", "probe", "plan", "encode", "report")
 
 
 class StageRow(NamedTuple):
-    """A stage as the last line about it says."""
+    """A stage as the last record about it says, and how long the rest will take at that rate."""
 
-    name: str
-    done: float | None
-    left: float | None
-    rate: float | None
+    record: BuildRecord
     left_s: float | None
     time: str
 
@@ -39,33 +35,19 @@ class ShardGroup(NamedTuple):
     num_bytes: int
 
 
-def moment(value: float | str | None) -> str:
-    """Unix seconds or ISO 8601 as it is shown; "" for none."""
-    if isinstance(value, int | float):
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return value or ""
-
-
-def stage_rows(lines: list[BuildLine]) -> list[StageRow]:
-    """The newest line of every stage that has one, in the order of a build."""
-    newest = {line.stage: line for line in lines if line.stage}
+def stage_rows(records: list[BuildRecord]) -> list[StageRow]:
+    """The newest record of every stage that has one, in the order of a build."""
+    newest = {record.stage: record for record in records}
     order = {name: place for place, name in enumerate(STAGES)}
-    names = sorted(newest, key=lambda name: order.get(name, len(order)))
-    return [
-        StageRow(
-            name,
-            newest[name].done,
-            newest[name].left,
-            newest[name].rate,
-            _seconds_left(newest[name]),
-            moment(newest[name].time),
-        )
-        for name in names
-    ]
-
-
-def _seconds_left(line: BuildLine) -> float | None:
-    return line.left / line.rate if line.left is not None and line.rate else None
+    rows = []
+    for name in sorted(newest, key=lambda name: order.get(name, len(order))):
+        record = newest[name]
+        left_s = None
+        if record.left is not None and record.rate_per_s:
+            left_s = record.left / record.rate_per_s
+        time = datetime.fromtimestamp(record.time_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        rows.append(StageRow(record, left_s, time))
+    return rows
 
 
 def shard_groups(shards: list[ShardRow]) -> list[ShardGroup]:
@@ -96,7 +78,7 @@ def live(request: Request) -> Response:
 def _answer(view: View, template: str) -> Response:
     dataset = view.chosen
     catalog = view.state.catalogs[dataset.name]
-    lines = view.state.line_files.follow(dataset.folder / BUILD_LOG, BuildLine)
+    lines = view.state.line_files.follow(dataset.folder / BUILD_FILE, BuildRecord)
     counts = view.state.status_counts(dataset)
     groups = view.state.recent.get(("shards", dataset.name), lambda: _groups(catalog))
     settled = sum(counts.get(status, 0) for status in FINAL)
