@@ -178,43 +178,67 @@ import sys
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+
 from train.kernels import dropout_triton, lowrank_triton, sums_triton
-from train.kernels.lowrank_launch import low_block, tile_for
+from train.kernels.lowrank_launch import Tile, low_block, tile_for
 
 CAPABILITY, NUM_LOW = int(sys.argv[1]), int(sys.argv[2])
 HALF = "x a out copy saved dlow grad dy low b parts".split()
+FLOAT32 = "db other_parts other_out".split()
+# long sums are float32, though other kernels have half precision under these names
+FLOAT32_OF = {"add_parts": ("parts", "out"), "gradient": ("out",)}
 
 
-def shared_bytes(function, num_low, block_m, block_k, num_warps, num_stages, gelu=False):
-    name, types = function.__name__, {}
-    for parameter in function.params:
-        n = parameter.name
-        float32 = (n in ("db", "other_parts", "other_out") or name == "add_parts" and n in ("parts", "out")
-                   or name == "gradient" and n == "out")
-        types[n] = ("constexpr" if parameter.is_constexpr else "*i64" if n == "keys" else "fp32" if n == "scale" else
-                    "*fp32" if float32 else "*fp16" if n in HALF else "i32")
-    flags = dict(THRESHOLD=2**28, width=3072, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=block_k, GELU=gelu, COPY=True,
-                 BLOCK_R=low_block(num_low), columns_per_part=3072, rows_per_part=768, num_parts=16, ADD=True,
-                 BLOCK=2048, num_other_parts=11, ADD_OTHER=True, SAVE=True, num_low=num_low, rank=num_low)
-    names = list(types)
-    constants = {(names.index(n),): flags[n] for n in names if types[n] == "constexpr"}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n][0] == "*" or types[n] == "i32"}
-    binary = compile(ASTSource(function, types, constants, aligned), target=GPUTarget("cuda", CAPABILITY, 32),
-                     options=dict(num_warps=num_warps, num_stages=num_stages))
+def type_of(function, parameter):
+    name = parameter.name
+    if parameter.is_constexpr:
+        return "constexpr"
+    if name in FLOAT32 or name in FLOAT32_OF.get(function.__name__, ()):
+        return "*fp32"
+    if name in HALF:
+        return "*fp16"
+    return {"keys": "*i64", "scale": "fp32"}.get(name, "i32")
+
+
+def shared_bytes(function, num_low, tile, gelu=False):
+    constants = dict(
+        THRESHOLD=2**28, GELU=gelu, COPY=True, ADD=True, ADD_OTHER=True, SAVE=True, BLOCK=2048,
+        BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_N=tile.columns, BLOCK_R=low_block(num_low),
+        width=3072, columns_per_part=3072, rows_per_part=768, num_parts=16, num_other_parts=11,
+        num_low=num_low, rank=num_low,
+    )
+    types = {parameter.name: type_of(function, parameter) for parameter in function.params}
+    places = {name: (place,) for place, name in enumerate(types)}
+    given = {places[n]: constants[n] for n, kind in types.items() if kind == "constexpr"}
+    aligned = {
+        places[name]: [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind[0] == "*" or kind == "i32"
+    }
+    binary = compile(
+        ASTSource(function, types, given, aligned),
+        target=GPUTarget("cuda", CAPABILITY, 32),
+        options=dict(num_warps=tile.num_warps, num_stages=tile.num_stages),
+    )
     return binary.metadata.shared
 
 
-for function in (dropout_triton.drop, sums_triton.add_parts, sums_triton.add_both, sums_triton.add_low):
-    print(function.__name__, shared_bytes(function, 16, 16, 16, 4, 1))
+small = Tile(rows=16, columns=16, num_warps=4, num_stages=1, num_parts=1)
+elementwise = (dropout_triton.drop, sums_triton.add_parts, sums_triton.add_both,
+               sums_triton.add_low)
+for function in elementwise:
+    print(function.__name__, shared_bytes(function, 16, small))
 if NUM_LOW:
     for name in ("down", "up", "gradient"):
         for num_low in (64, NUM_LOW):
-            print(name, shared_bytes(getattr(lowrank_triton, name), num_low, *tile_for(name, num_low)[:4]))
+            function, tile = getattr(lowrank_triton, name), tile_for(name, num_low)
+            print(name, shared_bytes(function, num_low, tile))
     for name in ("down", "gradient"):
-        tile = tile_for(name + "_gelu", NUM_LOW)
-        print(name, "gelu", shared_bytes(getattr(lowrank_triton, name), NUM_LOW, *tile[:4], gelu=True))
+        function, tile = getattr(lowrank_triton, name), tile_for(f"{name}_gelu", NUM_LOW)
+        print(name, "gelu", shared_bytes(function, NUM_LOW, tile, gelu=True))
     for rank in (32, 64):
-        print("through_b", shared_bytes(lowrank_triton.through_b, rank, *tile_for("through_b", rank)[:4]))
+        tile = tile_for("through_b", rank)
+        print("through_b", shared_bytes(lowrank_triton.through_b, rank, tile))
 """
 
 

@@ -122,28 +122,52 @@ import sys
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from train.kernels import pointwise_triton, refresh_triton
+
+from train.kernels import pointwise_triton as kernels
+from train.kernels.refresh_triton import refresh
 
 CAPABILITY, HALF_TYPE = int(sys.argv[1]), sys.argv[2]
-FLAGS = dict(HAS_Y=True, HAS_GATE=True, PER_TOKEN=True, HAS_DX_OUT=True, ROPE=True, BACKWARD=True, D=3072, BLOCK=4096,
-             HALF_HEAD=64, NUM_NORMED=2, NUM_PARTS=3, HALF=tl.float16)
-FLOAT32 = "x_out gate shift scale mean_out rstd_out mean_in rstd_in dx_out weight_0 weight_1 cos sin".split()
-HALF = "y h dh dy grad grad_0 grad_1 grad_2 u out".split()
-for function in (pointwise_triton.residual_norm_forward, pointwise_triton.residual_norm_backward,
-                 pointwise_triton.norm_rope_forward, pointwise_triton.norm_rope_backward,
-                 pointwise_triton.gelu, refresh_triton.refresh):
-    name = function.__name__
-    types = {}
-    for parameter in function.params:
-        n = parameter.name
-        types[n] = ("constexpr" if parameter.is_constexpr else "*i64" if n in ("boundary", "table") else
-                    "fp32" if n == "eps" else "*fp32" if n in FLOAT32 else HALF_TYPE if n in HALF else
-                    (HALF_TYPE if "rope" in name else "*fp32") if n in ("x", "dx") else "i32")
-    names = list(types)
-    constants = {(names.index(n),): FLAGS[n] for n in names if types[n] == "constexpr"}
-    binary = compile(ASTSource(function, types, constants), target=GPUTarget("cuda", CAPABILITY, 32))
+FUNCTIONS = (
+    kernels.residual_norm_forward,
+    kernels.residual_norm_backward,
+    kernels.norm_rope_forward,
+    kernels.norm_rope_backward,
+    kernels.gelu,
+    refresh,
+)
+CONSTANTS = dict(
+    HAS_Y=True, HAS_GATE=True, PER_TOKEN=True, HAS_DX_OUT=True, ROPE=True, BACKWARD=True,
+    D=3072, BLOCK=4096, HALF_HEAD=64, NUM_NORMED=2, NUM_PARTS=3, HALF=tl.float16,
+)
+POINTERS = {
+    "*i64": "boundary table",
+    "*fp32": "x_out gate shift scale mean_out rstd_out mean_in rstd_in dx_out weight_0 weight_1"
+    " cos sin",
+    HALF_TYPE: "y h dh dy grad grad_0 grad_1 grad_2 u out",
+}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
+
+
+def type_of(function, parameter):
+    if parameter.is_constexpr:
+        return "constexpr"
+    # the stream, or what a GEMM has put out
+    if parameter.name in ("x", "dx"):
+        return HALF_TYPE if "rope" in function.__name__ else "*fp32"
+    return "fp32" if parameter.name == "eps" else TYPES.get(parameter.name, "i32")
+
+
+for function in FUNCTIONS:
+    types = {p.name: type_of(function, p) for p in function.params}
+    constants = {
+        (place,): CONSTANTS[name]
+        for place, name in enumerate(types)
+        if types[name] == "constexpr"
+    }
+    target = GPUTarget("cuda", CAPABILITY, 32)
+    binary = compile(ASTSource(function, types, constants), target=target)
     assert f".target sm_{CAPABILITY}" in binary.asm["ptx"] and binary.asm["cubin"]
-    print(name)
+    print(function.__name__)
 """
 
 

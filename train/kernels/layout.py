@@ -2,9 +2,9 @@
 
 Padded rows. The GEMM of an adapted layer reads [x | A x] (train/lora/linear.py), so x is allocated
 with padding: R more elements behind each row of K, into which A x is written later. A row then
-begins `row_stride(K, R)` elements after the one before. Whoever allocates x, a norm, GELU or an
-attention kernel, is told the number of padding elements and allocates by `empty_padded`; 0 means
-plain contiguous rows.
+begins `row_stride(K, R)` elements after the one before. What allocates x (a norm, GELU, an
+attention kernel) is told the number of padding elements and calls `empty_padded`; 0 means plain
+contiguous rows.
 
 The [W | B] buffer. The same GEMM reads the frozen weight W [N, K] with the adapters' B in the R
 columns behind it: `widen_weight`. Layer i of those that share the input has the outputs

@@ -42,7 +42,7 @@ from train.model.tag import tagged
 class AdapterParameter(nn.Parameter):
     """A float32 parameter of an adapter, whose gradient `LoRALinear` may add to `.grad` itself.
 
-    The protocol: whoever gives the parameter a `.grad` that keeps its place (optim.flatten) sets
+    The protocol: optim.flatten gives the parameter a `.grad` whose memory never moves, and sets
     `adds_in_place`. The kernel that sums the gradient up then adds it there, and autograd, which
     would do that in one more pass, gets None. So such a parameter is for `backward()`, not for
     torch.autograd.grad.
