@@ -85,6 +85,7 @@ def low_block(num_low: int) -> int:
 def drop(x_BLK: Tensor, dropout: Dropout) -> Tensor:
     """lowrank.drop: contiguous."""
     batch, length, width = x_BLK.shape
+    # contiguous, whatever the row stride of x
     out_BLK = x_BLK.new_empty(x_BLK.shape)
     dropout_triton.drop[(length, batch, triton.cdiv(width, _DROP_BLOCK))](
         x=x_BLK,

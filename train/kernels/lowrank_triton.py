@@ -47,6 +47,7 @@ def down(
     """out [parts, rows, R] = scale drop(x) A^T over one part of the K columns. With GELU, x is
     GELU of what is read; with COPY, x is written to `copy` as well.
     """
+    # grid: tiles of tokens, parts of K, samples
     part, sample = tl.program_id(1), tl.program_id(2)
     token, r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     row, row_ok = sample.to(tl.int64) * length + token, token < length
@@ -63,6 +64,7 @@ def down(
             value = gelu_and_slope(value.to(tl.float32))[0]
         if COPY:
             tl.store(copy + row[:, None] * copy_stride + k[None, :], value, mask=ok)
+        # 1 / (1 - p) is in `scale`, once for the whole sum
         value = surviving(value, keys, sample, token, k, THRESHOLD).to(a_KR.dtype)
         low = tl.dot(value, a_KR, low, input_precision="ieee")
     place = out + part * part_stride + row[:, None] * out_stride + r[None, :]
@@ -89,6 +91,7 @@ def up(
     """out [rows, K] = scale drop'(dlow A). A program keeps its columns of A and walks over the
     tokens of one part.
     """
+    # grid: tiles of K, parts of the tokens, samples
     part, sample = tl.program_id(1), tl.program_id(2)
     k, r = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     k_ok, r_ok = _inside(k, width, BLOCK_K), _inside(r, num_low, BLOCK_R)
@@ -135,6 +138,7 @@ def gradient(
     GELU, x is GELU of what is read, and `grad` [rows, K], the gradient of GELU(x), becomes the
     gradient of what is read.
     """
+    # grid: tiles of K, parts of the tokens, samples
     part, sample = tl.program_id(1), tl.program_id(2)
     k, r = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
@@ -158,6 +162,7 @@ def gradient(
             tl.store(place, slope * grad_MK, mask=ok)
         value = surviving(value, keys, sample, token, k, THRESHOLD).to(low_RM.dtype)
         total = tl.dot(low_RM, value, total, input_precision="ieee")
+    # parts of all samples are added up together
     part += sample * tl.num_programs(1)
     place = out + (part * num_low + r[:, None]) * width + k[None, :]
     tl.store(place, total * scale, mask=r_ok[:, None] & k_ok[None, :])
@@ -190,6 +195,7 @@ def through_b(
     A program's columns of dy lie in one layer, and so need that layer's columns of low and B
     alone.
     """
+    # grid: tiles of a layer's outputs, parts of the rows, layers
     tile, part, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, r = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     n_ok, r_ok = _inside(n, width, BLOCK_N), _inside(r, rank, BLOCK_R)
@@ -199,6 +205,7 @@ def through_b(
         mask=n_ok[:, None] & r_ok[None, :],
         other=0.0,
     )
+    # 64 bits wide once, and 32 in the loop
     dy += begin * dy_stride
     low += begin * low_stride + layer * rank
     dlow += (tile * num_rows + begin) * num_low + layer * rank
@@ -213,6 +220,7 @@ def through_b(
         )
         low_ok = row_ok[:, None] & r_ok[None, :]
         low_MR = tl.load(low + row[:, None] * low_stride + r[None, :], mask=low_ok, other=0.0)
+        # both products from the one tile of dy
         total = tl.dot(tl.trans(dy_MN), low_MR, total, input_precision="ieee")
         tl.store(
             dlow + row[:, None] * num_low + r[None, :],

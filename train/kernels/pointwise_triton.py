@@ -162,6 +162,7 @@ def norm_rope_forward(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, BLOCK)
     ok = d < D
+    # RMSNorm over all heads together
     weight = weight_0 if part == 0 else weight_1
     value = tl.load(x + row * x_stride + part * D + d, mask=ok, other=0.0).to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
@@ -210,6 +211,7 @@ def norm_rope_backward(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, BLOCK)
     ok = d < D
+    # the gradients of the parts are three tensors, each with rows of its own stride
     start = (
         grad_0 + row * stride_0
         if part == 0
