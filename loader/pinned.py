@@ -15,12 +15,12 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class HostMemory:
-    """Tensors in host memory, for a GPU pinned, which is handed out again once nobody holds them
-    or a view of them.
+    """Tensors in host memory, for a GPU pinned, which is handed out again once no tensor and no
+    view of one holds it.
 
-    Each thread has blocks of its own, for they are in its core's cache: as many as were held at
-    once. Where no idle one is large enough, all idle ones are given up for a new one, so that
-    blocks of a smaller shape don't stay behind.
+    Each thread has blocks of its own, because they are in its core's cache: as many as were held
+    at once. Where no idle one is large enough, all idle ones are freed for a new one, so that
+    blocks of a smaller shape don't pile up.
     """
 
     def __init__(self, device: torch.device):
@@ -29,28 +29,45 @@ class HostMemory:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As torch.empty."""
-        # torch keeps such memory itself, and knows when a copy is done with it
+        # torch caches pinned memory itself, and knows when a copy is done with it
         if self._device.type == "cuda":
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         num_bytes = math.prod(shape) * dtype.itemsize
-        blocks: list[tuple[Bytes, weakref.ref[Bytes]]] = getattr(self._thread, "blocks", [])
-        idle = [block for block, holder in blocks if holder() is None]
-        # the one used last
-        block = next((block for block in reversed(idle) if len(block) >= num_bytes), None)
-        blocks = [
-            (other, holder)
-            for other, holder in blocks
-            if other is not block and (block is not None or holder() is not None)
+        blocks: list[_Block] = self._thread.__dict__.setdefault("blocks", [])
+        large_enough = [
+            block for block in blocks if block.is_idle and len(block.memory) >= num_bytes
         ]
-        if block is None:
-            block = np.empty(num_bytes, np.uint8)
-        # torch holds it, and it the block, as long as there is a tensor of it
-        view = block[:num_bytes]
-        self._thread.blocks = [*blocks, (block, weakref.ref(view))]
-        return torch.from_numpy(view).view(dtype).view(shape)
+        if large_enough:
+            block = large_enough[-1]  # the one used last is warmest
+            blocks.remove(block)
+        else:
+            blocks[:] = [block for block in blocks if not block.is_idle]
+            block = _Block(num_bytes)
+        blocks.append(block)
+        return torch.from_numpy(block.lend(num_bytes)).view(dtype).view(shape)
 
     def for_batch(self, *shape: int) -> Tensor:
         """Float16 on the device: on a CPU the same memory, on a GPU torch's."""
         if self._device.type == "cuda":
             return torch.empty(shape, dtype=torch.float16, device=self._device)
         return self.empty(shape, torch.float16)
+
+
+class _Block:
+    """Memory that is lent to one tensor at a time."""
+
+    def __init__(self, num_bytes: int):
+        self.memory: Bytes = np.empty(num_bytes, np.uint8)
+        self._lent: weakref.ref[Bytes] | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return self._lent is None or self._lent() is None
+
+    def lend(self, num_bytes: int) -> Bytes:
+        """Its first bytes. It is idle again once this array, which a tensor made of it holds, is
+        freed.
+        """
+        view = self.memory[:num_bytes]
+        self._lent = weakref.ref(view)
+        return view

@@ -28,10 +28,10 @@ def test_memory_of_a_former_size_is_given_up() -> None:
     memory = HostMemory(torch.device("cpu"))
     small = [memory.empty((8,), torch.uint8) for _ in range(3)]
     large = memory.empty((80,), torch.uint8)
-    assert sorted(len(block) for block, _ in memory._thread.blocks) == [8, 8, 8, 80]
+    assert sorted(len(block.memory) for block in memory._thread.blocks) == [8, 8, 8, 80]
     del small
     other = memory.empty((90,), torch.uint8)
-    assert sorted(len(block) for block, _ in memory._thread.blocks) == [80, 90]
+    assert sorted(len(block.memory) for block in memory._thread.blocks) == [80, 90]
     assert large.data_ptr() != other.data_ptr()
 
 
