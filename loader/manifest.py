@@ -28,8 +28,8 @@ Split = Literal["train", "val"]
 
 
 class DatasetError(ValueError):
-    """A dataset folder or shard that can't be used; the message names the file, the fault and the
-    way out.
+    """A dataset folder or shard that can't be used; the message names the file, the fault and what
+    to do.
     """
 
 

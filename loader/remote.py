@@ -5,27 +5,23 @@ obstore does the transport: one wheel without dependencies whose requests run ou
 lock, with S3, GCS, Azure and plain HTTP behind one call. (fsspec would bring aiohttp, an event
 loop, and a package more for each kind of store.)
 
-A request is repeated until `patience_s` is over, so a server may die and return; what is not
-there is not asked for again. The cache is content-addressed: an entry's name holds the hash of
-its shard from the manifest, so that nothing in it is ever out of date, and each entry begins with
-its own hash, so that a half-written or damaged one is a miss. What the server had damaged does
-not stay in it: once the server is mended, so are its readers. It may be deleted at any time.
-Ranks of a host share it without a server: entries appear by rename, and whoever has written a
-hundredth of the bound looks, under a file lock, whether the least recently used must go.
+A request is repeated for `retry_for_s` seconds, so a server may die and return; what is not there
+is not asked for again. What was read may be kept in a cache (cache.py), which is content-addressed:
+an entry's name holds the hash of its shard from the manifest, so that nothing in it is ever out of
+date. What the server had damaged does not stay in it: once the server is repaired, so are its
+readers.
 
 Left out: reading ahead within a shard (the shuffle parts neighbours), and a cache in memory (the
 page cache is one).
 """
 
 import errno
-import fcntl
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import obstore
@@ -33,12 +29,11 @@ import obstore.exceptions
 import obstore.store
 import xxhash
 
-from loader.files import TEMPORARY, atomic_file
+from loader.cache import Cache
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-PATIENCE_S = 600.0
-_STALE_S = 600.0  # a temporary file this old belongs to a killed process
+RETRY_FOR_S = 600.0
 _PERMANENT = (
     obstore.exceptions.PermissionDeniedError,
     obstore.exceptions.UnauthenticatedError,
@@ -48,91 +43,9 @@ _PERMANENT = (
 
 
 class RemoteError(ConnectionError):
-    """A store does not answer, or refuses; the message names the object, the cause and the way
-    out.
+    """A store does not answer, or refuses; the message names the object, the cause and what to
+    do.
     """
-
-
-class Cache:
-    """Byte strings by name in a folder of at most about `max_bytes`; any number of processes may
-    share it.
-    """
-
-    def __init__(self, folder: Path, max_bytes: int):
-        self._folder, self._max_bytes = folder, max_bytes
-        self._unchecked_bytes = 0
-        self._lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._make_room()
-
-    def get(self, name: str) -> memoryview | None:
-        """What `put` stored under `name`, or None if it is not there (any more) or damaged."""
-        path = self._path(name)
-        try:
-            data = path.read_bytes()
-            os.utime(path)
-        except FileNotFoundError:
-            return None
-        payload = memoryview(data)[16:]
-        return payload if xxhash.xxh3_128_digest(payload) == data[:16] else None
-
-    def put(self, name: str, data: bytes | memoryview) -> None:
-        """Store `data`. A full disk is no fault of the reader's: it is logged, and the cache
-        stays as it is.
-        """
-        path = self._path(name)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            # an entry that a power cut tore is a miss, so nothing needs to wait for the disk
-            with atomic_file(path, durable=False) as file:
-                file.write(xxhash.xxh3_128_digest(data))
-                file.write(data)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            log.warning(
-                "%s: the cache can't take %d bytes more: %s",
-                self._folder,
-                len(data),
-                error.strerror,
-            )
-        with self._lock:
-            self._unchecked_bytes += len(data)
-            due = self._unchecked_bytes > self._max_bytes // 100
-            if due:
-                self._unchecked_bytes = 0
-        if due:
-            self._make_room()
-
-    def drop(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / name[:2] / name
-
-    def _make_room(self) -> None:
-        """Above nine tenths of the bound, delete the least recently used down to eight; one
-        process at a time.
-
-        The others wait for it: if they went on writing, a slow disk would let them run past the
-        bound.
-        """
-        with (self._folder / "lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            entries = []
-            for path in self._folder.glob("*/*"):
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue  # a temporary file that has just got its name
-                entries.append((status.st_mtime, status.st_size, path))
-            total = sum(size for _, size, _ in entries)
-            keep = total if total <= 0.9 * self._max_bytes else int(0.8 * self._max_bytes)
-            for mtime, size, path in sorted(entries):
-                stale = path.name.endswith(TEMPORARY) and mtime < time.time() - _STALE_S
-                if total > keep or stale:
-                    path.unlink(missing_ok=True)
-                    total -= size
 
 
 class RemoteStore:
@@ -140,11 +53,11 @@ class RemoteStore:
     the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), as every tool for S3 reads them.
 
     Without `cache` each epoch reads everything from the server. Raises RemoteError once
-    `patience_s` is over.
+    `retry_for_s` is over.
     """
 
-    def __init__(self, url: str, cache: Cache | None, patience_s: float = PATIENCE_S):
-        self.url, self.cache, self._patience_s = url.rstrip("/"), cache, patience_s
+    def __init__(self, url: str, cache: Cache | None, retry_for_s: float = RETRY_FOR_S):
+        self.url, self.cache, self._retry_for_s = url.rstrip("/"), cache, retry_for_s
         self._closed = threading.Event()
         try:
             self._store = obstore.store.from_url(
@@ -197,7 +110,7 @@ class RemoteStore:
         return self._retry(name, request)
 
     def _retry(self, name: str, request: Callable[[], Result]) -> Result:
-        deadline_s, pause_s = time.monotonic() + self._patience_s, 0.1
+        deadline_s, pause_s = time.monotonic() + self._retry_for_s, 0.1
         while True:
             try:
                 return request()
@@ -214,7 +127,7 @@ class RemoteStore:
                     ) from error
                 if time.monotonic() + pause_s > deadline_s:
                     raise RemoteError(
-                        f"{self.url}/{name}: no answer for {self._patience_s:g} s: {cause}. Start "
+                        f"{self.url}/{name}: no answer for {self._retry_for_s:g} s: {cause}. Start "
                         f"again once the server is back: the run resumes"
                     ) from error
                 log.warning("%s/%s: %s; trying again", self.url, name, cause)

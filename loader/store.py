@@ -53,7 +53,7 @@ class LocalFile:
 
     def __init__(self, path: Path):
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        # not before the last reader in another thread lets go of it
+        # closed when the last reader, perhaps in another thread, drops it
         weakref.finalize(self, os.close, self._fd)
 
     def read(self, offset: int, size: int) -> memoryview:
@@ -101,7 +101,8 @@ def open_store(location: Path | str, cache_dir: Path | None = None, cache_bytes:
     if "://" not in str(location):
         return LocalStore(Path(location))
     try:
-        from loader.remote import Cache, RemoteStore
+        from loader.cache import Cache
+        from loader.remote import RemoteStore
     except ImportError as error:
         raise DatasetError(
             f"{location}: remote datasets need the extra remote: pip install 'newsreel[remote]' "

@@ -34,6 +34,17 @@ MAY_IMPORT = {
 # Inside a package imports go down: a module or sub-package may import what stands on a lower floor,
 # and itself. Whatever is new gets its floor here.
 FLOORS: dict[str, tuple[set[str], ...]] = {
+    "loader": (
+        {"feed", "walk"},
+        {"batch"},
+        {"dataset", "dali"},
+        {"read", "vae"},
+        {"shard"},
+        {"batching", "exclusions", "identity", "order", "store"},
+        {"config", "feed_config", "manifest", "pinned", "remote", "shuffle"},
+        {"cache", "sample"},
+        {"files", "shape"},
+    ),
     "train": (
         {"main"},
         {"setup"},
@@ -66,6 +77,9 @@ TORCH_FREE = (
     "loader.files",
     "loader.identity",
     "loader.exclusions",
+    "loader.feed_config",
+    "loader.dataset",
+    "loader.batching",
     "train.records",
 )
 MAX_LINES = 350

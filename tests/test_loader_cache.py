@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from loader.remote import Cache
+from loader.cache import Cache
 
 
 def cache_size(folder: Path) -> int:

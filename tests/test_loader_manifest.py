@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from loader.manifest import (
@@ -13,12 +14,18 @@ from loader.manifest import (
     DatasetError,
     Manifest,
     ShardInfo,
+    decode_index,
     encode_manifest,
     load_manifest,
     make_manifest,
     read_manifest,
 )
+from loader.sample import CONDITION, encode_tensor
 from loader.shape import WAN21, WAN22
+from shardgen.encode.write import write_shard
+from shardgen.verify import verify_dataset
+from tools.fake.batch import write_synthetic_dataset
+from tools.fake.feed import make_feed
 
 SHARD = ShardInfo("train-64x32x5-000000", "64x32x5", 3, 4096, "a", "b", "c")
 RECIPE = {"windows": {"fps": 24.0}}
@@ -103,3 +110,43 @@ def test_an_edited_recipe_and_an_unknown_field_are_refused(tmp_path: Path) -> No
     (tmp_path / MANIFEST_FILE).write_bytes(encode_manifest(manifest)[:-9])
     with pytest.raises(DatasetError, match=f"{tmp_path}/manifest.json: "):
         read_manifest(tmp_path)
+
+
+def faults(dataset: Path) -> list[str]:
+    """Those of verify, but for the made-up keys, which are no hashes."""
+    found = verify_dataset(dataset, 1, lambda count: None)
+    return [fault for fault in found if "belong to key" not in fault]
+
+
+def test_a_dataset_of_another_layout_is_fed_and_verified(tmp_path: Path) -> None:
+    write_synthetic_dataset(tmp_path, {"64x48x5": 6}, text_dim=8, layout=WAN21)
+    with make_feed(tmp_path, global_batch=2, micro_batch=2) as feed:
+        batch, _ = next(feed)
+        assert batch.latent_BCTHW.shape == (2, 16, 2, 6, 8) and feed.damages == []
+    assert faults(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("condition", "fault"),
+    [
+        (np.ones((20, 2, 6, 8), np.float16), ""),
+        (np.ones((20, 2, 6, 7), np.float16), "no whole number of channels"),
+    ],
+)
+def test_a_condition_member_is_part_of_a_sample_and_verified(
+    tmp_path: Path, condition: np.ndarray[Any, Any], fault: str
+) -> None:
+    manifest = write_synthetic_dataset(tmp_path, {"64x48x5": 1}, text_dim=8, layout=WAN21)
+    (shard,) = manifest.splits["train"]
+    data = (tmp_path / "train" / f"{shard.name}.tar").read_bytes()
+    (members,) = decode_index((tmp_path / "train" / f"{shard.name}.idx").read_bytes(), shard.name)
+    stored = {m.name[33:]: data[m.offset : m.offset + m.size] for m in members}
+    stored[CONDITION] = encode_tensor(condition)
+    shard = write_shard(
+        tmp_path / "train", shard.name, shard.bucket, [(members[0].name[:32], stored)]
+    )
+    manifest = make_manifest({}, {"train": [shard]}, layout=WAN21, condition="first_frame_and_grey")
+    (tmp_path / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
+    assert [fault in each for each in faults(tmp_path)] == [True] * bool(fault)
+    with make_feed(tmp_path, global_batch=1) as feed:
+        assert next(feed)[0].latent_BCTHW.shape == (1, 16, 2, 6, 8) and feed.damages == []

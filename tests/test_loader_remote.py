@@ -163,7 +163,7 @@ def test_a_server_that_dies_and_returns_in_mid_epoch_costs_time_only(
 def test_server_errors_are_retried_and_then_named(server: Server) -> None:
     server.status = 503
     with pytest.raises(RemoteError, match=rf"{server.url}/data/x: no answer for 0\.5 s.*resumes"):
-        RemoteStore(f"{server.url}/data", None, patience_s=0.5).read_file("x")
+        RemoteStore(f"{server.url}/data", None, retry_for_s=0.5).read_file("x")
     assert len(server.requests) >= 3
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from loader.feed_config import FeedConfig
-from loader.shape import Bucket
+from loader.manifest import DatasetError, encode_manifest, make_manifest, read_manifest
+from loader.shape import WAN21, WAN22, Bucket
 from tools.fake.batch import write_synthetic_dataset
 from train import setup
 from train.config import TrainConfig
@@ -102,3 +103,22 @@ def test_a_checkpoint_brings_back_parameters_optimizer_and_feed(config: TrainCon
         # the copies that GEMMs read are renewed too
         for one, other in zip(again.model.buffers(), run.model.buffers(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_dataset_of_another_model_is_refused_and_what_is_not_compared_is_logged(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "dataset"
+    setup.open_feed(config, ALONE).close()
+    assert "its frame rate was not compared" in caplog.text
+    assert "its VAE was not compared with the model's: its recipe names none" in caplog.text
+    splits = read_manifest(folder).splits
+    for recipe, layout, message in (
+        ({"windows": {"fps": 16.0}}, WAN22, "its clips have 16 frames a second"),
+        ({"models": {"vae": "0" * 32}}, WAN22, "its latents are of another VAE"),
+        ({}, WAN21, "its latents have 16 channels"),
+    ):
+        manifest = make_manifest(recipe, splits, layout=layout)
+        (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+        with pytest.raises(DatasetError, match=message):
+            setup.open_feed(config, ALONE)

@@ -40,7 +40,7 @@ from loader.sample import (
     encode_tensor,
     sample_key,
 )
-from loader.shape import WAN22, Bucket
+from loader.shape import WAN22, Bucket, LatentLayout
 from shardgen.encode.write import write_shard
 
 
@@ -53,6 +53,7 @@ def write_synthetic_dataset(
     split: Split = "train",
     seed: int = 0,
     clips: Sequence[bytes] = (),
+    layout: LatentLayout = WAN22,
 ) -> Manifest:
     """Write a dataset with so many samples of each bucket ("160x96x9": 24) and return its manifest.
 
@@ -60,30 +61,35 @@ def write_synthetic_dataset(
     """
     shards: list[ShardInfo] = []
     for name, num_samples in buckets.items():
-        bucket = WAN22.parse(name)
+        bucket = layout.parse(name)
         keys = sorted(
             sample_key(f"{seed:032x}", f"{i:07d}", 0, 0, bucket, 24.0) for i in range(num_samples)
         )
         for number, start in enumerate(range(0, num_samples, samples_per_shard)):
             samples = _samples(
-                keys[start : start + samples_per_shard], bucket, text_dim, split, clips
+                keys[start : start + samples_per_shard], bucket, layout, text_dim, split, clips
             )
             shards.append(
                 write_shard(folder / split, shard_name(split, bucket, number), name, samples)
             )
     recipe = {"synthetic": dict(buckets), "text_dim": text_dim, "seed": seed}
-    manifest = make_manifest(recipe, {split: shards})
+    manifest = make_manifest(recipe, {split: shards}, layout=layout)
     write_atomic(folder / EMPTY_PROMPT_FILE, encode_tensor(np.full((1, text_dim), 0.5, np.float16)))
     write_atomic(folder / MANIFEST_FILE, encode_manifest(manifest))
     return manifest
 
 
 def _samples(
-    keys: list[str], bucket: Bucket, text_dim: int, split: Split, clips: Sequence[bytes]
+    keys: list[str],
+    bucket: Bucket,
+    layout: LatentLayout,
+    text_dim: int,
+    split: Split,
+    clips: Sequence[bytes],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     for i, key in enumerate(keys):
         rng = np.random.default_rng(int(key, 16))
-        latent = rng.standard_normal(WAN22.latent_shape(bucket), np.float32).astype(np.float16)
+        latent = rng.standard_normal(layout.latent_shape(bucket), np.float32).astype(np.float16)
         text = rng.standard_normal((int(rng.integers(60, 260)), text_dim), np.float32).astype(
             np.float16
         )
