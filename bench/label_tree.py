@@ -114,8 +114,6 @@ def defective_labels(clip_id: str) -> dict[str, bytes]:
     sound = changed()
     uncaptioned = make_label(clip_id, scene_description_auto=[])
     uncaptioned["labeling_data_info"]["caption_info"] = {"object_level": [], "semantic_level": None}
-    unlengthed = make_label(clip_id)
-    del unlengthed["raw_data_info"]["source_media_info"]["details"]
     return {
         "label_empty": b" \n",
         "label_not_json": sound[: len(sound) // 2],
@@ -131,7 +129,6 @@ def defective_labels(clip_id: str) -> dict[str, bytes]:
         "caption_repeated_word": with_caption("정말 " * 12 + "크다."),
         "caption_repeated_char": with_caption("하" * 18 + " 웃는다."),
         "caption_special_chars": with_caption("★☆◆◇■□▲△▼▽" * 8),
-        "duration_unknown": label_bytes(unlengthed),
         "duration_short": changed(length="00:00:01.50"),
         "duration_long": changed(length="00:39:43.65"),
         "resolution_unknown": changed(resolution="unknown"),

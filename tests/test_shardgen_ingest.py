@@ -4,11 +4,13 @@ tree stops a run.
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +82,57 @@ def test_odd_things_in_the_tree_stop_nothing(tree: Path) -> None:
     }
     assert len(rows) == 43
     assert ingest(tree) == rows
+
+
+def test_a_suffix_in_capitals_and_a_linked_folder_are_labels_too(tree: Path) -> None:
+    upper = tree / "video" / "7000001.JSON"
+    upper.write_bytes(label_bytes(make_label("7000001")))
+    elsewhere = tree.parent / "elsewhere"
+    write_label_tree(elsewhere, 3)
+    (elsewhere / "round").symlink_to(tree)
+    (tree / "batch_9999").symlink_to(elsewhere)
+    (tree / "again").symlink_to(tree / "video")  # known by its own path
+    rows = ingest(tree)
+    assert {row[0] for row in rows.values()} == {"ingested"}
+    linked = {label for label in rows if label.startswith("batch_9999/")}
+    assert len(linked) == 3 and len(rows) == 40 + 1 + 3
+    assert "video/7000001.JSON" in rows and ingest(tree) == rows
+
+
+def test_a_folder_that_vanishes_while_the_tree_is_read_ends_nothing(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = sorted({label.parent for label in tree.rglob("*.json")})
+    before = ingest(tree)
+    scandir = os.scandir
+
+    def late(path: Any) -> Any:
+        if path == folders[-1] and folders[-1].exists():
+            shutil.rmtree(folders[-1])
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    rows = ingest(tree)
+    inside = f"{folders[-1].relative_to(tree)}/"
+    gone = {label for label, row in rows.items() if row[0] == "gone"}
+    assert gone == {label for label in before if label.startswith(inside)} != set()
+    assert len(rows) == 40
+
+    # one that vanishes between the walk and the reading
+    monkeypatch.undo()
+    listed = [(str(folders[0].relative_to(tree)), ["x.json"])]
+    shutil.rmtree(folders[0])
+    monkeypatch.setattr("shardgen.stages.ingest._folders", lambda root: iter(listed))
+    assert ingest(tree)[f"{listed[0][0]}/x.json"][:2] == ("unreadable", "label_unreadable")
+
+
+def test_a_root_that_vanishes_is_an_error_not_a_tree_of_gone_labels(tree: Path) -> None:
+    before = ingest(tree)
+    tree.rename(tree.parent / "away")
+    with pytest.raises(FileNotFoundError, match="labels"):
+        ingest(tree)
+    (tree.parent / "away").rename(tree)
+    assert ingest(tree) == before
 
 
 def test_a_second_run_reads_nothing_and_then_only_what_changed(tree: Path) -> None:

@@ -1,5 +1,6 @@
 """A file beside its label is found by name and hashed where it lies."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from shardgen.media.errors import FetchError
 from shardgen.media.local import find_local, hash_local
 
 BODY = bytes(range(256)) * 8192  # 2 MiB
+NAME = "뉴스데스크_한강"
 DIGEST = xxhash.xxh3_128_hexdigest(BODY)
 
 
@@ -27,3 +29,38 @@ def test_a_local_file_is_found_by_label_name_or_id_and_hashed_in_place(tmp_path:
     assert find_local(label, "2400101", "video") == tmp_path / "01_two_shots.mp4"
     with pytest.raises(FetchError, match="media_unreadable"):
         hash_local(tmp_path / "gone.mp4")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["2400101.MP4", "2400101.m2ts", "2400101.MTS", "2400101.m4v", "2400101.Wmv", "2400101.VOB"],
+)
+def test_every_suffix_of_footage_is_found_in_any_case(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(BODY)
+    assert find_local(tmp_path / "2400101.JSON", "2400101", "video") == tmp_path / name
+    assert find_local(tmp_path / "2400101.json", "2400101", "image") is None
+
+
+def test_a_webp_is_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.WEBP").write_bytes(BODY)
+    assert find_local(tmp_path / "a.json", "1", "image") == tmp_path / "a.WEBP"
+
+
+@pytest.mark.parametrize("media_in_letters", [True, False])
+def test_hangul_is_the_same_name_in_letters_and_in_syllables(
+    tmp_path: Path, media_in_letters: bool
+) -> None:
+    letters, syllables = (unicodedata.normalize("NFD", NAME), unicodedata.normalize("NFC", NAME))
+    media, label = (letters, syllables) if media_in_letters else (syllables, letters)
+    (tmp_path / f"{media}.mp4").write_bytes(BODY)
+    assert find_local(tmp_path / f"{label}.json", "1", "video") == tmp_path / f"{media}.mp4"
+
+
+def test_of_several_files_the_one_that_is_spelt_as_the_label_is_taken(tmp_path: Path) -> None:
+    for name in ("a.MP4", "a.mp4", "a.Mp4", "a.mov"):
+        (tmp_path / name).write_bytes(BODY)
+    assert find_local(tmp_path / "a.json", "1", "video") == tmp_path / "a.mp4"
+    (tmp_path / "a.mp4").unlink()
+    assert find_local(tmp_path / "a.json", "1", "video") == tmp_path / "a.MP4"
+    (tmp_path / "b.mp4").mkdir()
+    assert find_local(tmp_path / "b.json", "1", "video") is None

@@ -164,3 +164,87 @@ def test_wrong_types_anywhere_are_refused_and_never_crash() -> None:
                 assert error.byte_offset is not None
                 refused += 1
     assert refused > 100
+
+
+def test_a_byte_order_mark_is_no_fault_and_moves_no_offset() -> None:
+    data = label_bytes(make_label("2400101"))
+    assert parse_label(b"\xef\xbb\xbf" + data) == parse_label(data)
+    bad = b"\xef\xbb\xbf" + data.replace(b'"token"', b'"text": 5, "token"', 1)
+    with pytest.raises(LabelError) as caught:
+        parse_label(bad)
+    assert caught.value.byte_offset == bad.index(b"5, ")
+    with pytest.raises(LabelError) as caught:
+        parse_label(b"\xef\xbb\xbf")
+    assert caught.value.reason == "label_empty"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have_are_unknown(number: str) -> None:
+    made = make_label("2400101", keyword='"NaN" und \\ Infinity')
+    text = json.dumps(made | {"score": 1.5}, ensure_ascii=False)
+    assert parse_label(text.replace("1.5", number).encode()) == parse(made)
+    made["raw_data_info"]["source_media_info"]["details"]["frame_rate"] = "@"
+    made["labeling_data_info"]["caption_info"]["semantic_level"] = "@"
+    label = parse_label(json.dumps(made).replace('"@"', number).encode())
+    assert label.fps is None and label.semantic == []
+    assert label.keyword == '"NaN" und \\ Infinity'
+    with pytest.raises(LabelError) as caught:
+        parse_label(text.replace("1.5", f"{number}x").encode())
+    assert caught.value.reason == "label_not_json"
+
+
+def test_what_says_nothing_in_a_list_of_captions_loses_no_label() -> None:
+    made = make_label("2400101")
+    sound = parse(made)
+    info = made["labeling_data_info"]["caption_info"]
+    for level in ("object_level", "semantic_level", "application_level"):
+        info[level] = [None, *info[level], 5, 1.5, True, "", "ein Satz", {}]
+    scenes = made["source_data_info"]["ai_generated_info"]
+    scenes["scene_description_auto"] = [None, *scenes["scene_description_auto"], 7]
+    made["source_data_info"]["clip_proxy_thumbnail_url"] = [None, "https://a/b.jpg"]
+    label = parse(made)
+    assert label.scenes == sound.scenes
+    assert label.objects[:-1] == sound.objects and label.objects[-1].text == "ein Satz"
+    assert label.semantic == [*sound.semantic, "ein Satz"]
+    assert label.application == [*sound.application, "ein Satz"]
+    assert label.thumbnail_urls == ["https://a/b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("declared", "read"),
+    [
+        ("1920*1080", (1920, 1080)),
+        ("1920 × 1080 px", (1920, 1080)),
+        ("1920x1080p", (1920, 1080)),
+        ([1920, 1080], (1920, 1080)),
+        (1080, (None, None)),
+        ({"width": 1920}, (None, None)),
+        ([1, 2, 3], (None, None)),
+        ("1080p", (None, None)),
+    ],
+)
+def test_a_declared_size_is_read_or_unknown_but_loses_no_label(
+    declared: Any, read: tuple[int | None, int | None]
+) -> None:
+    label = parse(make_label("2400101", resolution=declared))
+    assert (label.width_px, label.height_px) == read
+
+
+@pytest.mark.parametrize(
+    ("declared", "length_s"),
+    [
+        ("00:00:04", 4.0),
+        ("00:00:04.125", 4.125),
+        (4, 4.0),
+        (4.5, 4.5),
+        (-1, None),
+        (True, None),
+        ([4], None),
+        ("four", None),
+        (10**400, None),
+    ],
+)
+def test_a_declared_length_is_read_or_unknown_but_loses_no_label(
+    declared: Any, length_s: float | None
+) -> None:
+    assert parse(make_label("2400101", length=declared)).duration_s == length_s

@@ -31,7 +31,6 @@ def reason(filters: FiltersConfig, scores: Scores = GOOD, **label: object) -> st
     [
         ({"min_duration_s": 10.0}, {}, {"duration_s": 9.99}, "duration_short"),
         ({"max_duration_s": 10.0}, {}, {"duration_s": 10.01}, "duration_long"),
-        ({"max_duration_s": 10.0}, {}, {"duration_s": None}, "duration_unknown"),
         (
             {"require_resolution": True},
             {},
@@ -113,3 +112,7 @@ def test_the_media_decide_and_both_values_are_recorded(
         "video", 10.0, "1920x1080", *probed, FiltersConfig(min_short_side_px=480, max_upscale=1.5)
     )
     assert (verdict and (verdict.reason, verdict.declared, verdict.probed)) == expected
+
+
+def test_a_length_that_the_label_does_not_know_is_the_probe_s_to_judge() -> None:
+    assert reason(FiltersConfig(min_duration_s=3.0, max_duration_s=10.0), duration_s=None) == ""

@@ -9,6 +9,8 @@ def test_dates_and_lengths() -> None:
     assert iso_date("Sun Mar 01 2020 00:00:00 GMT+0900 (Korean Standard Time)") == "2020-03-01"
     assert iso_date("2020-03-01") == iso_date("Sun Foo 01 2020") == ""
     assert length_s("00:39:43.65") == 2383.65
+    assert length_s("00:00:04") == length_s(" 00:00:04.000 ") == 4.0
+    assert length_s("00:00:04.125") == length_s("0:00:04,125") == 4.125
     assert length_s("39:43.65") is length_s("00:61:00.00") is length_s("00:00:10;05") is None
 
 

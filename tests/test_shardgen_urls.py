@@ -51,3 +51,19 @@ def test_what_is_not_ascii_is_sent_as_browsers_send_it_and_the_rest_as_it_is() -
         "http://xn--vh3b23h.kr:81/%EB%89%B4%EC%8A%A4/1.mp4?sig=a%2Fb&%EC%9D%B4%EB%A6%84=%EA%B0%80"
     )
     assert ascii_url("http://host/a?") == "http://host/a?"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://host/a b.mp4", "holds a space or a control character; write it as %20"),
+        ("https://host/a\nb.mp4", "holds a space or a control character"),
+        ("ftp://host/a", "fetch.schemes allows https, not ftp"),
+        ("/a/b.mp4", "fetch.schemes allows https, not a URL without a scheme"),
+        ("https:///a", "names no host"),
+    ],
+)
+def test_a_url_that_is_refused_says_what_is_wrong_with_it(url: str, words: str) -> None:
+    with pytest.raises(FetchError) as caught:
+        check_url(url, ("https",))
+    assert words in caught.value.detail

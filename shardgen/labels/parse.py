@@ -9,6 +9,7 @@ not a reason to refuse the file; `timecode_frame` reads them.
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +24,12 @@ _NAMES = (
     ("source_data_info", "source_mbc"),
 )
 _ID = re.compile(r"\w[\w-]*")
-_RESOLUTION = re.compile(r"\s*(\d{1,5})\s*[,xX×]\s*(\d{1,5})\s*")
+_RESOLUTION = re.compile(
+    r"\s*(\d{1,5})\s*(?:px)?\s*[,xX×*]\s*(\d{1,5})\s*(?:px|[pi])?\s*", re.ASCII
+)
+# A string, or what Python's json writes for numbers that JSON does not have.
+_NO_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Infinity)\b', re.DOTALL)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class LabelError(ValueError):
@@ -66,8 +72,8 @@ class Label(msgspec.Struct, frozen=True, array_like=True):
     fps: float | None
 
 
-class _Scene(msgspec.Struct):
-    description: str | None = None
+class _Scene(msgspec.Struct, rename={"text": "description"}):
+    text: str | None = None
     tc_in: str | None = None
     tc_out: str | None = None
 
@@ -78,11 +84,15 @@ class _Caption(msgspec.Struct):
     tc_out: str | None = None
 
 
+# What stands in a list of captions: an object, a bare sentence, or what says nothing.
+_Bare = str | float | bool | None
+
+
 class _Generated(msgspec.Struct):
     stt_script: str | None = None
     keyword: str | None = None
     mid_category: str | None = None
-    scene_description_auto: list[_Scene] | None = None
+    scene_description_auto: list[_Scene | _Bare] | None = None
 
 
 class _Source(msgspec.Struct):
@@ -90,34 +100,36 @@ class _Source(msgspec.Struct):
     source_mbc: str | None = None
     broadcast_date: str | None = None
     clip_proxy_url: str | None = None
-    clip_proxy_thumbnail_url: list[str] | None = None
+    clip_proxy_thumbnail_url: list[str | None] | None = None
     ai_generated_info: _Generated | None = None
 
 
 class _Levels(msgspec.Struct):
-    object_level: list[_Caption] | None = None
-    semantic_level: list[_Caption] | None = None
-    application_level: list[_Caption] | None = None
+    object_level: list[_Caption | _Bare] | None = None
+    semantic_level: list[_Caption | _Bare] | None = None
+    application_level: list[_Caption | _Bare] | None = None
 
 
 class _Captions(msgspec.Struct):
     caption_info: _Levels | None = None
 
 
+# What the label declares about the media is of any type, for the probe knows better: what can't
+# be read is unknown, and no reason to lose the label.
 class _Details(msgspec.Struct):
-    length: str | None = None
-    frame_rate: float | str | None = None
-    resolution: str | None = None
+    length: Any = None
+    frame_rate: Any = None
+    resolution: Any = None
 
 
 class _MediaInfo(msgspec.Struct):
     media_type: str | None = None
     details: _Details | None = None
-    resolution: str | None = None
+    resolution: Any = None
 
 
 class _Basic(msgspec.Struct):
-    resolution: str | None = None
+    resolution: Any = None
 
 
 class _InnerRaw(msgspec.Struct):
@@ -150,8 +162,11 @@ def parse_label(data: bytes) -> Label:
     label_not_utf8, label_not_json, label_not_object, label_too_deep, label_wrong_type,
     label_unsafe_id and label_long_field.
     """
+    if data.startswith(_BYTE_ORDER_MARK):
+        # as many spaces, so that byte offsets stay those of the file
+        data = data.replace(_BYTE_ORDER_MARK, b"   ", 1)
     try:
-        file = _decoder.decode(data)
+        file = _decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _explain(data, error) from error
     source = file.source_data_info
@@ -177,22 +192,53 @@ def parse_label(data: bytes) -> Label:
         *names,
         iso_date(_short(source.broadcast_date)),
         source.clip_proxy_url or "",
-        source.clip_proxy_thumbnail_url or [],
+        [url for url in source.clip_proxy_thumbnail_url or () if url],
         generated.keyword or "",
         generated.stt_script or "",
-        [
-            Timed(s.description, s.tc_in or "", s.tc_out or "")
-            for s in generated.scene_description_auto or ()
-            if s.description
-        ],
-        [Timed(c.text, c.tc_in or "", c.tc_out or "") for c in levels.object_level or () if c.text],
-        [c.text for c in levels.semantic_level or () if c.text],
-        [c.text for c in levels.application_level or () if c.text],
+        _timed(generated.scene_description_auto),
+        _timed(levels.object_level),
+        [each.text for each in _timed(levels.semantic_level)],
+        [each.text for each in _timed(levels.application_level)],
         width_px,
         height_px,
-        length_s(_short(details.length)),
+        _length(details.length),
         _number(details.frame_rate),
     )
+
+
+def _decode(data: bytes) -> _File:
+    """The label's JSON; NaN and Infinity, which JSON does not have, count as null."""
+    try:
+        return _decoder.decode(data)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        if b"NaN" not in data and b"Infinity" not in data:
+            raise
+        return _decoder.decode(
+            _NO_NUMBER.sub(lambda found: found[0] if found[0][:1] == b'"' else b"null", data)
+        )
+
+
+def _timed(entries: Sequence[_Scene | _Caption | _Bare] | None) -> list[Timed]:
+    """The sentences of a list, in order. A bare string is one without timecodes; a number or a
+    null says nothing.
+    """
+    try:
+        return [
+            Timed(entry.text, entry.tc_in or "", entry.tc_out or "")  # type: ignore[union-attr]
+            for entry in entries or ()
+            if entry.text  # type: ignore[union-attr]
+        ]
+    except AttributeError:
+        # bare ones are rare, and are made objects only where there are some
+        return _timed([_as_caption(entry) for entry in entries or ()])
+
+
+def _as_caption(entry: _Scene | _Caption | _Bare) -> _Scene | _Caption:
+    if isinstance(entry, _Scene | _Caption):
+        return entry
+    return _Caption(text=entry if isinstance(entry, str) else None)
 
 
 def _declared_size(
@@ -207,6 +253,8 @@ def _declared_size(
         outer and outer.resolution,
         inner and inner.resolution,
     ):
+        if isinstance(text, list) and len(text) == 2:
+            text = f"{text[0]}, {text[1]}"
         if text and (size := _size(_short(text))):
             return size
     return None, None
@@ -226,11 +274,18 @@ def _name(data: bytes, text: str, which: int) -> str:
     return "".join(filter(str.isprintable, " ".join(text.split())))
 
 
-def _short(text: str | None) -> str:
-    """A text that may be a date, a length or a size; what is too long to be one is kept out of
-    the caches.
+def _short(text: Any) -> str:
+    """A text that may be a date, a length or a size; what is none, or too long to be one, is kept
+    out of the caches.
     """
-    return text if text and len(text) <= MAX_FIELD_CHARS else ""
+    return text if isinstance(text, str) and len(text) <= MAX_FIELD_CHARS else ""
+
+
+def _length(value: Any) -> float | None:
+    """A length in seconds: "HH:MM:SS.cc", or a plain number of them."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if 0 < value < 1e6 else None
+    return length_s(_short(value))
 
 
 @lru_cache(maxsize=4096)
@@ -240,10 +295,10 @@ def _size(text: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match and int(match[1]) and int(match[2]) else None
 
 
-def _number(value: float | str | None) -> float | None:
+def _number(value: Any) -> float | None:
     try:
-        number = float(value) if value is not None else 0.0
-    except ValueError:
+        number = float(value) if isinstance(value, int | float | str) else 0.0
+    except (ValueError, OverflowError):
         return None
     return number if 0 < number < 1000 else None
 

@@ -3,7 +3,7 @@
 import re
 from functools import lru_cache
 
-_LENGTH = re.compile(r"(\d{1,2}):([0-5]\d):([0-5]\d)\.(\d\d)")
+_LENGTH = re.compile(r"(\d{1,2}):([0-5]\d):([0-5]\d)(?:[.,](\d{1,6}))?", re.ASCII)
 _TIMECODE = re.compile(r"(\d\d):([0-5]\d):([0-5]\d);([0-2]\d)", re.ASCII)
 _DATE = re.compile(r"[A-Z][a-z]{2} ([A-Z][a-z]{2}) (\d{2}) (\d{4})\b.*", re.ASCII | re.DOTALL)
 _MONTHS = dict(
@@ -28,12 +28,15 @@ def iso_date(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def length_s(text: str) -> float | None:
-    """ "HH:MM:SS.cc", hundredths of a second -> seconds; None for anything else."""
-    match = _LENGTH.fullmatch(text)
+    """ "HH:MM:SS.cc" -> seconds, with any number of decimals or none; None for anything else."""
+    match = _LENGTH.fullmatch(text.strip())
     if match is None:
         return None
-    hours, minutes, seconds, hundredths = map(int, match.groups())
-    return (hours * 360000 + minutes * 6000 + seconds * 100 + hundredths) / 100
+    hours, minutes, seconds = map(int, match.groups()[:3])
+    decimals = match[4] or ""
+    # one division of integers: the nearest float, whatever the number of decimals
+    scale = 10 ** len(decimals)
+    return ((hours * 3600 + minutes * 60 + seconds) * scale + int(decimals or 0)) / scale
 
 
 def timecode_frame(text: str) -> int:

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,12 +92,23 @@ def download(
     path = cache / done.media_xxh3[:2] / done.media_xxh3
     path.parent.mkdir(exist_ok=True)
     arriving(done.media_xxh3)
-    with part.open("rb") as file:
+    with naming(path), part.open("rb") as file:
         # a name in the cache is a promise about the bytes, after a power failure too
         os.fsync(file.fileno())
     part.replace(path)
     _validator_file(part).unlink(missing_ok=True)
     return done._replace(path=path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path into an OSError that has none: a write or a sync knows only its descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _validator_file(part: Path) -> Path:
@@ -202,7 +214,7 @@ def _receive(response: Any, part: Path, held: int, url: str, policy: RetryPolicy
     else:
         _validator_file(part).unlink(missing_ok=True)
     size, window_size, window_start = held, held, time.monotonic()
-    with part.open("ab" if held else "wb") as file:
+    with naming(part), part.open("ab" if held else "wb") as file:
         for block in _blocks(response, url):
             file.write(block)
             size += len(block)

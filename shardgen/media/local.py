@@ -1,6 +1,8 @@
 """Media that lie beside their label: found by name, and hashed where they lie."""
 
 import os
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +10,24 @@ import xxhash
 
 from shardgen.media.errors import FetchError
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".ts", ".mpg")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# In this order, where a label has several files beside it.
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mov",
+    ".mxf",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".ts",
+    ".mpg",
+    ".mpeg",
+    ".m2ts",
+    ".mts",
+    ".m4v",
+    ".wmv",
+    ".vob",
+)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _BLOCK_BYTES = 1 << 20
 
 
@@ -22,16 +40,48 @@ class Fetched(NamedTuple):
     media_xxh3: str
 
 
-def find_local(label_path: Path, clip_id: str, media_type: str) -> Path | None:
+# What a folder holds: {(stem in NFC, suffix in lower case): file names in order}.
+Listing = dict[tuple[str, str], list[str]]
+
+
+def list_media(folder: Path) -> Listing:
+    """The files of a folder by the names that labels may know them by; nothing for a folder that
+    can't be read.
+
+    A Mac writes Hangul as separate letters (NFD) and a Korean keyboard as syllables (NFC), and
+    cameras write suffixes in capitals: the same name to a person.
+    """
+    listing: Listing = {}
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return listing
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        key = unicodedata.normalize("NFC", stem), suffix.lower()
+        listing.setdefault(key, []).append(name)
+    return listing
+
+
+def find_local(
+    label_path: Path,
+    clip_id: str,
+    media_type: str,
+    list_folder: Callable[[Path], Listing] = list_media,
+) -> Path | None:
     """The media file beside its label, named by the label file or by the clip id; None if there
-    is none.
+    is none. `list_folder` may be a `list_media` that remembers the last folders.
     """
     suffixes = IMAGE_SUFFIXES if media_type == "image" else VIDEO_SUFFIXES
+    listing = list_folder(label_path.parent)
     for stem in dict.fromkeys((label_path.stem, clip_id)):
         for suffix in suffixes:
-            path = label_path.with_name(stem + suffix)
-            if path.is_file():
-                return path
+            names = listing.get((unicodedata.normalize("NFC", stem), suffix), [])
+            # of several, the one that is spelt as the label is
+            for name in sorted(names, key=lambda name: name != stem + suffix):
+                path = label_path.with_name(name)
+                if path.is_file():
+                    return path
     return None
 
 

@@ -24,13 +24,16 @@ def check_url(url: str, schemes: Iterable[str]) -> str:
         raise FetchError(
             "url_refused", f"{host}: a URL with a name and password is not fetched", may_pass=False
         )
-    if parts.scheme not in schemes or not host or not url.isprintable() or " " in url:
-        raise FetchError(
-            "url_refused",
-            f"{without_query(url)!r}: only {', '.join(schemes) or 'local files'} with a "
-            f"host are fetched (fetch.schemes)",
-            may_pass=False,
-        )
+    wrong = ""
+    if parts.scheme not in schemes:
+        allowed = " and ".join(schemes) or "only local files"
+        wrong = f"fetch.schemes allows {allowed}, not {parts.scheme or 'a URL without a scheme'}"
+    elif not host:
+        wrong = "names no host"
+    elif not url.isprintable() or " " in url:
+        wrong = "holds a space or a control character; write it as %20, or as its %-code"
+    if wrong:
+        raise FetchError("url_refused", f"{without_query(url)!r}: {wrong}", may_pass=False)
     return host
 
 

@@ -8,7 +8,7 @@ its label said 1920x1080).
 
 The reason codes, in the order of the rules; the first that applies is the clip's one reason:
   label  media_type_unwanted caption_missing caption_short caption_long caption_repeated_word
-         caption_repeated_char caption_special_chars duration_unknown duration_short duration_long
+         caption_repeated_char caption_special_chars duration_short duration_long
          resolution_unknown timecode_invalid timecode_reversed
   media  media_type_differs duration_short duration_long picture_small upscale_large
          timecode_before_start timecode_past_end shot_short
@@ -76,17 +76,13 @@ def judge_label(
         )
     if verdict := _judge_caption(scores, filters):
         return verdict
-    # The declared length judges only where it is limited: the probe judges the real one.
-    if media_type == "video":
-        limited = filters.min_duration_s or filters.max_duration_s
-        if limited and label.duration_s is None:
-            return Verdict("duration_unknown", "the label has no length of the form HH:MM:SS.cc")
-        if (
-            limited
-            and label.duration_s is not None
-            and (verdict := _judge_duration(label.duration_s, filters))
-        ):
-            return verdict
+    # A length that the label doesn't declare, or that can't be read, is the probe's to judge.
+    if (
+        media_type == "video"
+        and label.duration_s is not None
+        and (verdict := _judge_duration(label.duration_s, filters))
+    ):
+        return verdict
     if filters.require_resolution and label.width_px is None:
         return Verdict(
             "resolution_unknown",

@@ -7,6 +7,7 @@ what may have changed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from shardgen.catalog.tables import UNAVAILABLE, WANTED, Outcome
 from shardgen.media.cache import CacheBudget
 from shardgen.media.download import PERMANENT, RetryPolicy, download
 from shardgen.media.errors import FetchError
-from shardgen.media.local import Fetched, find_local, hash_local
+from shardgen.media.local import Fetched, find_local, hash_local, list_media
 from shardgen.media.parallel import in_parallel
 from shardgen.media.urls import check_url
 from shardgen.stages.config import FetchConfig
@@ -88,8 +89,10 @@ def _requests(
     """What must be hashed, local files first, then `urls`, which it fills. Clips that need no
     work are recorded on the way.
     """
+    # Labels come in path order, so a few folders are enough to list each one once.
+    list_folder = lru_cache(maxsize=16)(list_media)
     for clip in catalog.clips(WANTED, UNAVAILABLE):
-        local = find_local(root / clip.label, clip.clip_id, clip.media_type)
+        local = find_local(root / clip.label, clip.clip_id, clip.media_type, list_folder)
         if local is not None:
             if not _reuse(catalog, [clip.id], str(local)):
                 yield _Request(str(local), "", [clip.id])

@@ -35,10 +35,12 @@ def ingest_labels(
     workers: int = 0,
     advance: Callable[[int], None] = lambda num_files: None,
 ) -> None:
-    """Bring the catalog up to date with every *.json below `root`; `advance` hears of label files
-    done.
+    """Bring the catalog up to date with every *.json below `root`, whatever the case of its
+    suffix; `advance` hears of label files done.
 
-    Symbolic links to folders are not followed. Raises OSError if a folder can't be listed.
+    Links to folders are followed, and each folder is read once: by its own path if that lies
+    below `root` too. A folder that vanishes while the tree is read counts as gone. Raises OSError
+    if `root` does, or if a folder can't be listed.
     """
     workers = workers or len(os.sched_getaffinity(0))
     folders: set[str] = set()
@@ -70,24 +72,11 @@ def _write(catalog: Catalog, batch: list[Found]) -> None:
 def _chunks(
     catalog: Catalog, root: Path, max_bytes: int, folders: set[str], gone: list[Seen]
 ) -> Iterator[Chunk]:
-    """Walk the tree in name order. Fills `folders` with those that hold labels, `gone` with files
-    that are no more.
+    """The labels of each folder, cut into chunks. Fills `folders` with those that hold labels,
+    `gone` with files that are no more.
     """
     is_empty = catalog.count() == 0  # nothing to look up then, and no index to do it with
-    todo = [""]
-    while todo:
-        folder = todo.pop()
-        names, below = [], []
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(".json") and not entry.is_dir(follow_symlinks=False):
-                    names.append(entry.name)
-                elif entry.is_dir(follow_symlinks=False):
-                    below.append(f"{folder}/{entry.name}" if folder else entry.name)
-        todo += sorted(below, reverse=True)
-        if not names:
-            continue
-        names.sort()
+    for folder, names in _folders(root):
         folders.add(shown(folder))
         known = {} if is_empty else catalog.labels.known(shown(folder))
         there = set(map(shown, names))
@@ -101,6 +90,38 @@ def _chunks(
                 {name: known[name] for name in map(shown, part) if name in known},
                 max_bytes,
             )
+
+
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder relative to `root`, names of its labels in order) of each folder that holds labels:
+    first the tree itself in name order, then what links lead to.
+    """
+    todo, links = [""], list[str]()
+    visited: set[tuple[int, int]] = set()
+    while todo or links:
+        folder = todo.pop() if todo else links.pop(0)
+        names: list[str] = []
+        below: list[str] = []
+        try:
+            status = os.stat(root / folder)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(root / folder) as entries:
+                for entry in entries:
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir():
+                        (links if entry.is_symlink() else below).append(path)
+                    elif entry.name.lower().endswith(".json"):
+                        names.append(entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            if not root.is_dir():
+                raise
+            continue
+        todo += sorted(below, reverse=True)
+        links.sort()
+        if names:
+            yield folder, sorted(names)
 
 
 def _read_chunks(chunks: Iterator[Chunk], workers: int) -> Iterator[Found]:

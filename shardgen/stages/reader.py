@@ -11,6 +11,7 @@ import pickle
 import signal
 import stat
 import sys
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -49,8 +50,11 @@ def read_chunk(chunk: Chunk) -> Found:
     """
     found = Found([], [], [], len(chunk.names))
     label_prefix = f"{shown(chunk.folder)}/" if chunk.folder else ""
-    folder = os.open(f"{chunk.root}/{chunk.folder}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder: int | None = None
     try:
+        path = f"{chunk.root}/{chunk.folder}"
+        with suppress(OSError):  # each label of it will say so
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for name in chunk.names:
             label = label_prefix + shown(name)
             seen = chunk.known.get(label[len(label_prefix) :])
@@ -64,18 +68,21 @@ def read_chunk(chunk: Chunk) -> Found:
             else:
                 found.changed.append((seen, row))
     finally:
-        os.close(folder)
+        if folder is not None:
+            os.close(folder)
     return found
 
 
 def _read_label(
-    folder: int, name: str, label: str, seen: Seen | None, max_bytes: int
+    folder: int | None, name: str, label: str, seen: Seen | None, max_bytes: int
 ) -> IngestRow | None:
     """One file of an open folder as a row; None if its size and mtime are those in the catalog."""
     size_bytes, mtime_ns, digest = 0, 0, ""
     try:
         if not label.endswith(name):
             raise LabelError("label_bad_name", "the file's name is not UTF-8; rename it")
+        if folder is None:
+            raise LabelError("label_unreadable", "its folder vanished, or can't be opened")
         # a pipe would block
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         try:
