@@ -42,8 +42,8 @@ def make_clips(folder: Path, bucket: Bucket = LARGE) -> None:
     """
     import av
 
-    from shardgen.media.colour import BT601, BT709, FULL, NARROW, SCALER
-    from shardgen.media.pictures import encode_mp4
+    from loader.mp4 import BT709, FULL, NARROW, SCALER, encode_mp4
+    from shardgen.media.colour import BT601
 
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(NUM_CLIPS):

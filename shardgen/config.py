@@ -72,7 +72,7 @@ def recipe_of(config: ShardgenConfig) -> dict[str, Any]:
 
 
 def take_apart(config: ShardgenConfig) -> BuildInputs:
-    """What `build` is told. Raises ConfigError for impossible paths, PictureError if the H.264
+    """What `build` is told. Raises ConfigError for impossible paths, Mp4Error if the H.264
     encoder that was asked for does not work here.
     """
     check_paths(config)

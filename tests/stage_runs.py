@@ -12,12 +12,12 @@ from PIL import Image
 
 from bench.label_tree import label_bytes, make_label
 from loader.manifest import ShardInfo, recipe_id
+from loader.mp4 import encode_mp4
 from shardgen.catalog.adopt import adopt_exclusions, adopt_recipe
 from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.tables import FINAL
 from shardgen.config import ShardgenConfig, recipe_of, rules_of
 from shardgen.encode.config import EncodeConfig
-from shardgen.media.pictures import encode_mp4
 from shardgen.rules.config import WindowsConfig
 from shardgen.stages.config import FetchConfig, LabelsConfig
 from shardgen.stages.fetch import fetch_media

@@ -18,11 +18,11 @@ from nvidia.dali import Pipeline, fn
 from loader.batch import Batch
 from loader.feed import Feed
 from loader.manifest import DatasetError, Manifest, decode_index, media_shards, read_manifest
+from loader.mp4 import BT709
 from loader.read import TooManyDamagedError
 from loader.vae.encoder import VAEEncoder, load_vae_encoder
 from shardgen.cli import main as shardgen
 from shardgen.encode.text import TextEncoder
-from shardgen.media.colour import BT709
 from shardgen.verify import verify_dataset
 from tools.fake.feed import make_feed
 from tools.index import tar_samples, write_index

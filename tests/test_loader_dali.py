@@ -11,10 +11,10 @@ import torch
 
 from bench.gpu_inputs import dali_frame, make_clips
 from loader.dali import DecodeError, FirstFrames, FrameDecoder
+from loader.mp4 import BT709, encode_mp4
 from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
-from shardgen.media.colour import BT601, BT709
-from shardgen.media.pictures import encode_mp4
+from shardgen.media.colour import BT601
 from tools.fake.batch import write_synthetic_dataset
 from tools.fake.feed import make_feed
 

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from av.video.reformatter import Colorspace
 
+from loader.mp4 import BT709, FULL, NARROW, SCALER
 from loader.shape import Bucket
-from shardgen.media.colour import BT601, BT709, FULL, NARROW, SCALER
+from shardgen.media.colour import BT601
 from shardgen.media.decode import decode_windows
 from shardgen.media.geometry import Fitting, Orientation, fit
 from shardgen.media.images import is_image

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loader.mp4 import Mp4Error, encode_mp4
 from loader.shape import Bucket
 from shardgen.media.decode import decode_window
 from shardgen.media.pictures import (
-    PictureError,
     choose_mp4_encoder,
     encode_jpeg,
-    encode_mp4,
     window_faults,
 )
 from shardgen.media.probe import probe
@@ -61,9 +60,9 @@ def test_an_encoder_that_was_asked_for_by_name_is_never_replaced() -> None:
     frames = np.zeros((2, 256, 256, 3), np.uint8)
     try:
         encode_mp4(frames, 24.0, "h264_nvenc")
-    except PictureError:
+    except Mp4Error:
         assert choose_mp4_encoder("auto") == "libx264"
-        with pytest.raises(PictureError, match="h264_nvenc does not work here"):
+        with pytest.raises(Mp4Error, match="h264_nvenc does not work here"):
             choose_mp4_encoder("h264_nvenc")
     else:
         assert choose_mp4_encoder("auto") == choose_mp4_encoder("h264_nvenc") == "h264_nvenc"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from loader.files import file_xxh3
 from loader.manifest import decode_index
+from loader.mp4 import encode_mp4
 from loader.sample import (
     EMPTY_PROMPT_FILE,
     SampleMeta,
@@ -27,7 +28,6 @@ from shardgen.encode.shard import EncodeError, encode_shard
 from shardgen.encode.unit import EncodeSpec, ShardJob
 from shardgen.encode.worker import encode_unit
 from shardgen.media.decode import decode_window
-from shardgen.media.pictures import encode_mp4
 from shardgen.rules.shards import ShardPlan
 from shardgen.rules.windows import Window
 

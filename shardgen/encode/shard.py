@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loader.files import file_xxh3, write_atomic
+from loader.mp4 import encode_mp4
 from loader.sample import (
     EMPTY_PROMPT_FILE,
     JPG,
@@ -39,7 +40,7 @@ from shardgen.encode.unit import EncodeSpec, ShardJob, ShardResult
 from shardgen.encode.write import write_shard
 from shardgen.media.decode import Frames, decode_windows
 from shardgen.media.errors import MediaError
-from shardgen.media.pictures import encode_jpeg, encode_mp4, window_faults
+from shardgen.media.pictures import encode_jpeg, window_faults
 from shardgen.rules.windows import Window
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 
 from loader.manifest import ShardInfo
+from loader.mp4 import Mp4Encoder
 from shardgen.catalog.rows import LostWindow, WindowFlag
 from shardgen.encode.config import EncodeConfig
 from shardgen.media.geometry import Fitting
-from shardgen.media.pictures import Mp4Encoder
 from shardgen.rules.shards import ShardPlan
 
 

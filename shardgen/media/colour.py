@@ -7,19 +7,13 @@ gamuts and linear light a conversion that nobody asked for.
 
 from typing import Any
 
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import Colorspace
 
+from loader.mp4 import BT709, FULL, NARROW
 from loader.sample import is_bt709
 from shardgen.media.errors import MediaError
 
-SCALER = (
-    Interpolation.LANCZOS
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-)
-BT709, BT601, NARROW, FULL = Colorspace.ITU709, Colorspace.ITU601, ColorRange.MPEG, ColorRange.JPEG
+BT601 = Colorspace.ITU601
 # Numbers of ITU-T H.273, as libavutil has them.
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # to swscale's
 _UNSTATED_MATRICES = (2, 3)

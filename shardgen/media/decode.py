@@ -20,8 +20,9 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type
 
+from loader.mp4 import SCALER
 from loader.shape import Bucket
-from shardgen.media.colour import SCALER, check_colour, source_colour
+from shardgen.media.colour import check_colour, source_colour
 from shardgen.media.containers import Shown, open_video, shown_frames
 from shardgen.media.errors import MediaError
 from shardgen.media.geometry import Fit, Fitting, Orientation, fit, orientation_of_matrix
