@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.label_tree import write_label_tree
@@ -100,6 +100,12 @@ def cores_given(num_cores: int) -> float:
     return cpu_s / wall_s
 
 
+def spread(values: Sequence[float], digits: str = ".2f") -> str:
+    """ "median (least to most)"."""
+    median, least, most = statistics.median(values), min(values), max(values)
+    return f"{median:{digits}} ({least:{digits}} to {most:{digits}})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Labels per second into the catalog.")
     parser.add_argument("--labels", type=int, default=40_000)
@@ -141,8 +147,8 @@ def run(folder: Path, num_labels: int, rounds: int) -> None:
         measured["unchanged"].append(timed(lambda: ingest(trees[num_labels], database, num_labels)))
     seconds = {name: [wall_s for wall_s, _ in runs] for name, runs in measured.items()}
     print(
-        f"{num_labels} labels, {cores} cores (given {statistics.median(given):.2f}, {min(given):.2f} to "
-        f"{max(given):.2f}), {rounds} interleaved rounds; median (least to most)"
+        f"{num_labels} labels, {cores} cores (given {spread(given)}), {rounds} interleaved rounds; "
+        f"median (least to most)"
     )
     for name, size in (
         ("loop", num_labels),
@@ -150,31 +156,25 @@ def run(folder: Path, num_labels: int, rounds: int) -> None:
         ("unchanged", num_labels),
         ("quarter", num_labels // 4),
     ):
-        rates = sorted(size / each for each in seconds[name])
+        rates = [size / each for each in seconds[name]]
+        cpu_us = 1e6 * statistics.median(cpu_s for _, cpu_s in measured[name]) / size
         print(
-            f"  {name:<10} {statistics.median(rates):9,.0f} labels/s ({rates[0]:,.0f} to {rates[-1]:,.0f}), "
-            f"{statistics.median(seconds[name]):.2f} s, "
-            f"CPU {1e6 * statistics.median(cpu_s for _, cpu_s in measured[name]) / size:.1f} us/label"
+            f"  {name:<10} {spread(rates, ',.0f')} labels/s, "
+            f"{statistics.median(seconds[name]):.2f} s, CPU {cpu_us:.1f} us/label"
         )
-    factors = sorted(
-        loop / ours for loop, ours in zip(seconds["loop"], seconds["ingest"], strict=True)
-    )
-    growth = sorted(
+    factors = [loop / ours for loop, ours in zip(seconds["loop"], seconds["ingest"], strict=True)]
+    growth = [
         full / quarter for full, quarter in zip(seconds["ingest"], seconds["quarter"], strict=True)
-    )
-    print(
-        f"  factor over the loop {statistics.median(factors):.2f} ({factors[0]:.2f} to {factors[-1]:.2f})"
-    )
-    print(
-        f"  time for four times the labels {statistics.median(growth):.2f} ({growth[0]:.2f} to {growth[-1]:.2f})"
-    )
+    ]
+    print(f"  factor over the loop {spread(factors)}")
+    print(f"  time for four times the labels {spread(growth)}")
     parent, child = (
         resource.getrusage(who).ru_maxrss
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     print(
-        f"  memory at most {(parent + cores * child) / 2**10:.0f} MiB: the parent's peak {parent / 2**10:.0f}, and "
-        f"{cores} workers of at most {child / 2**10:.0f}"
+        f"  memory at most {(parent + cores * child) / 2**10:.0f} MiB: the parent's peak "
+        f"{parent / 2**10:.0f}, and {cores} workers of at most {child / 2**10:.0f}"
     )
     print(f"  catalog {database.stat().st_size / num_labels:.0f} bytes per label")
 

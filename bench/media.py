@@ -113,21 +113,17 @@ def main() -> None:
             seconds["ours"].append(timed(ours, paths, bucket))
             seconds["ffmpeg"].append(timed(ffmpeg, paths, bucket))
     print(
-        f"{options.clips} windows of {bucket} from 720x480, one core, {options.rounds} interleaved rounds; median "
-        f"(least to most)"
+        f"{options.clips} windows of {bucket} from 720x480, one core, {options.rounds} interleaved "
+        f"rounds; median (least to most)"
     )
     for name, taken in seconds.items():
         frames = sorted(options.clips * bucket.num_frames / each for each in taken)
-        print(
-            f"  {name:<7} {statistics.median(frames):7.1f} frames/s ({frames[0]:.1f} to {frames[-1]:.1f})"
-        )
+        median = statistics.median(frames)
+        print(f"  {name:<7} {median:7.1f} frames/s ({frames[0]:.1f} to {frames[-1]:.1f})")
     ratios = sorted(b / a for a, b in zip(seconds["ours"], seconds["ffmpeg"], strict=True))
     print(f"  ours / ffmpeg {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    print(
-        subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True).stdout.splitlines()[
-            0
-        ]
-    )
+    version = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True).stdout
+    print(version.splitlines()[0])
 
 
 if __name__ == "__main__":
