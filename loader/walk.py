@@ -75,13 +75,15 @@ class Walk:
                 places.append(WalkPlace(key, number, shard, position, bucket))
         self.places: list[WalkPlace] = sorted(places)
 
-    def batch(self, place: WalkPlace, *, is_i2v: bool, seed: int) -> Batch:
-        """The sample as a batch of one, its caption kept; `is_i2v` and `seed` are passed on.
-        Raises TooManyDamagedError, naming it, if it is damaged.
+    def batch(
+        self, place: WalkPlace, *, is_i2v: bool, seed: int, drop_caption: bool = False
+    ) -> Batch:
+        """The sample as a batch of one; `is_i2v` and `seed` are passed on. `drop_caption`: with
+        the text of the empty prompt. Raises TooManyDamagedError, naming it, if it is damaged.
         """
 
         def choose(meta: SampleMeta) -> Choice:
-            return Choice(is_i2v=is_i2v, caption_dropped=False, seed=seed)
+            return Choice(is_i2v=is_i2v, caption_dropped=drop_caption, seed=seed)
 
         where = [(place.shard, place.position)]
         return self._maker.make(place.dataset, place.bucket, where, choose)

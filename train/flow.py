@@ -53,9 +53,14 @@ def sample_sigma(seed: int, distribution: TimestepDistribution, shift: float) ->
     device.
     """
     u = (_splitmix64(seed) + 0.5) / 2**64
-    if distribution == "logit_normal":
+    return sigma_at(u, FlowConfig(timesteps=distribution, shift=shift))
+
+
+def sigma_at(u: float, config: FlowConfig) -> float:
+    """The noise level at quantile `u` of the law that the run draws its levels from."""
+    if config.timesteps == "logit_normal":
         u = 1 / (1 + math.exp(-statistics.NormalDist().inv_cdf(u)))
-    return shifted_sigma(u, shift)
+    return shifted_sigma(u, config.shift)
 
 
 def _splitmix64(x: int) -> int:
