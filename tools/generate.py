@@ -30,17 +30,15 @@ from diffusers import (
     WanPipeline,
 )
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
+from loader.mp4 import encode_mp4
 from loader.shape import WAN22, Bucket
 from shardgen.media.images import load_image
-from shardgen.media.pictures import encode_mp4
+from train.contact_sheet import Frames, contact_sheet
 
 FPS = 24.0
-SHEET_COLUMNS = 5
-LABEL_WIDTH_PX = 64
-Frames = np.ndarray[Any, Any]  # uint8 RGB [F, H, W, 3]
 
 
 class NotAppliedError(ValueError):
@@ -177,30 +175,6 @@ def mean_difference(base: Frames, lora: Frames) -> float:
             "below one 8-bit level"
         )
     return difference
-
-
-def contact_sheet(rows: list[tuple[str, Frames]]) -> Image.Image:
-    """One row of evenly spaced frames per clip, labelled on the left."""
-    num_frames, height_px, width_px = rows[0][1].shape[:3]
-    columns = np.unique(
-        np.linspace(0, num_frames - 1, min(SHEET_COLUMNS, num_frames)).round().astype(int)
-    )
-    gap_px = 4
-    sheet = Image.new(
-        "RGB",
-        (LABEL_WIDTH_PX + len(columns) * (width_px + gap_px), len(rows) * (height_px + gap_px)),
-        "white",
-    )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for row, (label, frames) in enumerate(rows):
-        top_px = row * (height_px + gap_px)
-        draw.multiline_text((6, top_px + 6), label, fill="black", font=font)
-        for column, number in enumerate(columns):
-            sheet.paste(
-                Image.fromarray(frames[number]),
-                (LABEL_WIDTH_PX + column * (width_px + gap_px), top_px),
-            )
-    return sheet
 
 
 def compare(

@@ -1,0 +1,32 @@
+"""Clips as one picture: a row of evenly spaced frames for each, labelled on the left."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+COLUMNS = 5
+LABEL_WIDTH_PX = 64
+GAP_PX = 4
+Frames = np.ndarray[Any, Any]  # uint8 RGB [F, H, W, 3]
+
+
+def contact_sheet(rows: list[tuple[str, Frames]]) -> Image.Image:
+    """`rows` are (label, frames), top to bottom, all of one shape."""
+    num_frames, height_px, width_px = rows[0][1].shape[:3]
+    columns = np.unique(
+        np.linspace(0, num_frames - 1, min(COLUMNS, num_frames)).round().astype(int)
+    )
+    sheet = Image.new(
+        "RGB",
+        (LABEL_WIDTH_PX + len(columns) * (width_px + GAP_PX), len(rows) * (height_px + GAP_PX)),
+        "white",
+    )
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for row, (label, frames) in enumerate(rows):
+        top_px = row * (height_px + GAP_PX)
+        draw.multiline_text((6, top_px + 6), label, fill="black", font=font)
+        for column, number in enumerate(columns):
+            left_px = LABEL_WIDTH_PX + column * (width_px + GAP_PX)
+            sheet.paste(Image.fromarray(frames[number]), (left_px, top_px))
+    return sheet
