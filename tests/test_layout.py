@@ -47,9 +47,12 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
     ),
     "train": (
         {"main"},
+        {"validator", "open_sampler"},
         {"setup"},
         {"config"},
-        {"checkpoint", "optim", "progress", "step"},
+        {"early_stop", "subjects"},
+        {"sampling", "validate"},
+        {"checkpoint", "contact_sheet", "denoise", "optim", "progress", "step", "windows"},
         {"flow", "records", "stopwatch"},
         {"lora"},
         {"activations"},

@@ -334,9 +334,7 @@ def test_torchrun_starts_it_and_only_the_newest_checkpoints_stay(
 def test_raw_first_frames_train_like_the_stored_ones(
     base: TrainConfig, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    """DALI decodes KEY.jpg and the VAE encodes it: the losses differ by what JPEG loses, and by
-    no more.
-    """
+    """DALI decodes KEY.jpg and the VAE encodes it: the losses differ by what JPEG loses."""
     losses = {}
     for condition in ("latent", "raw"):
         data = FeedConfig(

@@ -86,7 +86,7 @@ def test_ranks_that_do_not_divide_the_global_batch_are_refused_before_the_datase
 def test_a_checkpoint_brings_back_parameters_optimizer_and_feed(config: TrainConfig) -> None:
     with setup.open_feed(config, ALONE) as feed:
         run = setup.build(config, ALONE, feed.buckets)
-        assert run.resume(feed) == 0
+        assert run.resume(feed).num_done == 0
         _, feed_state = next(feed)
         run.flat.gradient.normal_()
         run.optimizer.step()
@@ -95,7 +95,7 @@ def test_a_checkpoint_brings_back_parameters_optimizer_and_feed(config: TrainCon
     with setup.open_feed(config, ALONE) as feed:
         again = setup.build(config, ALONE, feed.buckets)
         assert not torch.equal(again.flat.vector, run.flat.vector)
-        assert again.resume(feed) == 1
+        assert again.resume(feed).num_done == 1
         assert torch.equal(again.flat.vector, run.flat.vector)
         assert feed.state_dict() == feed_state
         ours, theirs = (r.optimizer.state_dict()["state"][0] for r in (again, run))

@@ -10,10 +10,13 @@ import msgspec
 from msgspec import Meta
 
 from loader.feed_config import FeedConfig
+from train.early_stop import EarlyStopConfig
 from train.flow import FlowConfig
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
+from train.sampling import SamplesConfig
+from train.validate import ValidationConfig
 
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -29,6 +32,9 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     lora: LoRAConfig = LoRAConfig()
     flow: FlowConfig = FlowConfig()
     optim: OptimConfig = OptimConfig()
+    validation: ValidationConfig = ValidationConfig()
+    early_stop: EarlyStopConfig = EarlyStopConfig()
+    samples: SamplesConfig = SamplesConfig()
     # optimizer steps
     num_steps: Positive
     # samples of an optimizer step, over all GPUs
@@ -70,6 +76,17 @@ _RESUMABLE = frozenset(
         "cuda_graph_tokens",
         "deterministic",
         "micro_batch",
+        # what is looked at, not what is trained; the windows and their noise stay, though: losses
+        # are compared with the base's and the reference's in the checkpoint
+        "validation.every",
+        "early_stop.patience",
+        "samples.every",
+        "samples.num_clips",
+        "samples.prompts",
+        "samples.shape",
+        "samples.num_steps",
+        "samples.guidance",
+        "samples.seed",
         "model.path",
         "model.attention",
         "data.datasets",

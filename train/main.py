@@ -24,18 +24,29 @@ from loader.shape import WAN22
 from train import checkpoint, optim, setup
 from train.config import TrainConfig
 from train.lora import files as lora_files
+from train.open_sampler import open_sampler
 from train.parallel import mesh
 from train.progress import Progress, Report
 from train.records import StepRecord
+from train.sampling import Sampler
 from train.step import prepare
 from train.stopwatch import Scalars, Stopwatch, peak_memory_gib
+from train.validator import Validator, open_validator
+
+BEST_FOLDER = "best"
 
 
 def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
     # -- build and resume --------------------------------------------------------------------
     feed = stack.enter_context(setup.open_feed(config, world))
     run = setup.build(config, world, feed.buckets, feed_bytes=setup.feed_bytes(config, feed))
-    first_step = run.resume(feed)
+    validator, sampler = open_validator(run), open_sampler(run)
+    resumed = run.resume(feed)
+    first_step = resumed.num_done
+    if validator:
+        stack.callback(validator.close)
+        if resumed.validation:
+            validator.load_state_dict(resumed.validation)
     # the main process may delete and write checkpoints only after everyone has read theirs
     mesh.barrier(world)
     progress = None
@@ -44,12 +55,18 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         (config.output_dir / "config.toml").write_text(dump_toml(config), encoding="utf-8")
         for line in run.describe():
             progress.say(line)
+    # -- the base, before the first step -------------------------------------------------------
+    if validator and first_step == 0:
+        validate(validator, 0, run, progress)
+    if sampler and first_step == 0:
+        sample(sampler, 0, progress)
 
     # names for what the loop uses most
     flat, scaler, optimizer, micro_step = run.flat, run.scaler, run.optimizer, run.micro_step
     num_micro_everywhere = run.num_micro * world.data_size
     stopwatch, num_tokens, logged_step = Stopwatch(world.device), 0, first_step
     reports: deque[Report] = deque()
+    done, stops = first_step, False
     for step in range(first_step, config.num_steps):
         # -- one optimizer step: forward and backward of this process's micro-batches --------
         flat.buffer.zero_()
@@ -76,7 +93,9 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         stopwatch.lap("optimizer_s")
 
         done = step + 1
-        saves = done % config.checkpoint_every == 0 or done == config.num_steps
+        validates = validator is not None and run.is_due(done, config.validation.every)
+        # a step that was validated has a checkpoint, so that the best one can be had again
+        saves = validates or run.is_due(done, config.checkpoint_every)
         # -- once in a while: log ------------------------------------------------------------
         if saves or done % config.log_every == 0:
             report = Report(
@@ -97,19 +116,52 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
             stop_if_lost(record, run)
             if progress:
                 progress.write(record)
+        # -- once in a while: validate -------------------------------------------------------
+        if validator and validates:
+            validate(validator, done, run, progress)
+            stops = validator.stops(config.early_stop.patience)
+        # -- once in a while: a few clips ----------------------------------------------------
+        if sampler and (stops or run.is_due(done, config.samples.every)):
+            sample(sampler, done, progress)
         # -- once in a while: checkpoint -----------------------------------------------------
         if saves and world.is_main:
-            run.save_checkpoint(done, feed_state)
+            run.save_checkpoint(done, feed_state, validator.state_dict() if validator else None)
         stopwatch.lap("other_s")
+        if stops:
+            break
 
     mesh.barrier(world)
     if progress:
         lora_files.save_both(run.adapters, config.output_dir)
         diffusers, comfyui = lora_files.DIFFUSERS_FILE, lora_files.COMFYUI_FILE
         progress.say(
-            f"{config.num_steps} steps done: {config.output_dir / diffusers} (diffusers), "
+            f"{done} steps done: {config.output_dir / diffusers} (diffusers), "
             f"{config.output_dir / comfyui} (ComfyUI)"
         )
+        if stops and validator:
+            progress.say(
+                f"stopped early: {config.early_stop.patience} validations without an improvement "
+                f"beyond its error; the best was step {validator.best_steps[0]}, whose LoRA is in "
+                f"{config.output_dir / BEST_FOLDER}"
+            )
+
+
+def validate(validator: Validator, step: int, run: setup.Run, progress: Progress | None) -> None:
+    """Validate on all ranks together; the main one logs it and saves the LoRA if it is the best."""
+    record = validator.validate(step)
+    if progress:
+        progress.write_validation(record)
+        if record.best_step == step:
+            folder = run.config.output_dir / BEST_FOLDER
+            folder.mkdir(exist_ok=True)
+            lora_files.save_both(run.adapters, folder)
+
+
+def sample(sampler: Sampler, step: int, progress: Progress | None) -> None:
+    """Make the clips on all ranks together; the main one logs them."""
+    event = sampler.sample(step)
+    if progress:
+        progress.show_samples(event, sampler.folder_of(step))
 
 
 def stop_if_lost(record: StepRecord, run: setup.Run) -> None:

@@ -8,13 +8,24 @@ the file always reads as one run.
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import IO, NamedTuple, Self
 
 import msgspec
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from train.records import METRICS_FILE, StepRecord, append_record, drop_records_after
+from train.records import (
+    METRICS_FILE,
+    SHEET_FILE,
+    VALIDATION_FILE,
+    SampleEvent,
+    StepRecord,
+    ValidationRecord,
+    append_record,
+    drop_records_after,
+)
 from train.stopwatch import Laps, Scalars, lap_seconds
 
 
@@ -59,10 +70,10 @@ class Progress:
 
     def __init__(self, output: Path, first_step: int, num_steps: int):
         output.mkdir(parents=True, exist_ok=True)
-        path = output / METRICS_FILE
-        if path.exists():
-            drop_records_after(path, first_step)
-        self._file = path.open("ab")
+        self._file = _reopen(output / METRICS_FILE, first_step)
+        # validation and samples begin with step 0, before the first step: a run that has no
+        # checkpoint yet makes them again
+        self._validation_file = _reopen(output / VALIDATION_FILE, first_step or -1)
         self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(
             total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True
@@ -80,6 +91,43 @@ class Progress:
             f"data wait {record.data_wait_share:.1%}"
         )
 
+    def write_validation(self, record: ValidationRecord) -> None:
+        """Log one validation everywhere."""
+        append_record(self._validation_file, record)
+        scalars = {
+            "relative_loss": record.relative_loss,
+            "loss": record.loss,
+            "gap": record.gap,
+            "difference": record.difference,
+            **{f"task/{name}": value for name, value in record.by_task.items()},
+            **{f"level/{number}": value for number, value in enumerate(record.by_level)},
+            **{f"category/{name}": value for name, value in record.by_category.items()},
+        }
+        for name, value in scalars.items():
+            if value is not None:
+                self._writer.add_scalar(f"validation/{name}", value, record.step)
+        better = ", better" if record.is_improvement else ""
+        error = "?" if record.standard_error is None else f"{record.standard_error:.4f}"
+        self.say(
+            f"step {record.step}: validation loss {record.relative_loss:.4f} of the base's, "
+            f"{record.difference:+.4f} (error {error}) to step {record.reference_step}{better}; "
+            f"{record.num_windows} windows, {record.elapsed_s:.0f} s"
+        )
+
+    def show_samples(self, event: SampleEvent, folder: Path) -> None:
+        """The sheet and the clips in TensorBoard, and a warning for adapters without effect."""
+        with Image.open(folder / SHEET_FILE) as sheet:
+            self._writer.add_image(
+                "samples/sheet", np.asarray(sheet), event.step, dataformats="HWC"
+            )
+        self.say(f"step {event.step}: {len(event.clips)} clips in {folder}")
+        same = [clip.file for clip in event.clips if clip.mean_difference_levels == 0.0]
+        if same and event.step > 0:
+            self.say(
+                f"step {event.step}: {', '.join(same)} equal the base model's clips: the adapters "
+                f"have no effect on them (update norms {event.update_norms})"
+            )
+
     def say(self, text: str) -> None:
         """One line above the progress bar."""
         self._bar.write(text, file=sys.stderr)
@@ -96,3 +144,11 @@ class Progress:
         self._bar.close()
         self._writer.close()
         self._file.close()
+        self._validation_file.close()
+
+
+def _reopen(path: Path, last_step: int) -> IO[bytes]:
+    """A file of records, without those past `last_step`, to be appended to."""
+    if path.exists():
+        drop_records_after(path, last_step)
+    return path.open("ab")

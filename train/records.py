@@ -1,6 +1,7 @@
-"""metrics.jsonl, the measurements of a run: a line of JSON for every step that was logged.
+"""The files that say how a run went: metrics.jsonl has a line of JSON for every step that was
+logged, validation.jsonl one for every validation, samples.json what a folder of samples shows.
 
-Whatever writes or reads that file does it through this module, which needs no torch. Only measured
+Whatever writes or reads them does it through this module, which needs no torch. Only measured
 values are written: None (null in the file) means that a value was not measured, or is not a finite
 number, which JSON can't hold.
 """
@@ -12,7 +13,8 @@ import msgspec
 
 from loader.files import write_atomic
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+SAMPLES_FOLDER, SAMPLES_FILE, SHEET_FILE = "samples", "samples.json", "contact_sheet.png"
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
 
@@ -51,6 +53,71 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     data_wait_share: float | None = None
     # peak since the start, of the GPU's allocator or, on a CPU, of the process
     memory_gib: float | None = None
+
+
+class ValidationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One validation (train/validate.py says how each value is defined). Losses are relative to
+    the base model's: 1 is no change, less is better.
+    """
+
+    # number of finished steps
+    step: int
+    # the headline: mean over tasks and noise levels of loss / base loss
+    relative_loss: float
+    # mean squared error of the velocity, over windows and noise levels
+    loss: float
+    by_task: dict[str, float]
+    # in the order of the noise levels
+    by_level: list[float]
+    by_category: dict[str, float]
+    # of the one-step estimate at the lower noise levels, dB
+    psnr_db: list[float]
+    # of windows that are trained on, at the middle noise levels, beside the val windows' at those
+    # levels: the gap opens where a run learns its clips by heart. None: none were asked for
+    train_relative_loss: float | None = None
+    gap: float | None = None
+    # to the reference, paired by window; None where a task has a single window
+    difference: float
+    standard_error: float | None = None
+    is_improvement: bool
+    reference_step: int
+    best_step: int
+    # validations in a row without an improvement
+    num_without_gain: int
+    num_windows: int
+    elapsed_s: float | None = None
+
+
+class SampledClip(msgspec.Struct, frozen=True, kw_only=True):
+    """One clip of samples.json. mean_difference_levels: of 255, to the base model's clip of the
+    same prompt and noise; 0 means that the adapters have no effect.
+    """
+
+    # relative to the folder of samples.json
+    file: str
+    key: str
+    prompt: str
+    task: str
+    shape: str
+    seed: int
+    mean_difference_levels: float
+
+
+class SampleEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """samples.json: what was sampled after `step` steps, and how."""
+
+    step: int
+    # of the sampler
+    num_steps: int
+    guidance: float
+    shift: float
+    # tiles give another picture: never compare tiled with untiled
+    tiled: bool
+    # xxh3_128 of all factors
+    lora_xxh3: str
+    # Frobenius norm of scale * B A by kind of layer
+    update_norms: dict[str, float]
+    clips: list[SampledClip]
 
 
 def append_record(file: IO[bytes], record: msgspec.Struct) -> None:

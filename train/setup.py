@@ -3,7 +3,7 @@ that what tools and benchmarks measure is what train/main.py runs.
 
     feed = open_feed(config, world)              batches; a benchmark makes its own
     run = build(config, world, feed.buckets)     model (or the one given), adapters, optimizer, ...
-    first_step = run.resume(feed)                of the newest checkpoint, or 0
+    resumed = run.resume(feed)                   of the newest checkpoint, or from step 0
 
 Left out: the order of a step, which stands in train/main.py.
 """
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,13 @@ log = logging.getLogger(__name__)
 FPS = 24.0  # of Wan2.2-TI2V-5B
 
 
+class Resumed(NamedTuple):
+    """Where a run goes on. `validation`: the validator's state, None where it had none."""
+
+    num_done: int
+    validation: dict[str, Any] | None
+
+
 @dataclass(frozen=True)
 class Run:
     """The parts of one training run on one process."""
@@ -61,16 +68,15 @@ class Run:
     # micro-batches that this process accumulates in an optimizer step
     num_micro: int
 
-    def resume(self, feed: Feed) -> int:
-        """Take up the newest checkpoint in the output folder, or the file `lora.init`; returns
-        the number of finished steps. Raises CheckpointError, LoRAError, and ValueError for a run
-        that is longer than `num_steps`.
+    def resume(self, feed: Feed) -> "Resumed":
+        """Take up the newest checkpoint in the output folder, or the file `lora.init`. Raises
+        CheckpointError, LoRAError, and ValueError for a run that is longer than `num_steps`.
         """
         newest = checkpoint.latest(self.config.output_dir)
         if newest is None:
             if self.config.lora.init:
                 lora_files.load_diffusers(self.adapters, Path(self.config.lora.init))
-            return 0
+            return Resumed(num_done=0, validation=None)
         state = checkpoint.load(
             newest,
             flat(self.config),
@@ -88,10 +94,17 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         feed.load_state_dict(state["feed"])
-        return num_done
+        return Resumed(num_done, state.get("validation"))
 
-    def save_checkpoint(self, num_done: int, feed_state: dict[str, Any]) -> None:
-        """Write the checkpoint after `num_done` steps; `feed_state` came with their last batch."""
+    def save_checkpoint(
+        self,
+        num_done: int,
+        feed_state: dict[str, Any],
+        validation: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the checkpoint after `num_done` steps; `feed_state` came with their last batch,
+        `validation` is the validator's, if there is one.
+        """
         state = {
             "step": num_done,
             "config": flat(self.config),
@@ -99,6 +112,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "feed": feed_state,
+            "validation": validation,
         }
         checkpoint.save(
             self.config.output_dir,
@@ -107,6 +121,12 @@ class Run:
             save_lora=lambda folder: lora_files.save_both(self.adapters, folder),
             keep=self.config.keep_checkpoints,
         )
+
+    def is_due(self, num_done: int, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens after
+        `num_done` of them; never if `every` is 0.
+        """
+        return every > 0 and (num_done % every == 0 or num_done == self.config.num_steps)
 
     def loss_scale(self) -> Tensor:
         """A float32 scalar on the device; 1 without loss scaling."""

@@ -9,6 +9,7 @@ Shapes: B samples, L tokens, K in, N out, R = number of adapted layers that shar
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -186,6 +187,16 @@ class LoRA:
         if self._table is None or self._addresses != addresses:
             self._table, self._addresses = copy_table(self.copies()), addresses
         refresh(self._table)
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """The base model, as long as the block runs: the copies of B that GEMMs read are zero."""
+        for module in self._all:
+            module.b_columns().zero_()
+        try:
+            yield
+        finally:
+            self.refresh()
 
     def set_seeds(self, seeds_B: Tensor) -> None:
         """Seeds (int64 [B]) of the samples of the next forward pass, for dropout."""

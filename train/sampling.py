@@ -1,0 +1,233 @@
+"""Samples in training: what the LoRA makes of a few captions now, beside what the base made.
+
+    sampler = Sampler(...)
+    event = sampler.sample(step)      every rank its share, into OUTPUT/samples/step-NNNNNNNN
+
+Prompts are captions of the val split (every second one starts from its clip's first frame: image
+to video) or free text that tools.prompts has encoded beforehand, so no text encoder is loaded.
+The base model's clips are made once, with the adapters switched off, and kept under samples/base,
+for the settings that they were made with. A step's folder appears by rename, whole.
+"""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+import xxhash
+import zstandard
+from msgspec import Meta
+from torch import Tensor
+
+from loader.files import write_atomic
+from loader.mp4 import encode_mp4
+from loader.order import sample_seed
+from loader.shape import Bucket, LatentLayout
+from train.contact_sheet import contact_sheet
+from train.denoise import Decoder, Frames, Schedule, denoise
+from train.lora.adapters import LoRA
+from train.model.attention import Attention
+from train.model.wan import Wan
+from train.parallel import mesh
+from train.parallel.mesh import World
+from train.records import SAMPLES_FILE, SAMPLES_FOLDER, SHEET_FILE, SampledClip, SampleEvent
+
+
+class SamplesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[samples]` table."""
+
+    # optimizer steps between samples; 0: none
+    every: Annotated[int, Meta(ge=0)] = 500
+    # captions of the val split; with `prompts` that file's texts instead
+    num_clips: Annotated[int, Meta(ge=1)] = 4
+    # a file of tools.prompts
+    prompts: str = ""
+    # WIDTHxHEIGHTxFRAMES; empty: each caption's own bucket, which a file of prompts does not have
+    shape: str = ""
+    num_steps: Annotated[int, Meta(ge=1)] = 25
+    # 1: without; else two passes for each step
+    guidance: Annotated[float, Meta(ge=1.0)] = 5.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+
+
+class Subject(NamedTuple):
+    """What a clip is made of. text_SD: UMT5 rows on the device. first_frame_C1hw: of I2V."""
+
+    key: str
+    prompt: str
+    bucket: Bucket
+    text_SD: Tensor
+    first_frame_C1hw: Tensor | None
+
+    @property
+    def task(self) -> str:
+        return "t2v" if self.first_frame_C1hw is None else "i2v"
+
+
+class Sampler:
+    """One per process. `layout` and `shift` are the model's and the run's; `fps` the dataset's."""
+
+    def __init__(
+        self,
+        *,
+        model: Wan,
+        adapters: LoRA,
+        attention: Attention,
+        decoder: Decoder,
+        subjects: list[Subject],
+        empty_SD: Tensor,
+        layout: LatentLayout,
+        shift: float,
+        fps: float,
+        config: SamplesConfig,
+        output: Path,
+        world: World,
+    ):
+        self._model, self._adapters, self._attention = model, adapters, attention
+        self._decoder, self._subjects, self._empty_SD = decoder, subjects, empty_SD
+        self._layout, self._fps, self._config, self._world = layout, fps, config, world
+        self._schedule = Schedule(config.num_steps, shift, config.guidance)
+        self._folder = output / SAMPLES_FOLDER
+
+    def folder_of(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
+    def sample(self, step: int) -> SampleEvent:
+        """Make this rank's clips and, on the main rank, the sheet and samples.json; all ranks
+        return the same event.
+        """
+        folder, whole = self._folder / f".step-{step:08d}", self.folder_of(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        num_subjects = len(self._subjects)
+        # Each difference is written by one rank and zero on the others: the sum is exact.
+        differences = torch.zeros(num_subjects, dtype=torch.float64, device=self._world.device)
+        was_training = self._model.training
+        self._model.eval()  # no dropout
+        try:
+            for number in range(self._world.data_rank, num_subjects, self._world.data_size):
+                subject, name = self._subjects[number], self._name(number)
+                base = self._base(subject)
+                tuned = self._frames(subject)
+                rows = [(f"{number + 1}\nbase", base), (f"{number + 1}\nstep {step}", tuned)]
+                (folder / f"{name}.mp4").write_bytes(encode_mp4(tuned, self._fps))
+                contact_sheet(rows).save(folder / f"{name}.png")
+                differences[number] = np.abs(base.astype(np.int16) - tuned).mean()
+        finally:
+            self._model.train(was_training)
+        mesh.all_reduce_sum(differences, self._world)
+        event = self._event(step, differences.tolist())
+        if self._world.is_main:
+            self._write_sheet(folder)
+            write_atomic(folder / SAMPLES_FILE, msgspec.json.format(msgspec.json.encode(event)))
+            shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed after this step
+            folder.rename(whole)
+        mesh.barrier(self._world)
+        return event
+
+    def _frames(self, subject: Subject) -> Frames:
+        shape = self._layout.latent_shape(subject.bucket)
+        # on the CPU, so that the clip is the same on every machine, up to rounding
+        generator = torch.Generator().manual_seed(sample_seed(self._config.seed, 0, subject.key))
+        latent_CThw = denoise(
+            self._model,
+            self._attention,
+            text_SD=subject.text_SD,
+            empty_SD=self._empty_SD,
+            noise_CThw=torch.randn(*shape, generator=generator).to(self._world.device),
+            schedule=self._schedule,
+            first_frame_C1hw=subject.first_frame_C1hw,
+        )
+        return self._decoder.decode(latent_CThw)
+
+    def _base(self, subject: Subject) -> Frames:
+        """The base model's clip, made once: raw frames for comparing, an MP4 for looking."""
+        folder = self._folder / "base"
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = f"{subject.task}-{subject.key[:12]}-{self._settings_hash(subject)}"
+        path, bucket = folder / f"{stem}.rgb.zst", subject.bucket
+        shape = (bucket.num_frames, bucket.height_px, bucket.width_px, 3)
+        if path.exists():
+            data = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+            return np.frombuffer(data, np.uint8).reshape(shape)
+        with self._adapters.switched_off():
+            frames = self._frames(subject)
+        write_atomic(folder / f"{stem}.mp4", encode_mp4(frames, self._fps))
+        write_atomic(path, zstandard.ZstdCompressor(write_checksum=True).compress(frames.tobytes()))
+        return frames
+
+    def _settings_hash(self, subject: Subject) -> str:
+        settings = (self._schedule, self._config.seed, str(subject.bucket), subject.prompt)
+        return xxhash.xxh3_64_hexdigest(msgspec.json.encode(settings))
+
+    def _name(self, number: int) -> str:
+        subject = self._subjects[number]
+        return f"{number + 1:02d}-{subject.task}-{subject.key[:12]}"
+
+    def _write_sheet(self, folder: Path) -> None:
+        from PIL import Image
+
+        rows = []
+        for number in range(len(self._subjects)):
+            path = folder / f"{self._name(number)}.png"
+            with Image.open(path) as strip:
+                rows.append(strip.convert("RGB"))
+            path.unlink()
+        sheet = Image.new(
+            "RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white"
+        )
+        top_px = 0
+        for row in rows:
+            sheet.paste(row, (0, top_px))
+            top_px += row.height
+        sheet.save(folder / SHEET_FILE)
+
+    def _event(self, step: int, differences: list[float]) -> SampleEvent:
+        clips = [
+            SampledClip(
+                file=f"{self._name(number)}.mp4",
+                key=subject.key,
+                prompt=subject.prompt,
+                task=subject.task,
+                shape=str(subject.bucket),
+                seed=sample_seed(self._config.seed, 0, subject.key),
+                mean_difference_levels=differences[number],
+            )
+            for number, subject in enumerate(self._subjects)
+        ]
+        return SampleEvent(
+            step=step,
+            num_steps=self._schedule.num_steps,
+            guidance=self._schedule.guidance,
+            shift=self._schedule.shift,
+            tiled=False,
+            lora_xxh3=lora_hash(self._adapters),
+            update_norms=update_norms(self._adapters),
+            clips=clips,
+        )
+
+
+def lora_hash(adapters: LoRA) -> str:
+    """xxh3_128 of all factors in the order of their names: which LoRA made these clips."""
+    digest = xxhash.xxh3_128()
+    for name, (a, b) in sorted(adapters.tensors().items()):
+        digest.update(name.encode())
+        for factor in (a, b):
+            digest.update(np.ascontiguousarray(factor.cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def update_norms(adapters: LoRA) -> dict[str, float]:
+    """The Frobenius norm of scale * B A over all blocks, by kind of layer: 0 is no effect.
+
+    |B A|^2 = sum of (B^T B) * (A A^T), so the [N, K] product is never made.
+    """
+    squares: dict[str, float] = {}
+    scale = adapters.alpha / adapters.rank
+    for name, (a_RK, b_NR) in adapters.tensors().items():
+        target = name.split(".", 2)[2]
+        product = ((b_NR.T @ b_NR) * (a_RK @ a_RK.T)).sum()
+        squares[target] = squares.get(target, 0.0) + scale**2 * float(product)
+    return {target: math.sqrt(max(square, 0.0)) for target, square in sorted(squares.items())}

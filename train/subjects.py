@@ -1,0 +1,73 @@
+"""What samples are made of: captions of the val split, or texts that tools.prompts has encoded."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loader.shape import LatentLayout
+from loader.walk import Walk
+from train.sampling import SamplesConfig, Subject
+from train.windows import choose_windows
+
+PROMPTS_KEY = "prompts"  # in the metadata of a file of tools.prompts: the texts, as JSON
+EMPTY_KEY = "empty"
+
+
+class Subjects(NamedTuple):
+    """empty_SD: UMT5 rows of "", which guidance is steered away from."""
+
+    subjects: list[Subject]
+    empty_SD: Tensor
+
+
+def subjects_of_split(
+    walk: Walk, config: SamplesConfig, layout: LatentLayout, *, image_to_video: bool
+) -> Subjects:
+    """Captions of a split, of videos where it has any. With `image_to_video` every second clip
+    starts from its first frame, unless that has another shape than `samples.shape`.
+    """
+    shape = layout.parse(config.shape) if config.shape else None
+    subjects = []
+    videos = [place for place in walk.places if place.bucket.num_frames > 1]
+    windows = choose_windows(walk, config.num_clips, config.seed, videos or walk.places)
+    for number, window in enumerate(windows):
+        batch = walk.batch(window.place, is_i2v=False, seed=0)
+        bucket = shape or batch.bucket
+        from_frame = image_to_video and number % 2 == 1 and bucket.num_frames > 1
+        first_frame_C1hw = None
+        if from_frame and bucket == batch.bucket:
+            first_frame_C1hw = batch.latent_BCTHW[0, :, :1].float()
+        subjects.append(
+            Subject(window.key, window.prompt, bucket, batch.text_BSD[0], first_frame_C1hw)
+        )
+    empty = walk.batch(windows[0].place, is_i2v=False, seed=0, drop_caption=True)
+    return Subjects(subjects, empty.text_BSD[0])
+
+
+def subjects_of_file(path: Path, config: SamplesConfig, layout: LatentLayout) -> Subjects:
+    """Texts of tools.prompts, at `samples.shape`. Raises ValueError for a file or a shape that
+    can't be used.
+    """
+    if not config.shape:
+        raise ValueError(
+            "samples.shape is empty: a file of prompts has no shapes, so name one, for example "
+            '"832x480x33"'
+        )
+    bucket = layout.parse(config.shape)
+    try:
+        with safe_open(path, framework="pt") as file:
+            texts = msgspec.json.decode(file.metadata()[PROMPTS_KEY], type=list[str])
+            rows = [file.get_tensor(str(number)) for number in range(len(texts))]
+            empty_SD = file.get_tensor(EMPTY_KEY)
+    except (OSError, SafetensorError, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise ValueError(
+            f"samples.prompts = {path}: not a file of tools.prompts ({error}); make one with "
+            f"python -m tools.prompts"
+        ) from error
+    named: list[Subject] = []
+    for number, (text, rows_SD) in enumerate(zip(texts, rows, strict=True), start=1):
+        named.append(Subject(f"prompt{number:02d}", text, bucket, rows_SD, None))
+    return Subjects(named, empty_SD)

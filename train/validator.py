@@ -1,0 +1,201 @@
+"""Validation as a run does it: its windows, the base's losses, and what came of it so far.
+
+    validator = open_validator(run)          None where there is nothing to validate on
+    record = validator.validate(step)        on all ranks together
+    validator.stops(patience)                whether the run should end
+
+The base is the same model with its adapters switched off, measured once on these windows. What
+decides later validations (the base's losses, the reference, the best steps) is in `state_dict`.
+"""
+
+import logging
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loader.walk import Walk
+from train import early_stop
+from train.early_stop import History
+from train.records import ValidationRecord
+from train.setup import Run
+from train.validate import (
+    Losses,
+    by_category,
+    by_level,
+    by_task,
+    headline,
+    measure,
+    relative_losses,
+)
+from train.windows import Window, choose_windows
+
+log = logging.getLogger(__name__)
+# Training windows are measured at these noise levels alone: the middle ones, where a clip that is
+# known by heart shows first.
+TRAIN_LEVELS = slice(1, 3)
+
+
+class _Split:
+    """Windows of one split, and the base's losses on them once they were measured."""
+
+    def __init__(self, run: Run, walk: Walk, windows: list[Window]):
+        self.walk, self.windows = walk, windows
+        self._run = run
+        self.base: Losses | None = None
+
+    def measure(self, switched_off: bool = False) -> Losses:
+        run, config = self._run, self._run.config
+        was_training = run.model.training
+        run.model.eval()  # no dropout
+        try:
+            with run.adapters.switched_off() if switched_off else nullcontext():
+                return measure(
+                    loss=run.micro_step.loss,
+                    walk=self.walk,
+                    windows=self.windows,
+                    i2v_share=config.data.i2v_share,
+                    flow_config=config.flow,
+                    seed=config.validation.seed,
+                    world=run.world,
+                )
+        finally:
+            run.model.train(was_training)
+
+    def relative(self, losses: Losses) -> Tensor:
+        if self.base is None:
+            self.base = self.measure(switched_off=True)
+        return relative_losses(losses, self.base)
+
+
+class Validator:
+    def __init__(self, run: Run, val: _Split, train: _Split | None):
+        self._run, self._val, self._train = run, val, train
+        self._history: History | None = None
+
+    def validate(self, step: int) -> ValidationRecord:
+        """Measure, compare with the reference, and move it if this step is better."""
+        begin_s = time.perf_counter()
+        losses = self._val.measure()
+        relative_W = self._val.relative(losses)
+        base = self._val.base
+        assert base is not None
+        if self._history is None:
+            self._history = early_stop.begin(relative_W, losses.tasks, step)
+        reference_step = self._history.reference_step
+        self._history, difference = early_stop.judge(
+            self._history,
+            relative_W,
+            losses.tasks,
+            step=step,
+            warmup_steps=self._run.config.optim.warmup_steps,
+        )
+        train_loss, gap = self._compare_with_training(losses, base)
+        error = difference.standard_error
+        return ValidationRecord(
+            step=step,
+            relative_loss=headline(relative_W, losses.tasks),
+            loss=float(losses.loss_WU.mean()),
+            by_task=by_task(relative_W, losses.tasks),
+            by_level=by_level(losses, base),
+            by_category=by_category(losses, base),
+            psnr_db=[float(value) for value in losses.psnr_WP.mean(dim=0)],
+            train_relative_loss=train_loss,
+            gap=gap,
+            difference=difference.mean,
+            standard_error=error if error != float("inf") else None,
+            is_improvement=difference.is_improvement,
+            reference_step=reference_step,
+            best_step=self._history.best_step,
+            num_without_gain=self._history.num_without_gain,
+            num_windows=len(losses.keys),
+            elapsed_s=time.perf_counter() - begin_s,
+        )
+
+    @property
+    def best_steps(self) -> list[int]:
+        """The best first; empty before the first validation."""
+        return [] if self._history is None else [step for _, step in self._history.best]
+
+    def stops(self, patience: int) -> bool:
+        return self._history is not None and early_stop.should_stop(self._history, patience)
+
+    def state_dict(self) -> dict[str, Any]:
+        history = self._history
+        return {
+            "val_base": _losses_state(self._val.base),
+            "train_base": _losses_state(self._train.base if self._train else None),
+            "history": None if history is None else history._asdict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the state is of other windows: the split has changed."""
+        for split, name in ((self._val, "val_base"), (self._train, "train_base")):
+            if split is None or state[name] is None:
+                continue
+            base = Losses(**state[name])
+            if base.keys != [window.key for window in split.windows]:
+                raise ValueError(
+                    "validation: the windows are not those of the checkpoint, so losses can't be "
+                    "compared; restore the dataset, or choose another output"
+                )
+            split.base = base
+        if state["history"] is not None:
+            history = History(**state["history"])
+            self._history = history._replace(best=tuple((v, s) for v, s in history.best))
+
+    def close(self) -> None:
+        self._val.walk.close()
+        if self._train:
+            self._train.walk.close()
+
+    def _compare_with_training(
+        self, losses: Losses, base: Losses
+    ) -> tuple[float | None, float | None]:
+        """(relative loss of the train windows, how much higher the val windows' is), both at
+        TRAIN_LEVELS.
+        """
+        if self._train is None:
+            return None, None
+        of_train = self._train.measure()
+        self._train.relative(of_train)
+        assert self._train.base is not None
+        train_loss = _mean_at_train_levels(of_train, self._train.base)
+        return train_loss, _mean_at_train_levels(losses, base) - train_loss
+
+
+def _mean_at_train_levels(losses: Losses, base: Losses) -> float:
+    values = by_level(losses, base)[TRAIN_LEVELS]
+    return sum(values) / len(values)
+
+
+def _losses_state(losses: Losses | None) -> dict[str, Any] | None:
+    return None if losses is None else losses._asdict()
+
+
+def open_validator(run: Run) -> Validator | None:
+    """None if `validation.every` is 0, or, with a warning, if the datasets have no val split.
+    Raises DatasetError for datasets that can't be used.
+    """
+    config, device = run.config, run.world.device
+    if config.validation.every == 0:
+        return None
+    val = _open_split(run, "val", config.validation.num_windows, device)
+    if val is None:
+        if run.world.is_main:
+            log.warning("validation: the datasets have no val split, so nothing is validated")
+        return None
+    train = None
+    if config.validation.num_train_windows:
+        train = _open_split(run, "train", config.validation.num_train_windows, device)
+    return Validator(run, val, train)
+
+
+def _open_split(run: Run, split: Any, num_windows: int, device: torch.device) -> _Split | None:
+    walk = Walk(run.config.data, split, device)
+    if not walk.places:
+        walk.close()
+        return None
+    return _Split(run, walk, choose_windows(walk, num_windows, run.config.validation.seed))
