@@ -43,7 +43,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"batching", "exclusions", "identity", "order", "store"},
         {"config", "feed_config", "manifest", "pinned", "remote", "shuffle"},
         {"cache", "sample"},
-        {"files", "shape"},
+        {"files", "mp4", "shape"},
     ),
     "train": (
         {"main"},
