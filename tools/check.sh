@@ -1,11 +1,21 @@
 #!/usr/bin/env bash
 # Everything that must hold before a commit: lint, types, tests. CI runs this file and nothing else.
-# Arguments go to pytest: bash tools/check.sh tests/test_order.py
+# Arguments go to pytest: bash tools/check.sh tests/test_loader_order.py
+# bash tools/check.sh --env oldest|newest [...]: the tests alone, in an environment of their own (.venv-oldest), with
+# the versions of configs/env/oldest.txt and the Python that it names: what pyproject.toml allows is what was run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 trap 'echo "check: failed in: $BASH_COMMAND" >&2' ERR
-bash tools/install.sh cpu
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+if [ "${1:-}" = --env ]; then
+    env="${2:?check: --env needs the name of a file in configs/env}"
+    shift 2
+    python="python$(sed -n 's/^# Python //p' "configs/env/$env.txt")"
+    "$python" -c "" 2> /dev/null || { echo "check: configs/env/$env.txt is for $python: install that first" >&2; exit 2; }
+    VENV=".venv-$env" PYTHON="$python" bash tools/install.sh "$env" demo,dev
+    exec ".venv-$env/bin/python" -m pytest "$@"
+fi
+bash tools/install.sh cpu
 .venv/bin/ruff format --check --quiet .
 .venv/bin/ruff check .
 .venv/bin/mypy
