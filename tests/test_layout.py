@@ -4,6 +4,7 @@ shadows, a torch-free contract.
 
 import ast
 import fnmatch
+import re
 import subprocess
 import sys
 import tomllib
@@ -244,6 +245,15 @@ def test_files_are_short() -> None:
     assert {
         name: n for name, n in lengths.items() if n > MAX_LINES and name not in MAY_BE_LONGER
     } == {}
+
+
+def test_the_readmes_map_names_every_module() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    house = set(re.findall(r"\w+", text[text.index("## The house") :]))
+    modules = {path.stem for path in _sources(*PACKAGES)} - {"__init__"}
+    # device code and launchers stand beside the kernel that the map names
+    missing = {re.sub(r"_(triton|launch)$", "", module) for module in modules} - house
+    assert not missing, f"add a word for {sorted(missing)} to README's map"
 
 
 def test_no_module_shadows_the_standard_library() -> None:

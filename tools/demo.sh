@@ -24,6 +24,8 @@ shardgen inspect "$(ls $demo/dataset/train/train-160x96x9-*.tar | head -n 1)"
 shardgen report $demo/dataset
 begin "train a LoRA with two processes"
 torchrun --standalone --nproc-per-node 2 train/main.py configs/train/demo.toml
+begin "what validation said"
+tail -n 1 $demo/train/validation.jsonl
 begin "sample: base against LoRA, text to video"
 python -m tools.generate --model $demo/model --lora $demo/train/lora.safetensors --output $demo/samples \
     --shape 160x96x9 --steps 10 \
@@ -45,5 +47,7 @@ cat <<END
   contact sheet  $demo/samples/contact_sheet.png, base above LoRA
                  $demo/samples-i2v/contact_sheet.png, from an image
   loss plot      $demo/train/metrics.png
+  validation     $demo/train/validation.jsonl, and samples in training: $demo/train/samples
+  dashboard      python -m tools.dashboard --dataset $demo/dataset --runs $demo
   TensorBoard    .venv/bin/tensorboard --logdir $demo/train/tensorboard
 END
