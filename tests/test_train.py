@@ -214,7 +214,7 @@ def test_deterministic_refuses_attention_that_is_not(base: TrainConfig, tmp_path
     said = process.communicate(timeout=60)[1]
     assert (
         process.returncode == 1
-        and 'with deterministic = true use "flash"' in said
+        and 'with deterministic = true use "gemm", "flash"' in said
         and "Traceback" not in said
     )
 
