@@ -10,7 +10,8 @@ does both once and better, so this is for trying out a set.
 
 A clip gives its first `--frames` frames at its own frame rate, an image one. What does not have a
 multiple of 32 as width or height loses up to 31 pixels at the edges; nothing is resized. What
-can't be used is refused, and counted by reason. Links hold absolute paths: after moving the tars,
+can't be used is refused, by the rules of a build and what else DALI can't show rightly, and counted
+by reason. Each clip is decoded once for that. Links hold absolute paths: after moving the tars,
 index them again; for another machine, copy DIR with links followed (`cp -rL`, `rsync -L`).
 """
 
@@ -24,11 +25,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
 import msgspec
+import numpy as np
 import torch
 import xxhash
-from PIL import Image, ImageOps
+from PIL import Image
 
 from loader.files import file_xxh3, write_atomic
 from loader.manifest import (
@@ -60,10 +61,14 @@ from loader.sample import (
 from loader.shape import WAN22, Bucket
 from shardgen.encode.text import TextEncoder
 from shardgen.encode.write import write_shard
+from shardgen.media.containers import open_video
+from shardgen.media.errors import MediaError
+from shardgen.media.geometry import Orientation
+from shardgen.media.images import load_image
+from shardgen.media.probe import probe_video
 from shardgen.rules.prompt import prompt_clean
 
 SIDE = 32  # TI2V-5B takes multiples of this
-BT709, UNSTATED = 1, (0, 2)  # as ffmpeg numbers matrices; an RGB video's is 0
 
 
 class RefusedError(ValueError):
@@ -161,34 +166,56 @@ def examine(
 
 
 def examine_clip(data: bytes, num_frames: int) -> tuple[int, int, float]:
-    """Width and height in pixels, and frames per second. Decodes one frame. Raises RefusedError."""
+    """Width and height in pixels, and frames per second. Raises RefusedError.
+
+    The rules are those of `shardgen build`, and decoding is as whole. Beyond them a clip is refused
+    whose frames need more than DALI does to them: it gives what is stored, in the matrix that
+    players assume of the size.
+    """
     try:
-        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
-            stream = container.streams.video[0]
-            frame = next(container.decode(stream))
-            rate, sar, held = stream.average_rate, stream.sample_aspect_ratio, stream.frames
-            matrix = int(frame.colorspace)
-    except (av.FFmpegError, IndexError, StopIteration):
-        raise RefusedError("its mp4 does not decode") from None
-    if sar not in (None, 0, 1) or frame.rotation or frame.interlaced_frame:
+        with open_video(data) as video:
+            rate = video.stream.average_rate
+            num_streams = len(video.container.streams.video)
+            found = probe_video(video)
+        with open_video(data) as video:
+            packets = video.container.demux(video.stream)
+            num_packets = sum(packet.size > 0 for packet in packets)
+    except MediaError as error:
+        raise RefusedError(f"its mp4: {error.reason}") from None
+    if num_streams > 1:
+        raise RefusedError("its mp4 has several video streams")
+    if num_packets != found.num_frames:
+        raise RefusedError("its mp4 holds frames that are not shown, as an edit list hides them")
+    is_square = found.sar_num == found.sar_den
+    if not is_square or found.orientation != Orientation() or found.interlaced:
         raise RefusedError("its mp4 is rotated, interlaced or has pixels that aren't square")
-    shown = frame.width - frame.width % SIDE, frame.height - frame.height % SIDE
-    if matrix not in UNSTATED and (matrix == BT709) != is_bt709(*shown):
+    width, height = found.width_px, found.height_px
+    matrix = "bt709" if is_bt709(width - width % SIDE, height - height % SIDE) else "bt601"
+    if found.color_matrix not in ("unspecified", matrix):
         raise RefusedError(
             "the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)"
         )
-    if held < num_frames or not rate:
+    if found.num_frames < num_frames or not rate:
         raise RefusedError(f"fewer than {num_frames} frames")
-    return frame.width, frame.height, float(rate)
+    return width, height, float(rate)
 
 
 def examine_image(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels, as shown. Raises RefusedError."""
+    """Width and height in pixels, as shown. Raises RefusedError, for one whose colours DALI would
+    not show as a display does too.
+    """
+    if not data.startswith(b"\xff\xd8\xff"):
+        raise RefusedError("its jpg is no JPEG")
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            return ImageOps.exif_transpose(image).size
-    except (OSError, SyntaxError):
-        raise RefusedError("its jpg does not decode") from None
+        still = load_image(data)
+    except MediaError as error:
+        raise RefusedError(f"its jpg: {error.reason}") from None
+    with Image.open(io.BytesIO(data)) as image:
+        plain = np.asarray(image.convert("RGB"))
+    if still.mode not in ("L", "RGB") or not np.array_equal(still.rgb, plain):
+        raise RefusedError("its jpg is CMYK, or has a colour profile other than sRGB")
+    height, width = still.upright.shape[:2]
+    return width, height
 
 
 def write_index(

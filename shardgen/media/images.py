@@ -90,9 +90,9 @@ def load_image(source: Path | bytes) -> Still:
             raise MediaError(
                 "media_animated", f"{getattr(image, 'n_frames', 0)} frames; an image holds one"
             )
+        image.load()
         if image.format in ("JPEG", "MPO"):
             check_jpeg(data)
-        image.load()
         orientation = _orientation(image)
     except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
         if isinstance(error, MediaError):

@@ -92,6 +92,7 @@ def probe_video(video: Video) -> Probe:
     """`probe` for an open video, whose frames it uses up."""
     first: Any = None
     first_sar = Fraction(1)
+    interlaced = False
     starts_s: list[float] = []
     end_s = 0.0
     context = video.stream.codec_context
@@ -99,6 +100,7 @@ def probe_video(video: Video) -> Probe:
         check_colour(shown.frame, context)
         if first is None:
             first, first_sar = shown.frame, shown.sar
+        interlaced = interlaced or shown.frame.interlaced_frame
         starts_s.append(shown.begin_s)
         end_s = shown.end_s
     if first is None:
@@ -122,7 +124,7 @@ def probe_video(video: Video) -> Probe:
         color_range={1: "tv", 2: "pc"}.get(int(first.color_range), "unspecified"),
         variable_frame_rate=bool(len(intervals_s)) and bool(np.ptp(intervals_s) > _JITTER_S),
         color_matrix=_MATRIX_NAMES.get(int(first.colorspace), "unspecified"),
-        interlaced=first.interlaced_frame,
+        interlaced=interlaced,
         has_audio=bool(video.container.streams.audio),
         mirrored=orientation.mirrored,
         start_s=round(starts_s[0], 6),

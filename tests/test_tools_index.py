@@ -156,7 +156,7 @@ def test_every_sample_is_used_or_refused_for_one_reason_and_the_tars_stay_as_the
         'no text under "caption" in its json': 1,
         "neither mp4 nor jpg": 1,
         f"fewer than {FRAMES} frames": 1,
-        "its mp4 does not decode": 1,
+        "its mp4: media_truncated": 1,
         "its json can't be read": 1,
         "the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)": 1,
     }
