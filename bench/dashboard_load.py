@@ -8,6 +8,7 @@ made alone, for comparison.
 
 import argparse
 import itertools
+import os
 import random
 import shutil
 import socket
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.dashboard import CATALOG, milliseconds
 from tools.dashboard.search import SEARCH_FILE
@@ -32,7 +34,7 @@ NUM_PAGES, POLL_S = 50, 5.0
 
 def first(folder: Path) -> None:
     """Seconds from the start to the first page, and milliseconds of the following ones."""
-    with _dashboard(folder, folder / "own-first") as url:
+    with _dashboard(folder, folder / "own-first") as (url, _):
         for path in ("/", f"/data/{folder.name}/defects", f"/data/{folder.name}/preprocessing"):
             times = [milliseconds(partial(_get, url + path)) for _ in range(7)]
             median = statistics.median(times[1:])
@@ -42,7 +44,7 @@ def first(folder: Path) -> None:
 def load(folder: Path, seconds: float) -> None:
     """A build's writes alone for half of the time, then with 50 pages that ask every 5 s."""
     alone = _writes(folder / CATALOG, seconds / 2)
-    with _dashboard(folder, folder / "own-first") as url:
+    with _dashboard(folder, folder / "own-first") as (url, process):
         stop = threading.Event()
         times: list[float] = []
         errors: list[str] = []
@@ -54,7 +56,9 @@ def load(folder: Path, seconds: float) -> None:
         ]
         for page in pages:
             page.start()
+        before_s = _cpu_s(process.pid)
         beside = _writes(folder / CATALOG, seconds)
+        cpu_s = _cpu_s(process.pid) - before_s
         stop.set()
         for page in pages:
             page.join()
@@ -62,8 +66,9 @@ def load(folder: Path, seconds: float) -> None:
     print(
         f"{len(times)} requests, {len(errors)} errors {errors[:3]}; median "
         f"{statistics.median(times):.1f} ms, 99% {times[len(times) * 99 // 100]:.1f} ms; writes a "
-        f"second: {alone:.1f} alone, {beside:.1f} beside {len(pages)} pages "
-        f"({beside / alone - 1:+.1%})"
+        f"second {alone.per_s:.1f} alone, {beside.per_s:.1f} beside {len(pages)} pages "
+        f"({beside.per_s / alone.per_s - 1:+.1%}), CPU of one {alone.cpu_ms:.2f} and "
+        f"{beside.cpu_ms:.2f} ms; the dashboard took {cpu_s / seconds:.1%} of a core"
     )
 
 
@@ -99,22 +104,32 @@ def _poll(
         stop.wait(POLL_S)
 
 
-def _writes(path: Path, seconds: float) -> float:
-    """Transactions a second of 500 rows each, in a process of its own, as a stage writes them."""
+class Writes(NamedTuple):
+    """Transactions of 500 rows each: how many a second, and CPU milliseconds of one, which other
+    work on the machine changes less.
+    """
+
+    per_s: float
+    cpu_ms: float
+
+
+def _writes(path: Path, seconds: float) -> Writes:
+    """In a process of its own, as a stage of a build writes them."""
     code = (
         "import sys, time; from bench.dashboard_load import write_for; from pathlib import Path; "
-        "print(write_for(Path(sys.argv[1]), float(sys.argv[2])))"
+        "print(*write_for(Path(sys.argv[1]), float(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(path), str(seconds)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return Writes(*map(float, answer.split()))
 
 
-def write_for(path: Path, seconds: float) -> float:
-    """Update 500 statuses in each transaction until the time is over; transactions a second."""
+def write_for(path: Path, seconds: float) -> Writes:
+    """Update 500 rows in each transaction until the time is over."""
     rng = random.Random(0)
     with closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as db:
         last = db.execute("SELECT max(id) FROM clips").fetchone()[0]
-        started, count = time.perf_counter(), 0
+        started, started_cpu, count = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - started < seconds:
             begin = rng.randrange(1, last - 500)
             with db:
@@ -124,11 +139,12 @@ def write_for(path: Path, seconds: float) -> float:
                     [(str(count), number) for number in range(begin, begin + 500)],
                 )
             count += 1
-        return count / (time.perf_counter() - started)
+        cpu_s, wall_s = time.process_time() - started_cpu, time.perf_counter() - started
+        return Writes(count / wall_s, 1000 * cpu_s / count)
 
 
 @contextmanager
-def _dashboard(folder: Path, own: Path) -> Iterator[str]:
+def _dashboard(folder: Path, own: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The dashboard as a process of its own; prints when its first page came."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -152,10 +168,16 @@ def _dashboard(folder: Path, own: Path) -> Iterator[str]:
                     raise RuntimeError("the dashboard ended; see its message above") from None
                 time.sleep(0.02)
         print(f"first page {time.perf_counter() - started:.2f} s after the start of the process")
-        yield url
+        yield url, process
     finally:
         process.terminate()
         process.wait(60)
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _get(url: str) -> bytes:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from starlette.testclient import TestClient
 from shardgen import build
 from tools.dashboard import sources as sources_module
 from tools.dashboard.app import create_app
+from tools.dashboard.catalog import CatalogView
 from tools.dashboard.language import load_wording
 from tools.dashboard.pages import preprocessing
 from tools.dashboard.render import HERE, make_environment
 from tools.dashboard.sources import Sources, find_sources
+from tools.dashboard.state import State
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ("en", "ko")
@@ -144,6 +147,19 @@ def test_an_open_page_that_asks_again_is_told_that_nothing_changed(client: TestC
     for page in ("/data/tiny/preprocessing/live", "/training/live", "/training/data?run=first"):
         etag = client.get(page).headers["etag"]
         assert client.get(page, headers={"if-none-match": etag}).status_code == 304
+
+
+@pytest.mark.parametrize("page", ["/data/tiny/preprocessing", "/data/tiny/case/1"])
+def test_a_catalog_that_is_locked_for_a_moment_is_no_fault(
+    client: TestClient, page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*_: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(CatalogView, "clip", locked)
+    monkeypatch.setattr(State, "status_counts", locked)
+    answer = client.get(page)
+    assert answer.status_code == 503 and 'hx-trigger="every 3s"' in answer.text
 
 
 def test_every_sentence_has_both_languages_and_every_template_knows_its_words() -> None:

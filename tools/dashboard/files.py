@@ -131,22 +131,32 @@ class LineFiles:
         return lines
 
 
+class _Answer:
+    """One remembered answer, and the lock of whoever works it out."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.value: Any = None
+        self.made_s: float | None = None
+
+
 class Recent:
     """Answers that all pages share for a few seconds: fifty open pages cost what one does."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._known: dict[Hashable, tuple[float, Any]] = {}
-        self._locks: dict[Hashable, threading.Lock] = {}
+        self._known: OrderedDict[Hashable, _Answer] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave at most `seconds` ago; one thread makes it, the others wait for it."""
         with self._lock:
-            lock = self._locks.setdefault(key, threading.Lock())
-        with lock:
-            known = self._known.get(key)
-            if known is None or time.monotonic() - known[0] > self.seconds:
-                known = self._known[key] = (time.monotonic(), make())
-            value: T = known[1]
+            answer = self._known.setdefault(key, _Answer())
+            self._known.move_to_end(key)
+            while len(self._known) > MAX_REMEMBERED:
+                self._known.popitem(last=False)
+        with answer.lock:
+            if answer.made_s is None or time.monotonic() - answer.made_s > self.seconds:
+                answer.value, answer.made_s = make(), time.monotonic()
+            value: T = answer.value
             return value

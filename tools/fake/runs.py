@@ -61,7 +61,7 @@ def write_run(folder: Path, *, num_steps: int = 1000, step: int = 600, lr: float
             file.write(msgspec.json.encode(record) + b"\n")
     with (folder / "validation.jsonl").open("wb") as file:
         for each in range(0, step + 1, 100):
-            relative = 1 - 0.18 * (1 - math.exp(-each / 250))
+            relative = 1 - 0.18 * (1e-4 / lr) ** 0.3 * (1 - math.exp(-each / 250))
             line = ValidationLine(
                 step=each,
                 relative=relative,

@@ -61,7 +61,10 @@ def defects(request: Request) -> Response:
     options: dict[str, list[tuple[str, int]]] = {}
     if progress.rows_ready:
         with open_search(indexer.path) as db:
-            options = {field: choices(db, field, wanted) for field in CHOICE_FIELDS}
+            chosen = tuple(getattr(wanted, field) for field in CHOICE_FIELDS)
+            options = view.state.recent.get(
+                ("choices", view.chosen.name, chosen), lambda: _options(db, wanted)
+            )
             use_index = not wanted.text or (progress.texts_ready and not needs_scan(wanted.text))
             if use_index:
                 page = find(db, wanted, after, before, PAGE_SIZE)
@@ -86,6 +89,11 @@ def defects(request: Request) -> Response:
         count_limit=COUNT_LIMIT,
         first_page=not after and before is None,
     )
+
+
+def _options(db: sqlite3.Connection, wanted: Filter) -> dict[str, list[tuple[str, int]]]:
+    """What each filter can be set to, with the label files that would be left."""
+    return {field: choices(db, field, wanted) for field in CHOICE_FIELDS}
 
 
 def _rows(catalog: CatalogView, ids: list[int]) -> list[Clip]:
