@@ -3,7 +3,8 @@ that is named.
 
 The clock is the one that a player's display shows: the container's start is 0:00. So a picture
 track that starts half a second after the sound begins at 0.5 s, and a transport stream whose
-first timestamp is 10 s, or 26 hours, begins at 0.
+first timestamp is 10 s, or 26 hours, begins at 0. So does a picture that comes less than a frame
+after the sound.
 
 Decoders hide damage by default; here they are told to fail, and the file's own structure is held
 against its length (structure.py). Not every codec can tell: HEVC and VP9 take many overwritten
@@ -12,16 +13,20 @@ does. What such a decoder makes of damage is used.
 """
 
 import io
+import logging
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from heapq import heappop, heappush
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
 from av.stream import Disposition
 
+from shardgen.media.deinterlace import deinterlaced
 from shardgen.media.errors import MediaError
 from shardgen.media.structure import missing_bytes
 
@@ -36,16 +41,21 @@ _STATE_A_DURATION = ("mov", "matroska", "avi", "mxf", "asf", "flv", "gxf", "nut"
 _DURATION_TOLERANCE_S = Fraction(1, 2)
 # Encoders put up to some 80 ms of silence before a track's sound; players skip it.
 _PRIMING_S = Fraction(1, 10)
-_CLOCK_TOLERANCE_S = Fraction(1, 1000)
 # PyAV before 19 reads titles as strict UTF-8 unless told otherwise; many are in CP949.
+# The level of libavcodec's messages is one for the process.
+_MESSAGES = threading.Lock()
+# nobody else is to print what is listened to
+logging.getLogger("libav").addHandler(logging.NullHandler())
+_FORGETTING = ("mmco: unref short failure",)
 _TITLES = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class Video(NamedTuple):
-    """An open file and the stream that players take."""
+    """An open file, the stream that players take, and where to open it again."""
 
     container: Any
     stream: Any
+    source: Path | bytes
 
 
 class Shown(NamedTuple):
@@ -83,7 +93,7 @@ def open_video(source: Path | bytes) -> Iterator[Video]:
             raise MediaError("media_undecodable", "there is no decoder for its codec")
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"err_detect": "explode"}
-        yield Video(container, stream)
+        yield Video(container, stream, source)
 
 
 def _best_stream(container: Any) -> Any:
@@ -108,7 +118,7 @@ class Decoder:
     """
 
     def __init__(self, video: Video) -> None:
-        self._container, self._stream = video
+        self._container, self._stream, self._source = video
         self._num_packets = 0
         self._demuxed_s = Fraction(0)
         # Pixel aspect ratios in the order in which they come into force.
@@ -121,10 +131,11 @@ class Decoder:
         """Raises MediaError at the first damage, and at the end if some frames were missing."""
         first_key: int | None = None
         began_at_key = False
-        num_frames = 0
+        num_frames, num_keys = 0, 0
         for packet in self._packets():
             time = packet.pts if self._free_times is None else packet.dts
             if packet.size:
+                num_keys += packet.is_keyframe
                 if packet.is_keyframe and first_key is None:
                     first_key, began_at_key = time, self._num_packets == 1
                 if self._free_times is not None:
@@ -136,7 +147,8 @@ class Decoder:
             try:
                 frames = packet.decode()
             except av.FFmpegError as error:
-                if is_leading:
+                in_first_group = num_keys <= 1
+                if is_leading or (in_first_group and self._forgets_what_was_cut()):
                     continue
                 raise MediaError(
                     "media_undecodable",
@@ -179,6 +191,27 @@ class Decoder:
             # PyAV's, at the end of a file that got a stream in its middle. The streams that it
             # began with are through by then.
             pass
+
+    def _forgets_what_was_cut(self) -> bool:
+        """Whether the packet that just failed did so only because it tells the decoder to forget
+        a frame that was cut away. Its own frame is whole then, and comes out.
+
+        Only libavcodec's messages tell that from damage, so the file is decoded again up to there
+        while they are listened to.
+        """
+        with _MESSAGES, open_video(self._source) as video:
+            before = av.logging.get_level(), av.logging.get_skip_repeated()
+            av.logging.set_level(av.logging.ERROR)
+            av.logging.set_skip_repeated(False)
+            try:
+                with av.logging.Capture() as messages:
+                    for packet in islice(video.container.demux(video.stream), self._num_packets):
+                        with suppress(av.FFmpegError):
+                            packet.decode()
+            finally:
+                av.logging.set_level(before[0])
+                av.logging.set_skip_repeated(before[1])
+        return bool(messages) and all(message.strip() in _FORGETTING for _, _, message in messages)
 
     def _take_time(self, first_key: int | None) -> int:
         """The smallest packet time that no frame has yet, from `first_key` on."""
@@ -223,8 +256,10 @@ class Decoder:
         start_s = Fraction(self._container.start_time, av.time_base)
         if -_PRIMING_S < start_s < 0 <= first_s:
             start_s = Fraction(0)
-        # libavformat gives the start in microseconds, the first frame has it exactly
-        return first_s if first_s - start_s < _CLOCK_TOLERANCE_S else start_s
+        # What begins within a frame begins together: sound is a little early where its encoder
+        # put silence before it, and a player shows the first frame from the start.
+        frame_s = min(1 / _as_fraction(self._stream.average_rate or 24), _PRIMING_S)
+        return first_s if first_s - start_s <= frame_s else start_s
 
     def _check_duration(self) -> None:
         """Raises MediaError if the header promises more than there was. Some count the duration
@@ -286,54 +321,6 @@ def shown_frames(video: Video, *, deinterlace: bool = False) -> Iterator[Shown]:
         else:
             length_s = 1 / (_as_fraction(video.stream.average_rate or 24))
         yield Shown(held, held_begin_s, held_begin_s + float(length_s), sar)
-
-
-def deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:
-    """Frames as they are up to the first interlaced one, from there on through bwdif, which
-    passes progressive ones.
-    """
-    graph: Any = None
-    kind: Any = None
-    for frame in frames:
-        if graph is None and not frame.interlaced_frame:
-            yield frame
-            continue
-        # a graph is for one size and format
-        if kind != (frame.width, frame.height, frame.format.name):
-            if graph is not None:
-                yield from _drained(graph)
-            graph = _bwdif(frame)
-            kind = frame.width, frame.height, frame.format.name
-        graph.vpush(frame)
-        yield from _pulled(graph)
-    if graph is not None:
-        yield from _drained(graph)
-
-
-def _bwdif(frame: Any) -> Any:
-    graph = av.filter.Graph()
-    source = graph.add_buffer(
-        width=frame.width,
-        height=frame.height,
-        format=frame.format,
-        time_base=frame.time_base,
-    )
-    bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
-    graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
-    return graph
-
-
-def _drained(graph: Any) -> Iterator[Any]:
-    graph.vpush(None)
-    yield from _pulled(graph)
-
-
-def _pulled(graph: Any) -> Iterator[Any]:
-    try:
-        while True:
-            yield graph.vpull()
-    except (av.BlockingIOError, av.EOFError):  # it wants another frame, or has none left
-        return
 
 
 def _as_fraction(value: Any) -> Fraction:

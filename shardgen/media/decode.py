@@ -47,8 +47,8 @@ def decode_windows(
     3]) as each is complete.
 
     Times count from the container's start, as a player's display does. Raises MediaError:
-    media_starts_late when a window begins more than a frame before the picture does,
-    media_truncated when the footage ends before a window does, and what `probe` raises.
+    media_starts_late when a window begins before the picture does, media_truncated when the
+    footage ends before a window does, and what `probe` raises.
     """
     shape = bucket.num_frames, bucket.height_px, bucket.width_px, 3
     if is_image(path):
@@ -66,7 +66,7 @@ def decode_windows(
     with open_video(path) as video:
         for shown in shown_frames(video, deinterlace=True):
             end_s = shown.end_s
-            if done == 0 and slots[0][0] < shown.begin_s - (shown.end_s - shown.begin_s):
+            if done == 0 and slots[0][0] + START_TOLERANCE_S < shown.begin_s:
                 raise MediaError(
                     "media_starts_late",
                     f"the picture begins at {shown.begin_s:.3f} s, a window at {slots[0][0]:.3f} s",

@@ -101,13 +101,9 @@ def last_frame(duration_s: float) -> int:
     return max(ceil(duration_s * 1000 / FRAME_MS - 1e-3) - 1, 0)
 
 
-def first_frame(start_s: float, fps: float) -> int:
-    """The number of the first frame of the 29.97 fps counter at which there is a picture.
-
-    A picture that comes later than the sound by no more than a frame counts as there from 0: a
-    player shows it until its time has come.
-    """
-    return 0 if start_s * fps <= 1 else ceil(start_s * 1000 / FRAME_MS - 1e-3)
+def first_frame(start_s: float) -> int:
+    """The number of the first frame of the 29.97 fps counter at which there is a picture."""
+    return ceil(start_s * 1000 / FRAME_MS - 1e-3)
 
 
 def clamp_shots(shots: Sequence[Shot], duration_s: float, first: int = 0) -> list[Shot]:

@@ -101,7 +101,7 @@ def clip_windows(
             recipe.fps,
             recipe.per_shot,
             whole_clip or filters.wrong_timecodes == "whole_clip" or filters.score_only,
-            first=first_frame(probe.start_s, probe.fps),
+            first=first_frame(probe.start_s),
         )
 
     split = split_of(origin.programme, rules.split.seed, rules.split.val_share)
