@@ -1,4 +1,5 @@
-"""The layers of the Wan VAE's encoder, in plain PyTorch.
+"""The layers of the Wan VAE's encoder, in plain PyTorch: the reference implementation, and what
+runs on a CPU.
 
 The encoder is causal in time. Frame 0 makes latent frame 0 by itself, and every four frames after
 it make one more, so a clip is encoded in chunks: frame 0 alone, then several frames at a time. In
@@ -8,7 +9,7 @@ plain 2-D convolution, a third of the work.
 
 Everything stays in channels_last (the layout of the tensor cores), where a norm over channels is
 a norm over the last axis. Module names follow diffusers' AutoencoderKLWan, so its weights load as
-they are.
+they are. loader/vae/fused.py computes the same with fewer passes over memory, on a GPU.
 
 Shapes: B batch, C channels, T frames, H height, W width, L = H * W, N = B * T.
 """

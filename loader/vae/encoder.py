@@ -1,7 +1,7 @@
 """The Wan VAE's encoder: pixels to normalised latents, for Wan2.2 (z 48) and Wan2.1 (z 16).
 
-A clip is encoded in chunks: frame 0 alone, then `chunk_frames` at a time, by the layers of
-loader/vae/blocks.py. That makes `latent[:, :1]` of a clip the
+A clip is encoded in chunks: frame 0 alone, then `chunk_frames` at a time (by the layers of
+loader/vae/blocks.py, or by loader/vae/fused.py on a GPU). That makes `latent[:, :1]` of a clip the
 encoding of its first frame by construction, whatever the chunk size.
 
 Left out: the decoder, tiling, the posterior's variance (shards hold the mean) and attention scales,
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loader.vae.blocks import CausalConv, Encoder, Past
+from loader.vae.fused import encode_chunk
 
 
 class VAEError(ValueError):
@@ -78,10 +79,16 @@ class VAEEncoder(nn.Module):
             "std_C111", torch.tensor(config.latents_std).view(-1, 1, 1, 1), persistent=False
         )
 
+    @property
+    def stage_bytes_per_pixel(self) -> float:
+        """Bytes of one tensor of the first stage, for each pixel of a frame."""
+        weight = self.encoder.conv_in.weight
+        return weight.shape[0] * weight.element_size() / self.patch_size**2
+
     @torch.inference_mode()
     def encode(self, video_BCTHW: Tensor, chunk_frames: int = 16) -> Tensor:
-        """Encode pixels in [-1, 1], [B, 3, 4n+1, H, W], to the normalised posterior mean [B, z,
-        n+1, H/f, W/f].
+        """Encode pixels in [-1, 1], or uint8 ones, [B, 3, 4n+1, H, W], to the normalised posterior
+        mean [B, z, n+1, H/f, W/f].
 
         Works and returns in the encoder's dtype, on its device. `chunk_frames`, a multiple of 4,
         trades memory for speed and doesn't change the result beyond rounding. Raises VAEError for
@@ -99,14 +106,27 @@ class VAEEncoder(nn.Module):
         means = []
         for start in (0, *range(1, frames, chunk_frames)):
             end = min(start + chunk_frames, frames) if start else 1
-            pixels_BCTHW = video_BCTHW[:, :, start:end].to(weight.device, weight.dtype)
-            x_BCTHW = self._encode_chunk(pixels_BCTHW, past)
+            pixels_BCTHW = video_BCTHW[:, :, start:end].to(weight.device)
+            if pixels_BCTHW.dtype == torch.uint8:
+                pixels_BCTHW = pixels_BCTHW.float() / 127.5 - 1
+            pixels_BCTHW = pixels_BCTHW.to(weight.dtype)
+            x_BCTHW = self._encode_chunk(pixels_BCTHW, past, is_last=end == frames)
             means.append(F.conv3d(x_BCTHW, weight[: self.z_dim], bias))
         mean_BCTHW = torch.cat(means, 2).float()
         return ((mean_BCTHW - self.mean_C111) / self.std_C111).to(weight.dtype).contiguous()
 
-    def _encode_chunk(self, pixels_BCTHW: Tensor, past: Past) -> Tensor:
+    def _encode_chunk(self, pixels_BCTHW: Tensor, past: Past, is_last: bool) -> Tensor:
         """The encoder's output for the next frames, [B, 2 z, T, H/f, W/f]."""
+        if pixels_BCTHW.is_cuda:
+            return encode_chunk(self.encoder, pixels_BCTHW, self.patch_size, past, is_last)
+        return self.encode_by_layers(pixels_BCTHW, past)
+
+    def encode_by_layers(self, pixels_BCTHW: Tensor, past: Past) -> Tensor:
+        """What the fused encoder computes, by the reference implementation: the next frames (one
+        where `past` is empty, then 4n), to [B, 2 z, T, H/f, W/f].
+        """
+        weight = self.quant_conv.weight
+        pixels_BCTHW = pixels_BCTHW.to(weight.device, weight.dtype)
         if self.patch_size > 1:
             pixels_BCTHW = patchify(pixels_BCTHW, self.patch_size)
         x_BCTHW = pixels_BCTHW.contiguous(memory_format=torch.channels_last_3d)
