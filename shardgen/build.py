@@ -214,7 +214,10 @@ def run_stages(
         names = shards_to_write(catalog, output)
         spec = spec_of(inputs.encode, output, rules.windows.fit)
         with stage("encode", len(names), "shard") as progress:
-            failures += encode_shards(catalog, names, spec, inputs.executor, progress.update)
+            failed, speed = encode_shards(catalog, names, spec, inputs.executor, progress.update)
+        failures += failed
+        if speed.num_windows:
+            print(speed.summary())
         yield "encode"
 
     # What became of all of them, and last of all the manifest: a folder that has one is complete.

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from loader.config import ConfigError, dump_toml
 from shardgen.build import BuildInputs
-from shardgen.encode.config import EncodeConfig, ExecutorConfig
+from shardgen.encode.config import EncodeConfig, ExecutorConfig, encode_recipe
 from shardgen.media.pictures import choose_mp4_encoder
 from shardgen.report.config import ReportConfig
 from shardgen.rules.config import (
@@ -61,13 +61,12 @@ def recipe_of(config: ShardgenConfig) -> dict[str, Any]:
     manifest.
     """
     plain = msgspec.to_builtins(config)
-    encode = {key: value for key, value in plain["encode"].items() if key != "model"}
     return {
         "filters": plain["filters"],
         "prompt": plain["prompt"],
         "split": plain["split"],
         "windows": plain["windows"],
-        "encode": encode,
+        "encode": encode_recipe(config.encode),
     }
 
 

@@ -183,7 +183,7 @@ def test_workers_that_stand_in_another_folder_find_everything(
         for job in jobs:
             with monkeypatch.context() as patch:
                 patch.chdir("/")
-                result = work(job)
+                result = work(job, None)
             yield job, result
 
     monkeypatch.setattr("shardgen.stages.encode.run_units", elsewhere)

@@ -4,11 +4,11 @@ never by chance.
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shard_jobs import BUCKET, job_for, spec_for, window
 
 from loader.files import file_xxh3
 from loader.manifest import decode_index
@@ -19,67 +19,14 @@ from loader.sample import (
     TensorInfo,
     decode_meta,
     decode_tensor,
-    sample_key,
 )
 from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
 from shardgen.catalog.rows import LostWindow
-from shardgen.encode.shard import EncodeError, encode_shard
-from shardgen.encode.unit import EncodeSpec, ShardJob
+from shardgen.encode.decoding import EncodeError
+from shardgen.encode.shard import encode_shard
 from shardgen.encode.worker import encode_unit
 from shardgen.media.decode import decode_window
-from shardgen.rules.shards import ShardPlan
-from shardgen.rules.windows import Window
-
-BUCKET = Bucket(96, 64, 5)
-
-
-def spec_for(tiny_checkpoint: Path, output: Path, **changes: object) -> EncodeSpec:
-    spec = EncodeSpec(
-        output=str(output),
-        model=str(tiny_checkpoint),
-        device="cpu",
-        dtype="float32",
-        threads=1,
-        text_batch=2,
-        vae_batch=2,
-        fit="letterbox",
-        zstd_level=3,
-        jpg_quality=95,
-        jpg_for_images=False,
-        mp4=False,
-        mp4_encoder="libx264",
-    )
-    return msgspec.structs.replace(spec, **changes)
-
-
-def window(
-    media_xxh3: str, clip_id: str, start_ms: int, bucket: Bucket = BUCKET, media_type: str = "video"
-) -> Window:
-    return Window(
-        key=sample_key(media_xxh3, clip_id, 0, start_ms, bucket, 24.0),
-        label=f"video/{clip_id}.json",
-        clip_id=clip_id,
-        media_type=media_type,
-        category="생활",
-        programme="p",
-        split="train",
-        shot=0,
-        start_ms=start_ms,
-        fps=24.0,
-        prompt=f"시장 {clip_id[0]}",
-        bucket=str(bucket),
-        media_xxh3=media_xxh3,
-    )
-
-
-def job_for(windows: list[Window], media: dict[str, str], number: int = 0) -> ShardJob:
-    windows = sorted(windows, key=lambda item: item.key)
-    bucket = windows[0].bucket
-    plan = ShardPlan(
-        name=f"train-{bucket}-{number:06d}", split="train", bucket=bucket, windows=windows
-    )
-    return ShardJob(plan, media)
 
 
 @pytest.fixture
@@ -200,7 +147,7 @@ def test_an_image_is_one_frame_without_a_jpg_unless_asked(
 
 
 def test_the_empty_prompt_is_one_row(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    assert encode_unit(None, spec_for(tiny_checkpoint, tmp_path)) is None
+    assert encode_unit(None, spec=spec_for(tiny_checkpoint, tmp_path)) is None
     # `</s>` alone
     rows = decode_tensor(
         (tmp_path / EMPTY_PROMPT_FILE).read_bytes(), TensorInfo("float16", (1, 32))

@@ -22,10 +22,10 @@ def encoder(tiny_checkpoint: Path) -> Iterator[TextEncoder]:
 def test_rows_equal_the_pipelines_and_padding_is_left_out(
     encoder: TextEncoder, tiny_checkpoint: Path
 ) -> None:
-    encoded = encoder.encode(PROMPTS, batch_size=2)
+    encoded = encoder.encode(PROMPTS, batch_size=2).texts
     assert list(encoded) and set(encoded) == set(PROMPTS)
     pipeline = WanPipeline.from_pretrained(tiny_checkpoint, transformer=None, vae=None)
-    for prompt, (rows, truncated) in encoded.items():
+    for prompt, (rows, truncated, _) in encoded.items():
         with torch.inference_mode():
             expected_SD = (
                 pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0]
@@ -39,13 +39,13 @@ def test_rows_equal_the_pipelines_and_padding_is_left_out(
 
 def test_a_long_prompt_is_cut_at_512_tokens_and_says_so(encoder: TextEncoder) -> None:
     long = "시장 " * 900
-    rows, truncated = encoder.encode([long], 1)[long]
+    rows, truncated, _ = encoder.encode([long], 1).texts[long]
     assert len(rows) == 512 and truncated
 
 
 def test_batches_are_a_function_of_the_prompts_alone(encoder: TextEncoder) -> None:
-    one = encoder.encode(PROMPTS, batch_size=2)
-    other = encoder.encode(PROMPTS[::-1], batch_size=2)
+    one = encoder.encode(PROMPTS, batch_size=2).texts
+    other = encoder.encode(PROMPTS[::-1], batch_size=2).texts
     assert all(np.array_equal(one[prompt].rows, other[prompt].rows) for prompt in PROMPTS)
 
 

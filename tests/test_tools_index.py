@@ -168,7 +168,7 @@ def test_every_sample_is_used_or_refused_for_one_reason_and_the_tars_stay_as_the
 def test_the_feed_gives_the_latents_of_the_clips_and_the_texts_of_the_captions(
     indexed: Path, tars: list[Path], vae: VAEEncoder, encoder: TextEncoder
 ) -> None:
-    texts = encoder.encode(CAPTIONS, 16)
+    texts = encoder.encode(CAPTIONS, 16).texts
     seen = []
     for batch in batches(indexed, vae, 3):
         assert batch.condition_BC1HW is not None

@@ -284,7 +284,9 @@ def write_index(
     }
     manifest = make_manifest(recipe, {split: shards})
     if shards:
-        write_atomic(output / EMPTY_PROMPT_FILE, encode_tensor(encoder.encode([""], 1)[""].rows))
+        write_atomic(
+            output / EMPTY_PROMPT_FILE, encode_tensor(encoder.encode([""], 1).texts[""].rows)
+        )
         write_atomic(output / MANIFEST_FILE, encode_manifest(manifest))
     return manifest, refused
 
@@ -294,7 +296,7 @@ def _with_text(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     for start in range(0, len(samples), 64):  # a shard's texts together may fill the memory
         some = samples[start : start + 64]
-        texts = encoder.encode([found.meta.prompt for found in some], 16)
+        texts = encoder.encode([found.meta.prompt for found in some], 16).texts
         for found in some:
             rows = texts[found.meta.prompt].rows
             meta = msgspec.structs.replace(found.meta, text=TensorInfo("float16", rows.shape))

@@ -2,12 +2,15 @@
 the shards, which decides only how fast they come.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 PositiveInt = Annotated[int, Meta(ge=1)]
+# Which encoder writes the latents on a GPU: 2 is loader/vae/fused.py. Recipes that name none were
+# encoded layer by layer, as a CPU still does.
+CUDA_ENCODER = 2
 
 
 class EncodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -19,12 +22,27 @@ class EncodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     threads: PositiveInt = 1  # torch threads per process: part of what decides the bytes
     text_batch: PositiveInt = 8
+    # windows at a time on a CPU; on a GPU the budget below decides, with the window's shape
     vae_batch: PositiveInt = 1
+    vae_memory_gib: Annotated[float, Meta(gt=0)] = 16.0
     zstd_level: Annotated[int, Meta(ge=1, le=22)] = 3
     jpg_quality: Annotated[int, Meta(ge=1, le=100)] = 95
     jpg_for_images: bool = False
     mp4: bool = False
     mp4_encoder: Literal["auto", "libx264", "h264_nvenc"] = "auto"
+
+
+def encode_recipe(encode: EncodeConfig) -> dict[str, Any]:
+    """What of the configuration decides bytes, as plain JSON types: on a GPU other things do than
+    on a CPU. Where the model lies decides nothing.
+    """
+    plain: dict[str, Any] = msgspec.to_builtins(encode)
+    del plain["model"]
+    if encode.device == "cuda":
+        del plain["vae_batch"]
+        return plain | {"encoder": CUDA_ENCODER}
+    del plain["vae_memory_gib"]
+    return plain
 
 
 class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -8,6 +8,11 @@ def check_device(encode: EncodeConfig, executor: ExecutorConfig) -> None:
     """Raises ConfigError if shards are to be encoded on GPUs of this machine and it lacks them.
     The machines of a Ray cluster are not this one: each worker there looks for itself.
     """
+    if encode.device == "cuda" and encode.vae_batch != 1:
+        raise ConfigError(
+            f"encode.vae_batch = {encode.vae_batch} is for a CPU: on CUDA the batch follows from "
+            f"encode.vae_memory_gib and the window's shape; remove encode.vae_batch"
+        )
     is_elsewhere = executor.kind == "ray" and executor.address
     if encode.device == "cpu" or is_elsewhere:
         return

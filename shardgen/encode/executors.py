@@ -22,11 +22,14 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from loader.config import ConfigError
-from shardgen.encode.config import ExecutorConfig
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 Failure = ValueError | OSError
+WORKER_DIED = (
+    "a worker process died: killed from outside, or out of memory (then take fewer workers). What "
+    "was finished stands; run the build again to go on"
+)
 _AHEAD = 2  # units in flight per worker: one at work, one to go on with
 
 
@@ -47,13 +50,8 @@ def run_local(
     Worker i starts with environments[i] set (one GPU each: CUDA_VISIBLE_DEVICES). Raises
     ExecutorError if a worker dies.
     """
-    # Each worker takes one environment out of this queue when it starts.
-    context = multiprocessing.get_context("spawn")
-    settings = context.SimpleQueue()
-    for i in range(num_workers):
-        settings.put(environments[i] if environments else {})
     remaining = iter(units)
-    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (settings,))
+    pool = open_pool(num_workers, environments)
     running: dict[Future[Result], Unit] = {}
     try:
         while True:
@@ -69,12 +67,19 @@ def run_local(
                 except (ValueError, OSError) as error:
                     yield unit, error
     except BrokenProcessPool as error:
-        raise ExecutorError(
-            "a worker process died: killed from outside, or out of memory (then take fewer "
-            "workers). What was finished stands; run the build again to go on"
-        ) from error
+        raise ExecutorError(WORKER_DIED) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def open_pool(num_workers: int, environments: Sequence[dict[str, str]]) -> ProcessPoolExecutor:
+    """Processes that end with this one; worker i has environments[i] set, if there are any."""
+    # Each worker takes one environment out of this queue when it starts.
+    context = multiprocessing.get_context("spawn")
+    settings = context.SimpleQueue()
+    for i in range(num_workers):
+        settings.put(environments[i] if environments else {})
+    return ProcessPoolExecutor(num_workers, context, _start_worker, (settings,))
 
 
 def run_ray(
@@ -141,29 +146,6 @@ def run_ray(
         ) from error
     finally:
         ray.shutdown()
-
-
-def run_units(
-    function: Callable[[Unit], Result],
-    units: Iterable[Unit],
-    executor: ExecutorConfig,
-    *,
-    device: str,
-    threads: int,
-) -> Iterator[tuple[Unit, Result | Failure]]:
-    """The executor that the configuration names, with `threads` per unit and, on CUDA, a GPU."""
-    if executor.kind == "local":
-        environments = worker_environments(executor.workers, device, threads)
-        return run_local(function, units, executor.workers, environments)
-    return run_ray(
-        function,
-        units,
-        executor.workers,
-        executor.address,
-        environment=thread_environment(threads),
-        num_cpus=threads,
-        num_gpus=int(device == "cuda"),
-    )
 
 
 def worker_environments(workers: int, device: str, threads: int) -> list[dict[str, str]]:

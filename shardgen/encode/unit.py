@@ -26,6 +26,7 @@ class EncodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     text_batch: int
     vae_batch: int
+    vae_memory_gib: float
     fit: Fitting
     zstd_level: int
     jpg_quality: int
@@ -43,6 +44,18 @@ class ShardJob(msgspec.Struct, frozen=True):
     media: dict[str, str]
 
 
+class ShardTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a worker's seconds went. Encoding goes on while the worker waits or packs, so the
+    parts overlap.
+    """
+
+    wall_s: float
+    waiting_s: float  # for decoded frames, with nothing else to do
+    vae_s: float  # of the device; on a CPU, of the worker
+    text_s: float
+    writing_s: float  # the shard's files
+
+
 class ShardResult(msgspec.Struct, frozen=True):
     """What became of a unit. `info` is None if no window could be made."""
 
@@ -50,6 +63,7 @@ class ShardResult(msgspec.Struct, frozen=True):
     info: ShardInfo | None
     lost: list[LostWindow]
     flags: list[WindowFlag]
+    times: ShardTimes
 
 
 def spec_of(encode: EncodeConfig, output: Path, fit: Fitting) -> EncodeSpec:
@@ -62,6 +76,7 @@ def spec_of(encode: EncodeConfig, output: Path, fit: Fitting) -> EncodeSpec:
         threads=encode.threads,
         text_batch=encode.text_batch,
         vae_batch=encode.vae_batch,
+        vae_memory_gib=encode.vae_memory_gib,
         fit=fit,
         zstd_level=encode.zstd_level,
         jpg_quality=encode.jpg_quality,

@@ -74,6 +74,10 @@ REASONS = {
     "dark": ("a dark window", "어두운 화면"),
     "frozen": ("a still window", "멈춘 화면"),
     "prompt_truncated": ("a prompt above 512 tokens", "512토큰을 넘는 설명문"),
+    "text_in_float32": (
+        "half precision overflowed on the prompt: its text was encoded in float32",
+        "반정밀도로 넘쳐 float32로 인코딩한 설명문",
+    ),
     "window_lost": ("a window could not be encoded", "인코딩하지 못한 창"),
     "timecodes_missing": ("no timecodes: the whole clip", "타임코드 없음: 클립 전체"),
     "timecodes_wrong": ("wrong timecodes: the whole clip", "틀린 타임코드: 클립 전체"),

@@ -14,7 +14,8 @@ from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.database import CatalogError
 from shardgen.catalog.rates import remember_rate
 from shardgen.encode.config import ExecutorConfig
-from shardgen.encode.executors import run_units
+from shardgen.encode.lookahead import run_units
+from shardgen.encode.speed import EncodeSpeed
 from shardgen.encode.unit import EncodeSpec, ShardJob, ShardResult
 from shardgen.encode.worker import encode_unit
 from shardgen.encode.write import stored_size
@@ -36,16 +37,16 @@ def encode_shards(
     spec: EncodeSpec,
     executor: ExecutorConfig,
     advance: Callable[[int], None],
-) -> list[str]:
+) -> tuple[list[str], EncodeSpeed]:
     """Encode the shards of these names, and the empty prompt if it isn't there; returns what went
-    wrong, a line per shard.
+    wrong, a line per shard, and how fast it was.
 
     Raises OSError if the output can't be written or the models can't be read, because no other
     shard would fare better then; ExecutorError if the workers themselves fail.
     """
     finished = {info.name: info for _, info in catalog.shards.finished()}
     failures: list[str] = []
-    num_samples, begin_s = 0, time.monotonic()
+    speed, begin_s = EncodeSpeed(), time.monotonic()
     units = run_units(
         partial(encode_unit, spec=spec, decode_threads=executor.decode_threads),
         _jobs(catalog, names, Path(spec.output), failures),
@@ -61,10 +62,11 @@ def encode_shards(
         elif isinstance(result, ShardResult):
             problem = _record(catalog, result, finished.get(result.name))
             failures += [problem] if problem else []
-            num_samples += result.info.num_samples if result.info else 0
+            speed.add(result.info.num_samples if result.info else 0, result.times)
             advance(1)
-    remember_rate(catalog.database, time.monotonic() - begin_s, num_samples)
-    return failures
+    speed.elapsed_s = time.monotonic() - begin_s
+    remember_rate(catalog.database, speed.elapsed_s, speed.num_windows)
+    return failures, speed
 
 
 def _jobs(
