@@ -1,381 +1,251 @@
-"""What a build does on GPUs: `python -m bench.encode --json RESULT.json` (`--device cpu --shape
-small`: the logic).
+"""Encoding, checked and timed: `python -m bench.encode --output DIR [--parts ...]`.
 
-Makes clips with PyAV and two models with random weights, the tiny checkpoint and one whose VAE
-encoder has the size of Wan2.2's, and runs `shardgen build` with one process a GPU. Checked, or
-the exit code is 1:
+Weights are random, of the real size; footage is real (bench/footage.py). Parts, each of which adds
+to DIR/encode.json and DIR/encode.txt:
 
-- every dataset passes `shardgen verify`;
-- one worker and as many workers as there are GPUs write the same bytes (with one GPU: one worker,
-  twice);
-- each latent of the tiny checkpoint is within 1e-2 (relative L2) of that of a float32 build on
-  the CPU;
-- our VAE encoder is as near to diffusers' in float32 as diffusers' own is in the number format of
-  the build.
+checks   every kernel against its reference at the real widths; latents of real windows within 1e-2
+         relative L2 of diffusers' in float32, whatever the chunk; the first latent frame is that of
+         the first frame alone, bit for bit; peak memory within encode.vae_memory_gib
+clips    ours, our layers one by one, diffusers and the convolutions alone, in turns
+images   one by one and in batches
+compiled diffusers under torch.compile, in turns with ours
+text     UMT5 in each number format
+build    `shardgen build` with a tiny text encoder: windows/s against the VAE's own rate
+workers  builds by one worker and by one a GPU: the same bytes, which verify; latents of a tiny
+         checkpoint within 1e-2 of those of a float32 build on the CPU
 
-Measured: samples/s of a build, start of its processes included and without it (once each process
-has written a shard), and the VAE's encoding of one window against diffusers', interleaved. Shards
-are small here (four samples, the users' 128), and clips are only decoded ahead within a shard, so
-a long build does better.
+The exit code is 1 if a check fails. `--device cpu --shape small` tries the logic.
 """
 
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import av
-import diffusers
 import numpy as np
 import torch
-import xxhash
 
-from bench.label_tree import label_bytes, make_label
-from loader.config import dump_toml
-from loader.manifest import decode_index, read_manifest
-from loader.sample import JSON, LATENT, decode_meta, decode_tensor, split_member_name
+from bench.encode_builds import BuildSetting, latents_of, run_build, shard_hashes, write_corpus
+from bench.encode_clips import (
+    check,
+    measure_clip,
+    measure_compiled,
+    measure_images,
+    measure_memory,
+    release,
+)
+from bench.encode_text import measure_text
+from bench.vae_kernels import check_kernels, rates
+from bench.vae_subjects import write_model
 from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
-from shardgen.config import ShardgenConfig
-from shardgen.encode.config import EncodeConfig, ExecutorConfig
-from shardgen.rules.config import WindowsConfig
-from shardgen.stages.config import LabelsConfig
+from loader.vae.memory import EncodePlan, plan_encoding
 from shardgen.verify import verify_dataset
 from tools.fake.checkpoint import write_tiny_checkpoint
-from tools.fake.vae import LATENTS_MEAN, LATENTS_STD, WAN22, random_vae
 
 TOLERANCE = 1e-2
+DTYPES = ["float16", "bfloat16", "float32"]
+PARTS = ["checks", "clips", "images", "compiled", "text", "build", "workers"]
+# what the precisions not asked for are checked at, and a size for a CPU
+QUARTER, SMALL = "640x352x17", "64x32x9"
 TINY_BUCKETS = ("160x96x9", "160x96x1")
 
 
-class Setting(NamedTuple):
-    """What a run is made of. `vae_dim` is the VAE encoder's base width; Wan2.2's is 160."""
+class Run:
+    """The options, what follows from them, and the result so far."""
 
-    device: str
-    dtype: str
-    bucket: str
-    vae_dim: int
-    num_clips: int
-    num_workers: int
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.device, self.rounds = options.device, options.rounds
+        self.dtype = getattr(torch, options.dtype)
+        self.is_small = options.shape == "small"
+        self.bucket = Bucket.parse(SMALL if self.is_small else options.shape)
+        self.result: dict[str, Any] = {"device": self.device, "torch": torch.__version__}
+        self.checks: dict[str, bool] = {}
+        if self.device == "cuda":
+            self.result["device"] = torch.cuda.get_device_name()
+            self.result["cudnn"] = torch.backends.cudnn.version()
+        write_model(folder, options.kind, 8 if self.is_small else None)
+        ours = load_vae_encoder(folder, "cpu", self.dtype)
+        plan = plan_encoding(self.bucket, 16.0, ours.stage_bytes_per_pixel)
+        assert plan is not None
+        self.plan: EncodePlan = plan
 
+    def run_checks(self) -> None:
+        folder, few = self.folder, Bucket.parse(SMALL if self.is_small else QUARTER)
+        chunks = [4, 8] if self.is_small else [4, 8, 16, 24, 48]
+        if self.device == "cuda":
+            self.result["kernels_off"] = check_kernels(self.device, (37, 50))
+            self.checks["kernels"] = max(self.result["kernels_off"].values()) <= 1
+        own, windows = self.options.dtype, self.options.windows
+        others = [each for each in DTYPES if each != own]
+        self.result["accuracy"] = [
+            check(folder, self.bucket, windows, self.device, [own], chunks),
+            check(folder, few, 3, self.device, others, [4, 8, 16]),
+        ]
+        half = self.result["accuracy"][0][own]
+        self.checks["latents"] = max(half["ours"], half["batch_of_two"]) <= TOLERANCE
+        self.checks["first_frame"] = half["first_frame_is_its_own"]
+        memory = measure_memory(folder, self.bucket, self.device, self.dtype, [16.0, 8.0])
+        self.result["memory"] = memory
+        self.checks["memory"] = all(each["fits"] for each in memory.values())
 
-def write_corpus(root: Path, num_clips: int, seconds: float) -> None:
-    """Clips of 720x480 with wide pixels, as broadcast ones are, each moving its own way; and two
-    images.
-    """
-    root.mkdir()
-    for number in range(num_clips):
-        clip_id = str(2_400_100 + number)
-        num_frames = int(seconds * 30)
-        out = f"00:00:{(num_frames - 1) // 30:02};{(num_frames - 1) % 30:02}"
-        label = make_label(clip_id, shots=(("00:00:00;00", out),), length=f"00:00:{seconds:05.2f}")
-        (root / f"{clip_id}.json").write_bytes(label_bytes(label))
-        with av.open(root / f"{clip_id}.mp4", "w") as container:
-            stream = container.add_stream(
-                "libx264", rate=30, options={"preset": "ultrafast", "crf": "23"}
+    def run_clips(self) -> None:
+        chunks = [4] if self.is_small else [8, 16, 24]
+        self.result["clips"] = measure_clip(
+            self.folder, self.bucket, self.device, self.dtype, self.rounds, chunks, self.plan
+        )
+        release()
+        if self.device == "cuda":
+            patch = 2 if self.options.kind == "wan22" else 1
+            height, width = self.bucket.height_px // patch, self.bucket.width_px // patch
+            self.result["rates_gb_per_s"] = rates(self.device, self.dtype, height, width)
+
+    def run_images(self) -> None:
+        batches = [1, 2] if self.is_small else [1, 4, 16]
+        self.result["images"] = measure_images(
+            self.folder, self.bucket, self.device, self.dtype, self.rounds, batches
+        )
+
+    def run_compiled(self) -> None:
+        self.result["compiled"] = measure_compiled(
+            self.folder,
+            self.bucket,
+            self.device,
+            self.dtype,
+            self.rounds,
+            self.plan.chunk_frames,
+        )
+
+    def run_text(self) -> None:
+        self.result["text"] = {}
+        for name in DTYPES:
+            dtype = getattr(torch, name)
+            batch, tokens = (2, 16) if self.is_small else (8, 200)
+            self.result["text"][name] = measure_text(
+                self.device, dtype, self.rounds, batch, tokens, self.is_small
             )
-            stream.width, stream.height, stream.pix_fmt = 720, 480, "yuv420p"
-            stream.sample_aspect_ratio = Fraction(32, 27)
-            scene = waves(number)
-            for t in range(num_frames):
-                y, x = (number + 2) * t % 220, 3 * t % 380
-                picture = np.ascontiguousarray(scene[y : y + 480, x : x + 720])
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode(None))
-    for number in range(2):
-        clip_id = str(2_500_100 + number)
-        (root / f"{clip_id}.json").write_bytes(
-            label_bytes(make_label(clip_id, shots=(("", ""),), media_type="image"))
+            release()
+
+    def run_build(self) -> None:
+        """The model: this VAE, and the tiny checkpoint's text encoder."""
+        root, tiny = self.folder / "corpus", self.folder / "tiny"
+        write_corpus(root, self.options.clips, os.cpu_count() or 1)
+        write_tiny_checkpoint(tiny)
+        for part in ("tokenizer", "text_encoder"):
+            (self.folder / part).symlink_to(tiny / part)
+        setting = BuildSetting(
+            device=self.device,
+            dtype=self.options.dtype,
+            buckets=(str(self.bucket),),
+            per_shot=2,
+            samples_per_shard=4 if self.is_small else 25,
+            num_workers=1,
+            decode_threads=2 if self.is_small else 16,
         )
-        av.VideoFrame.from_ndarray(waves(number), format="rgb24").to_image().save(
-            root / f"{clip_id}.png"
+        built = run_build(self.folder / "built", root, self.folder, setting)
+        if "clips" in self.result:
+            own_s = self.result["clips"]["times"]["ours"]["median_s"]
+            built["of_the_vaes_rate"] = built["windows_per_s"] * own_s
+            # on a CPU all of it runs on the same cores
+            self.checks["build"] = self.device == "cpu" or built["of_the_vaes_rate"] >= 0.9
+        self.result["build"] = built
+
+    def run_workers(self) -> None:
+        """With one GPU: one worker, twice."""
+        root, tiny = self.folder / "few", self.folder / "few_tiny"
+        write_corpus(root, 6, os.cpu_count() or 1)
+        write_tiny_checkpoint(tiny)
+        setting = BuildSetting(self.device, self.options.dtype, TINY_BUCKETS, 1, 2, 1, 2)
+        num_workers = torch.cuda.device_count() if self.device == "cuda" else 2
+        builds = {
+            "one": setting,
+            "all": setting._replace(num_workers=num_workers),
+            "exact": setting._replace(device="cpu", dtype="float32"),
+        }
+        for name, each in builds.items():
+            built = run_build(self.folder / name, root, tiny, each)
+            faults = list(verify_dataset(self.folder / name, 2, lambda _: None))
+            self.checks[f"workers_{name}_verifies"] = not faults
+            self.result[f"workers_{name}"] = built
+        one, exact = latents_of(self.folder / "one"), latents_of(self.folder / "exact")
+        self.checks["workers_same_bytes"] = shard_hashes(self.folder / "one") == shard_hashes(
+            self.folder / "all"
         )
+        furthest = max(
+            float(np.linalg.norm(one[key] - exact[key]) / np.linalg.norm(exact[key]))
+            for key in exact
+        )
+        self.result["latents_against_cpu_float32"] = furthest
+        self.checks["workers_latents"] = one.keys() == exact.keys() and furthest <= TOLERANCE
+
+    def run(self) -> Iterator[str]:
+        """All parts that were asked for; yields the name of each when it is done."""
+        for part in self.options.parts:
+            getattr(self, f"run_{part}")()
+            release()
+            yield part
 
 
-def waves(number: int) -> Any:
-    """A picture larger than a frame, for the frame to move over: uint8 [700, 1100, 3]."""
-    y, x = np.mgrid[0:700, 0:1100].astype(np.float32) / 40
-    channels = [
-        np.sin(x * (1 + number % 3) + c) + np.cos(y * (1 + number % 5) + 2 * c) for c in range(3)
+def times_of(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{name:24} {each['median_s']:.4f} s ({each['least_s']:.4f} to {each['most_s']:.4f})"
+        f"  {each['peak_gib']:.2f} GiB with all that is measured"
+        for name, each in result["times"].items()
     ]
-    return (127.5 + 63 * np.stack(channels, -1)).astype(np.uint8)
 
 
-def write_model(folder: Path, tiny: Path, vae_dim: int) -> None:
-    """The tiny checkpoint with another VAE: an encoder of base width `vae_dim`, a small decoder
-    that nobody runs.
-    """
-    folder.mkdir()
-    for name in ("tokenizer", "text_encoder"):
-        (folder / name).symlink_to(tiny / name)
-    vae = random_vae(WAN22, vae_dim, torch.Generator().manual_seed(1))
-    vae.save_pretrained(folder / "vae")
-
-
-def run_build(
-    output: Path,
-    root: Path,
-    model: Path,
-    buckets: tuple[str, ...],
-    setting: Setting,
-    num_workers: int,
-) -> dict[str, float]:
-    """`shardgen build` in a process of its own. Raises SystemExit with what it said if it fails."""
-    config = ShardgenConfig(
-        output=str(output),
-        labels=LabelsConfig(root=str(root)),
-        windows=WindowsConfig(buckets=buckets, samples_per_shard=4 if len(buckets) == 1 else 2),
-        encode=EncodeConfig(model=str(model), device=setting.device, dtype=setting.dtype),  # type: ignore[arg-type]
-        executor=ExecutorConfig(workers=num_workers, decode_threads=4),
-    )
-    path = output.with_suffix(".toml")
-    path.write_bytes(dump_toml(config).encode())
-    begin_s = time.time()
-    done = subprocess.run(
-        [sys.executable, "-m", "shardgen.cli", "build", str(path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    wall_s = time.time() - begin_s
-    if done.returncode != 0:
-        raise SystemExit(
-            f"shardgen build {path}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
-        )
-    written_s = sorted(tar.stat().st_mtime for tar in output.glob("*/*.tar"))
-    num_samples = sum(
-        info.num_samples for infos in read_manifest(output).splits.values() for info in infos
-    )
-    result = {
-        "workers": num_workers,
-        "samples": num_samples,
-        "shards": len(written_s),
-        "wall_s": wall_s,
-        "samples_per_s_with_start": num_samples / wall_s,
-    }
-    # each worker has written one: what follows is without their start
-    if len(written_s) > num_workers:
-        per_s = (len(written_s) - num_workers) / (written_s[-1] - written_s[num_workers - 1])
-        result["samples_per_s"] = per_s * num_samples / len(written_s)
-        result["frames_per_s"] = result["samples_per_s"] * Bucket.parse(buckets[0]).num_frames
-    return result
-
-
-def shard_hashes(dataset: Path) -> dict[str, str]:
-    """Everything that has to be the same whoever builds it: shards, indexes, manifest, the empty
-    prompt.
-    """
-    files = [
-        dataset / "manifest.json",
-        dataset / "empty_prompt.text.zst",
-        *(path for split in ("train", "val") for path in (dataset / split).glob("*")),
-    ]
-    return {
-        str(path.relative_to(dataset)): xxhash.xxh3_128_hexdigest(path.read_bytes())
-        for path in files
-    }
-
-
-def latents_of(dataset: Path) -> dict[str, Any]:
-    """Key -> float32 latent of every sample."""
-    found = {}
-    for index in sorted(dataset.glob("*/*.idx")):
-        tar = index.with_suffix(".tar").read_bytes()
-        for members in decode_index(index.read_bytes(), str(index)):
-            stored = {
-                split_member_name(m.name)[1]: tar[m.offset : m.offset + m.size] for m in members
-            }
-            meta = decode_meta(stored[JSON])
-            found[meta.key] = decode_tensor(stored[LATENT], meta.latent).astype(np.float32)
-    return found
-
-
-def timed_s(work: Callable[[], Any], device: str) -> float:
-    """Seconds until the device has done it (a host sync on either side)."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin_s = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin_s
-
-
-@torch.inference_mode()
-def measure_vae(model: Path, setting: Setting, rounds: int) -> dict[str, Any]:
-    """Ours against diffusers' on one window, interleaved, and how far each is from diffusers' in
-    float32.
-    """
-    bucket, device, dtype = (
-        Bucket.parse(setting.bucket),
-        setting.device,
-        getattr(torch, setting.dtype),
-    )
-    generator = torch.Generator().manual_seed(2)
-    video_BCTHW = (
-        torch.rand(
-            (1, 3, bucket.num_frames, bucket.height_px, bucket.width_px), generator=generator
-        )
-        * 2
-        - 1
-    )
-    video_BCTHW = video_BCTHW.to(device)
-    mean, std = (
-        torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
-        for values in (LATENTS_MEAN, LATENTS_STD)
-    )
-
-    def reference(vae: Any, video: torch.Tensor) -> torch.Tensor:
-        return (vae.encode(video.to(vae.dtype)).latent_dist.mode().float() - mean) / std
-
-    # float32 is to mean float32 in what the others are held against
-    torch.backends.cudnn.allow_tf32 = False
-    few_BCTHW = video_BCTHW[:, :, :5]
-    exact_vae = diffusers.AutoencoderKLWan.from_pretrained(model / "vae", local_files_only=True).to(
-        device
-    )
-    exact = reference(exact_vae, few_BCTHW)
-    del exact_vae
-    theirs = diffusers.AutoencoderKLWan.from_pretrained(
-        model / "vae", torch_dtype=dtype, local_files_only=True
-    )
-    theirs = theirs.to(device)
-    ours = load_vae_encoder(model, device, dtype)
-    half_BCTHW = video_BCTHW.to(dtype)
-    works = {
-        "ours": lambda: ours.encode(half_BCTHW),
-        "diffusers": lambda: theirs.encode(half_BCTHW).latent_dist.mode(),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    peak_gib: dict[str, float] = {}
-    for number in range(rounds + 1):  # the first one warms up
-        for name, work in works.items():
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            took_s = timed_s(work, device)
-            if number:
-                seconds[name].append(took_s)
-                peak_gib[name] = (
-                    torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-                )
-    error = {
-        "ours": float((ours.encode(few_BCTHW.to(dtype)).float() - exact).abs().max()),
-        "diffusers": float((reference(theirs, few_BCTHW) - exact).abs().max()),
-    }
-    return {
-        "window": setting.bucket,
-        "dtype": setting.dtype,
-        "rounds": rounds,
-        "largest_error": error,
-        "deviation_of_latent": float(exact.std()),
-        "peak_gib": peak_gib,
-        "seconds": {
-            name: {"median": statistics.median(each), "least": min(each), "most": max(each)}
-            for name, each in seconds.items()
-        },
-        "speedup": statistics.median(
-            d / o for o, d in zip(seconds["ours"], seconds["diffusers"], strict=True)
-        ),
-    }
-
-
-def run(folder: Path, setting: Setting, rounds: int) -> dict[str, Any]:
-    """Everything; the result has `checks`, name -> whether it holds."""
-    frames = Bucket.parse(setting.bucket).num_frames
-    write_corpus(folder / "corpus", setting.num_clips, max(3.5, frames / 24 + 0.5))
-    write_tiny_checkpoint(folder / "tiny")
-    write_model(folder / "wide", folder / "tiny", setting.vae_dim)
-    builds: dict[str, dict[str, float]] = {}
-    checks: dict[str, bool] = {}
-    for model, buckets in (("tiny", TINY_BUCKETS), ("wide", (setting.bucket,))):
-        for name, num_workers in ((f"{model}_one", 1), (f"{model}_all", setting.num_workers)):
-            builds[name] = run_build(
-                folder / name, folder / "corpus", folder / model, buckets, setting, num_workers
-            )
-            faults = list(verify_dataset(folder / name, 2, lambda _: None))
-            checks[f"{name}_verifies"] = not faults
-            print(f"{name}: {builds[name]}", *faults, sep="\n", flush=True)
-        checks[f"{model}_same_bytes"] = shard_hashes(folder / f"{model}_one") == shard_hashes(
-            folder / f"{model}_all"
-        )
-    exact = setting._replace(device="cpu", dtype="float32")
-    builds["tiny_cpu"] = run_build(
-        folder / "tiny_cpu", folder / "corpus", folder / "tiny", TINY_BUCKETS, exact, 1
-    )
-    ours, reference = latents_of(folder / "tiny_one"), latents_of(folder / "tiny_cpu")
-    assert ours.keys() == reference.keys() and ours, "the two builds hold different samples"
-    furthest = max(float(np.abs(ours[key] - reference[key]).max()) for key in ours)
-    relative = max(
-        float(np.linalg.norm(ours[key] - reference[key]) / np.linalg.norm(reference[key]))
-        for key in ours
-    )
-    checks["latents_agree_with_cpu"] = relative <= TOLERANCE
-    vae = measure_vae(folder / "wide", setting, rounds)
-    error = vae["largest_error"]
-    checks["vae_as_exact_as_diffusers"] = error["ours"] <= max(TOLERANCE, 1.5 * error["diffusers"])
-    values = np.concatenate([each.ravel() for each in reference.values()])
-    latents = {
-        "largest_relative_l2": relative,
-        "largest_difference": furthest,
-        "samples": len(ours),
-        "largest_value": float(np.abs(values).max()),
-        "deviation": float(values.std()),
-    }
-    return {"checks": checks, "builds": builds, "latents_against_cpu_float32": latents, "vae": vae}
+def summary(result: dict[str, Any]) -> str:
+    """The lines to read first; all figures stand in the JSON."""
+    lines = []
+    for key, value in result.items():
+        if key in ("clips", "images", "compiled"):
+            plain = {k: v for k, v in value.items() if k not in ("times", "profile")}
+            lines += [f"{key}: {plain}", *times_of(value)]
+        else:
+            lines.append(f"{key}: {value}")
+    for place, each in result.get("clips", {}).get("profile", {}).get("finish", {}).items():
+        lines.append(f"{each['ms']:9.2f} ms {each['gb_per_s']:7.0f} GB/s  {place}")
+    for each in result.get("clips", {}).get("profile", {}).get("kernels", [])[:20]:
+        lines.append(f"{each['ms']:9.2f} ms {each['calls']:5} x {each['name'][:80]}")
+    return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Builds and VAE on GPUs: checked, and timed.")
+    parser = argparse.ArgumentParser(description="Encoding: checked, and timed.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for JSON and summary")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
-    parser.add_argument(
-        "--shape", default="1280x704x49", help="WIDTHxHEIGHTxFRAMES, or small: 160x96x9, narrow VAE"
-    )
-    parser.add_argument("--clips", type=int, help="default: 16, or 8 a GPU if that is more")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--shape", default="1280x704x49", help="WIDTHxHEIGHTxFRAMES, or small")
+    parser.add_argument("--kind", choices=["wan22", "wan21"], default="wan22")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, required=True, help="where to write the result")
+    parser.add_argument("--windows", type=int, default=10, help="real windows that are compared")
+    parser.add_argument("--clips", type=int, default=100, help="of two windows, to be built")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --shape small tries the logic")
-    is_small = options.shape == "small"
-    num_gpus = torch.cuda.device_count() if options.device == "cuda" else 2
-    setting = Setting(
-        options.device,
-        options.dtype,
-        "160x96x9" if is_small else options.shape,
-        16 if is_small else 160,
-        options.clips or max(16, 8 * num_gpus),
-        num_gpus,
-    )
+    # float32 is to mean float32 in what the others are compared with
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    options.output.mkdir(parents=True, exist_ok=True)
     begin_s = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), setting, options.rounds)
-    names = (
-        [torch.cuda.get_device_name(i) for i in range(num_gpus)]
-        if options.device == "cuda"
-        else ["cpu"]
-    )
-    result |= {
-        "devices": names,
-        "setting": setting._asdict(),
-        "wall_s": time.perf_counter() - begin_s,
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "av": av.__version__,
-        },
-    }
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    return 0 if all(result["checks"].values()) else 1
+    with tempfile.TemporaryDirectory() as name:
+        run = Run(options, Path(name))
+        for part in chain(run.run(), ["end"]):
+            # what is measured is safe, whatever comes next
+            result = run.result | {"checks": run.checks, "wall_s": time.perf_counter() - begin_s}
+            (options.output / "encode.json").write_text(json.dumps(result, indent=1) + "\n")
+            (options.output / "encode.txt").write_text(summary(result) + "\n")
+            print(f"{result['wall_s']:.0f} s: {part}", flush=True)
+    print(summary(result))
+    return 0 if all(run.checks.values()) else 1
 
 
 if __name__ == "__main__":
