@@ -67,7 +67,7 @@ def test_a_dead_worker_is_a_clear_error() -> None:
 
 def test_workers_end_with_a_killed_program(tmp_path: Path) -> None:
     script = (
-        "import sys\nsys.path.insert(0, sys.argv[1])\nfrom test_executors import work\n"
+        "import sys\nsys.path.insert(0, sys.argv[1])\nfrom test_shardgen_executors import work\n"
         "from shardgen.encode.executors import run_local\n"
         "if __name__ == '__main__':\n"
         "    for unit, result in run_local(work, [1, 2, 1000, 1000], 2):\n"
