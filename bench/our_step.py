@@ -37,9 +37,11 @@ ADAPTERS = {
 
 
 def our_config(
-    adapters: Adapters, dtype: torch.dtype, attention: str, **changes: Any
+    adapters: Adapters, dtype: torch.dtype, attention: str, blocks: str = "", **changes: Any
 ) -> TrainConfig:
-    """A run of one sample a step on these adapters, alpha = rank; `changes` are its other keys."""
+    """A run of one sample a step on these adapters, alpha = rank, in these blocks; `changes` are
+    its other keys.
+    """
     name = str(dtype).removeprefix("torch.")
     config = TrainConfig(
         output="",
@@ -50,6 +52,7 @@ def our_config(
             rank=adapters.rank,
             alpha=float(adapters.rank),
             dropout=adapters.dropout,
+            blocks=blocks,
         ),
         optim=OptimConfig(lr=1e-5, loss_scale=1024.0),
         num_steps=1,
@@ -67,6 +70,7 @@ def our_run(
     world: World | None = None,
     free_bytes: Callable[[torch.device], float] = room_bytes,
     tensor_cores: bool = True,
+    kernels: Sequence[str] | None = None,
 ) -> setup.Run:
     """The parts of a run on `model`, with B other than zero, so that every gradient is."""
     device = model.scale_shift_table.device
@@ -78,6 +82,7 @@ def our_run(
         model=model,
         free_bytes=free_bytes,
         tensor_cores=tensor_cores,
+        kernels=kernels,
     )
     generator = torch.Generator(device).manual_seed(2)
     for _, b in run.adapters.tensors().values():

@@ -87,7 +87,7 @@ def main() -> None:
             "card": torch.cuda.get_device_name(),
             "processes": world.data_size,
             "shape": arguments.shape,
-            "attention": steps.run.attention_name,
+            "attention": steps.run.kernels.names,
             "NCCL_P2P_DISABLE": os.environ.get("NCCL_P2P_DISABLE", "0"),
             "reduced_gradient_error": error,
             "reduced_bytes": steps.run.flat.buffer.nbytes,

@@ -9,15 +9,18 @@ Profiles:
 - native: bfloat16, the card's best attention, nothing recomputed (diffusers: torch's best, cuDNN);
 - native32: the same, our activations planned for 30 GiB, some steps of it under a cap of 32
   before the timed rounds;
-- volta: float16 with loss scaling, SDPA's memory-efficient kernel alone, planned and capped the
-  same, and none of the low-rank kernels that need tl.dot: what runs on a V100.
+- volta: float16 with loss scaling, attention from GEMMs or SDPA's memory-efficient kernel, the
+  faster one (peers: the latter), planned and capped the same, and none of the low-rank kernels
+  that need tl.dot: what runs on a V100.
 
 Cases: t2v and i2v with rank 16 on the six q/k/v, r32 with rank 32 on every layer and dropout 0.1
-(t2v). Peak memory is the step's own: what the other subjects keep is subtracted.
+(t2v). Peak memory is the step's own: what the other subjects keep is subtracted. A step is one
+micro-batch of --samples samples.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -37,13 +40,21 @@ from bench import step_check_training
 from bench import step_subjects as subjects
 from bench.our_step import ADAPTERS
 from bench.step_check import Checks
-from bench.step_timing import GRAPH_TOKENS, PEERS, PROFILES, Subjects, Timing
+from bench.step_timing import (
+    DEFAULT_SUBJECTS,
+    GRAPH_TOKENS,
+    PROFILES,
+    SUBJECTS,
+    Subjects,
+    Timing,
+)
 from loader.shape import WAN22
 from tools.budget import GIB
 from tools.counts import step_of
 from tools.fake.step import random_batch
 from tools.table import table
 from train.activations.plan import ShapePlan, describe
+from train.model.attention import describe as describe_kernels
 from train.model.wan import TI2V_5B
 
 # name -> (of ADAPTERS, whether image-to-video)
@@ -61,10 +72,11 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
     for the first.
     """
     adapters_name, is_i2v = CASES[case]
-    batch = random_batch(bench.bucket, bench.device, is_i2v=[is_i2v])
-    num_tokens = WAN22.num_tokens(bench.bucket)
+    num_samples = bench.shape.batch
+    batch = random_batch(bench.bucket, bench.device, is_i2v=[is_i2v] * num_samples)
+    num_tokens = num_samples * bench.shape.num_tokens
     small = num_tokens <= GRAPH_TOKENS
-    if small:
+    if small and "floor" in bench.steps:
         bench.steps["floor"] = subjects.graphed(bench.floor(), batch)
 
     peaks_gib = {}  # of the warm-up too: what a replayed graph uses is not counted as allocated
@@ -73,7 +85,9 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
         # compile, capture
         peaks_gib[name] = max(bench.time(name, batch).peak_gib for _ in range(3 if small else 2))
         say(f"{case}: {name}: warmed up in {time.perf_counter() - begin_s:.1f} s")
-    capped = bench.under_the_cap(batch) if bench.profile.capped else {}
+    capped = {}
+    if bench.profile.capped and "ours" in bench.steps:
+        capped = bench.under_the_cap(batch)
     if capped:
         say(
             f"{case}: ours under the cap: {capped['capped_s']:.4f} s, "
@@ -98,7 +112,9 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
         dtype_bytes=2,
         activations=ShapePlan(saved=None, num_bytes=0.0),
     )
-    floor_s = statistics.median(run.seconds for run in runs["floor"])
+    floor_s = math.nan
+    if "floor" in runs:
+        floor_s = statistics.median(run.seconds for run in runs["floor"])
     rows = []
     for name, found in runs.items():
         seconds = [run.seconds for run in found]
@@ -107,11 +123,15 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
             "case": case,
             "subject": name,
             "n": len(found),
+            "samples": num_samples,
             "s": median_s,
             "min_s": min(seconds),
             "max_s": max(seconds),
             "tokens_per_s": num_tokens / median_s,
-            "model_tflops": (step.gemm_flops + step.attention_flops) / median_s / 1e12,
+            "model_tflops": num_samples
+            * (step.gemm_flops + sum(step.attention_flops.values()))
+            / median_s
+            / 1e12,
             "of_floor": median_s / floor_s,
             "loss": found[-1].loss,
             "peak_gib": max(peaks_gib[name], *(run.peak_gib for run in found)),
@@ -138,6 +158,7 @@ def rows_table(rows: list[Row]) -> str:
         "subject",
         "n",
         "s/step (least to most)",
+        "s/sample",
         "tokens/s",
         "TFLOP/s",
         "of the floor",
@@ -150,6 +171,7 @@ def rows_table(rows: list[Row]) -> str:
             row["subject"],
             str(row["n"]),
             f"{row['s']:.4f} ({row['min_s']:.4f} to {row['max_s']:.4f})",
+            f"{row['s'] / row['samples']:.4f}",
             f"{row['tokens_per_s']:,.0f}",
             f"{row['model_tflops']:.0f}",
             f"{row['of_floor']:.3f}",
@@ -158,7 +180,7 @@ def rows_table(rows: list[Row]) -> str:
         )
         for row in rows
     ]
-    return table(header, cells, align="<<>>>>>>>")
+    return table(header, cells, align="<<>>>>>>>>")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -168,7 +190,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--profile", choices=PROFILES, default="native")
     parser.add_argument("--shape", default="1280x704x49")
     parser.add_argument("--cases", default="t2v,i2v,r32")
-    parser.add_argument("--peers", default=";".join(PEERS), help="of " + "; ".join(PEERS))
+    parser.add_argument(
+        "--subjects", default=";".join(DEFAULT_SUBJECTS), help="of " + "; ".join(SUBJECTS)
+    )
+    parser.add_argument("--samples", type=int, default=1, help="of a micro-batch")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
         "--budget-s", type=float, default=500.0, help="after so many, a case has one round"
@@ -178,11 +203,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.cases = arguments.cases.split(",")
-    arguments.peers = [peer.strip() for peer in arguments.peers.split(";") if peer.strip()]
-    if unknown := {*arguments.cases} - CASES.keys() | {*arguments.peers} - {*PEERS}:
+    arguments.subjects = [name.strip() for name in arguments.subjects.split(";")]
+    if unknown := {*arguments.cases} - CASES.keys() | {*arguments.subjects} - {*SUBJECTS}:
         parser.error(
-            f"unknown: {', '.join(sorted(unknown))}; cases are {', '.join(CASES)}, peers "
-            f"{'; '.join(PEERS)}"
+            f"unknown: {', '.join(sorted(unknown))}; cases are {', '.join(CASES)}, subjects "
+            f"{'; '.join(SUBJECTS)}"
         )
     return arguments
 
@@ -214,7 +239,7 @@ def main() -> None:
             config,
             bucket,
             profile.dtype,
-            profile.attention,
+            profile.checked,
             CASES,
             device,
             tensor_cores=profile.tensor_cores,
@@ -224,9 +249,19 @@ def main() -> None:
         step_check_training.free_memory()
     # cases with the same adapters share their models
     for adapters in dict.fromkeys(CASES[case][0] for case in arguments.cases):
-        bench = Subjects(config, bucket, profile, ADAPTERS[adapters], arguments.peers, device)
+        bench = Subjects(
+            config,
+            bucket,
+            profile,
+            ADAPTERS[adapters],
+            arguments.subjects,
+            device,
+            arguments.samples,
+        )
+        for line in describe_kernels(bench.run.kernels):
+            print(line)
         print(
-            f"{adapters}: ours: {describe(config, bench.run.plans[bucket])}; beside a model of "
+            f"{adapters}: ours: {describe(bench.run.plans[bucket])}; beside a model of "
             f"{bench.resident['ours'] / GIB:.2f} GiB",
             flush=True,
         )

@@ -157,7 +157,7 @@ def linear_agrees(
         for parameter in (module.a_RK, module.b_NR):
             # what the copies can hold
             parameter.data.copy_(0.05 * torch.randn_like(parameter).to(dtype))
-        adapters = lora.LoRA({0: [module]}, 32, 64.0, names)
+        adapters = lora.LoRA({0: [module]}, 32, 64.0, names, num_blocks=1)
         adapters.set_seeds(torch.tensor([2**62 + 5, 77], device=device))
         source = torch.randn(2, length, width, device=device).to(dtype)
         dy = torch.randn(2, length, len(names) * config.dim, device=device).to(dtype)

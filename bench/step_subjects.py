@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from bench.our_step import Adapters, add_gradients, update
 from loader.batch import Batch
-from loader.sample import MAX_TEXT_TOKENS
-from loader.shape import WAN22, Bucket
+from loader.shape import WAN22
 from train import flow
 from train.activations import plan as remat
 from train.activations.runner import block_runner
 from train.flow import FlowConfig
 from train.kernels import lowrank
 from train.lora import adapters as lora
-from train.model.attention import Attention, choose_attention
+from train.model.attention import Attention
 from train.model.load import build_transformer
 from train.model.wan import Block, Projections, Wan, WanConfig
 from train.setup import Run
@@ -82,7 +81,11 @@ def our_step(run: Run) -> Step:
 
 
 def frozen_step(
-    model: Wan, attention: Attention, bucket: Bucket, plan: remat.ShapePlan, max_graph_tokens: int
+    model: Wan,
+    attention: Attention,
+    shape: remat.Shape,
+    plan: remat.ShapePlan,
+    max_graph_tokens: int,
 ) -> Step:
     """Forward and backward of the base alone; the patch embedding's bias keeps the gradient alive
     through block 0.
@@ -90,12 +93,14 @@ def frozen_step(
     device = model.scale_shift_table.device
     bias = model.patch_embedding.bias.requires_grad_(True)
     bias.grad = torch.zeros_like(bias)
-    run_block = block_runner(
-        model, {remat.Shape(1, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS): plan}
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
     micro_step = MicroStep(
-        model, lambda seeds_B: None, attention, run_block, scaler, 1.0, max_graph_tokens
+        model,
+        set_seeds=lambda seeds_B: None,
+        attention=attention,
+        run_block=block_runner(model, {shape: plan}),
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        global_batch=shape.batch,
+        max_graph_tokens=max_graph_tokens,
     )
 
     def step(batch: Batch) -> Tensor:
@@ -169,11 +174,11 @@ def use_compiled(reference: Any, compiled: list[Any] | None) -> None:
         block._compiled_call_impl = compiled[i] if compiled else None
 
 
-def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attention) -> Step:
+def floor_step(model: Wan, shape: remat.Shape, dtype: torch.dtype, attention: Attention) -> Step:
     """The GEMMs and attention calls of one step of `model`, adapters included, and nothing else."""
     device, config = model.scale_shift_table.device, model.config
-    length, dim, heads = WAN22.num_tokens(bucket), config.dim, config.num_attention_heads
-    lengths = {"kv": MAX_TEXT_TOKENS}
+    batch, length, text_length = shape
+    dim, heads = config.dim, config.num_attention_heads
     buffers: dict[tuple[int, ...], Tensor] = {}
 
     def buffer(*shape: int) -> Tensor:
@@ -185,7 +190,7 @@ def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attent
         for parent in (block.attn1, block.attn2, block.ffn):
             for name, module in parent.named_children():
                 assert isinstance(module, Projections | lora.LoRAProjections)
-                weight, rows = module.weight, lengths.get(name, length)
+                weight, rows = module.weight, batch * (text_length if name == "kv" else length)
                 num_out, total = weight.shape
                 width = total - module.num_padding
                 x, dy = buffer(rows, total), buffer(rows, num_out)
@@ -210,19 +215,15 @@ def floor_step(model: Wan, bucket: Bucket, dtype: torch.dtype, attention: Attent
                     torch.mm(dy, weight)
 
     def attentions() -> None:
-        q, out = (
-            buffer(1, length, heads, dim // heads),
-            buffer(1, length, heads, dim // heads).transpose(1, 2),
-        )
-        for num_keys in (length, MAX_TEXT_TOKENS):
-            k, v = (
-                buffer(1, num_keys, heads, dim // heads),
-                buffer(1, num_keys, heads, dim // heads),
-            )
+        q = buffer(batch, length, heads, dim // heads)
+        out = buffer(batch, length, heads, dim // heads).transpose(1, 2)
+        for num_keys in (length, text_length):
+            k = buffer(batch, num_keys, heads, dim // heads)
+            v = buffer(batch, num_keys, heads, dim // heads)
             qkv = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
             torch.autograd.grad(attention(*qkv), qkv, out)
 
-    def step(batch: Batch) -> Tensor:
+    def step(_: Batch) -> Tensor:
         with torch.no_grad():
             for index, block in enumerate(model.blocks):
                 assert isinstance(block, Block)
@@ -256,7 +257,3 @@ def graphed(step: Step, batch: Batch) -> Step:
         return loss
 
     return replay
-
-
-def chosen_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    return choose_attention(name, device, dtype).attention  # type: ignore[arg-type]

@@ -7,29 +7,64 @@ import torch
 from bench import step_subjects as subjects
 from bench.our_step import Adapters, our_config, our_run
 from loader.batch import Batch
-from loader.shape import Bucket
+from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22, Bucket
 from tools.budget import CONTEXT_BYTES, GIB
+from train import setup
+from train.activations.plan import Shape
 from train.model.attention import AttentionName
 from train.model.wan import WanConfig
 
 CAP_GIB, PLANNED_GIB = 32, 30
 GRAPH_TOKENS = 4096
 PEERS = ("eager, checkpointing", "compiled, checkpointing", "compiled")
+# our step, and the same changed in one thing
+EFFICIENT, SOME_BLOCKS = "ours, efficient attention", "ours, blocks 15-29"
+VARIANTS: dict[str, dict[str, str]] = {
+    "ours": {},
+    EFFICIENT: {"attention": "efficient"},
+    SOME_BLOCKS: {"blocks": "15-29"},
+}
+SUBJECTS = (*VARIANTS, "frozen", "floor", *PEERS)
+DEFAULT_SUBJECTS = ("ours", "frozen", "floor", *PEERS)
 
 
 class Profile(NamedTuple):
     dtype: torch.dtype
     attention: AttentionName
+    # what "auto" may choose of; None: all that can run
+    kernels: tuple[str, ...] | None
+    # the kernel that is checked before anything is timed
+    checked: AttentionName
+    # the only one of torch's that peers may use
+    of_peers: str
     # planned for PLANNED_GIB, and some steps run under a cap of CAP_GIB
     capped: bool
     # False: without the low-rank kernels that need tensor cores
     tensor_cores: bool
 
 
+_NATIVE = Profile(
+    torch.bfloat16,
+    "auto",
+    kernels=None,
+    checked="auto",
+    of_peers="cudnn",
+    capped=False,
+    tensor_cores=True,
+)
 PROFILES = {
-    "native": Profile(torch.bfloat16, "auto", capped=False, tensor_cores=True),
-    "native32": Profile(torch.bfloat16, "auto", capped=True, tensor_cores=True),
-    "volta": Profile(torch.float16, "efficient", capped=True, tensor_cores=False),
+    "native": _NATIVE,
+    "native32": _NATIVE._replace(capped=True),
+    "volta": Profile(
+        torch.float16,
+        "auto",
+        kernels=("efficient", "gemm"),
+        checked="gemm",
+        of_peers="efficient",
+        capped=True,
+        tensor_cores=False,
+    ),
 }
 
 
@@ -43,9 +78,8 @@ class Timing(NamedTuple):
 
 
 class Subjects:
-    """The steps to time on adapters of one kind, by name, and what their models hold.
-
-    steps: "ours", "frozen", "floor" and the peers asked for.
+    """The steps to time on adapters of one kind, by name (of SUBJECTS), and what their models hold.
+    A step is one micro-batch of `num_samples` samples.
     """
 
     def __init__(
@@ -54,51 +88,44 @@ class Subjects:
         bucket: Bucket,
         profile: Profile,
         adapters: Adapters,
-        peers: list[str],
+        names: list[str],
         device: torch.device,
+        num_samples: int = 1,
     ):
         self.config, self.bucket, self.profile, self.device = config, bucket, profile, device
-        dtype, kernel = profile.dtype, profile.attention
-        subjects.only_attention("efficient" if kernel == "efficient" else "cudnn")
+        self.shape = Shape(num_samples, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
+        self._adapters = adapters
+        subjects.only_attention(profile.of_peers)
         self.resident: dict[str, int] = {}
         self.steps: dict[str, subjects.Step] = {}
         with _Counting(self.resident, "peer"):
-            self._reference = subjects.reference_model(config, device, dtype)
+            self._reference = subjects.reference_model(config, device, profile.dtype)
 
-        # our step, as train/main.py runs it
-        before = torch.cuda.memory_allocated()
-        run_config = our_config(
-            adapters,
-            dtype,
-            kernel,
-            activation_memory="auto" if profile.capped else "all",
-            activation_offload=profile.capped,
-            cuda_graph_tokens=GRAPH_TOKENS,
-        )
-        with _Counting(self.resident, "ours"):
-            self.run = our_run(
-                run_config,
-                bucket,
-                model=subjects.our_model(self._reference, config, dtype),
-                tensor_cores=profile.tensor_cores,
-                # as on a card of its own, whatever the other subjects have taken
-                free_bytes=lambda _: PLANNED_GIB * GIB - torch.cuda.memory_allocated() + before,
+        # our step, as train/main.py runs it; the floor and the frozen base have its kernels
+        self.run = self._ours("ours")
+        for name in names:
+            if name in VARIANTS:
+                run = self.run if name == "ours" else self._ours(name)
+                self.steps[name] = subjects.our_step(run)
+        if "frozen" in names:
+            with _Counting(self.resident, "frozen"):
+                frozen = subjects.our_model(self._reference, config, profile.dtype)
+            self.steps["frozen"] = subjects.frozen_step(
+                frozen,
+                self.run.kernels.attention,
+                self.shape,
+                self.run.plans[bucket],
+                GRAPH_TOKENS,
             )
-            self.steps["ours"] = subjects.our_step(self.run)
-
-        # the same on the frozen base, without adapters
-        with _Counting(self.resident, "frozen"):
-            frozen = subjects.our_model(self._reference, config, dtype)
-        self.steps["frozen"] = subjects.frozen_step(
-            frozen, self.run.attention, bucket, self.run.plans[bucket], GRAPH_TOKENS
-        )
-        self.steps["floor"] = self.floor()
+        if "floor" in names:
+            self.steps["floor"] = self.floor()
 
         # diffusers + PEFT: one model, which each peer switches to its way before its step
+        peers = [name for name in names if name in PEERS]
         if not peers:
             return
         with _Counting(self.resident, "peer"):
-            step = subjects.peer_step(self._reference, adapters, dtype)
+            step = subjects.peer_step(self._reference, adapters, profile.dtype)
         compiled = None
         if any("compiled" in peer for peer in peers):
             compiled = subjects.compile_blocks(self._reference)
@@ -107,9 +134,35 @@ class Subjects:
                 step, compiled if "compiled" in peer else None, "checkpointing" in peer
             )
 
+    def _ours(self, name: str) -> setup.Run:
+        """The parts of our step, or of one of its variants."""
+        profile, before = self.profile, torch.cuda.memory_allocated()
+        variant = {"attention": profile.attention} | VARIANTS[name]
+        run_config = our_config(
+            self._adapters,
+            profile.dtype,
+            variant["attention"],
+            variant.get("blocks", ""),
+            global_batch=self.shape.batch,
+            micro_tokens=self.shape.batch * self.shape.num_tokens,
+            activation_memory="auto" if profile.capped else "all",
+            activation_offload=profile.capped,
+            cuda_graph_tokens=GRAPH_TOKENS,
+        )
+        with _Counting(self.resident, name):
+            return our_run(
+                run_config,
+                self.bucket,
+                model=subjects.our_model(self._reference, self.config, profile.dtype),
+                tensor_cores=profile.tensor_cores,
+                kernels=profile.kernels,
+                # as on a card of its own, whatever the other subjects have taken
+                free_bytes=lambda _: PLANNED_GIB * GIB - torch.cuda.memory_allocated() + before,
+            )
+
     def floor(self) -> subjects.Step:
         return subjects.floor_step(
-            self.run.model, self.bucket, self.profile.dtype, self.run.attention
+            self.run.model, self.shape, self.profile.dtype, self.run.kernels.attention
         )
 
     def _peer(self, step: subjects.Step, compiled: Any, checkpointing: bool) -> subjects.Step:
@@ -124,10 +177,10 @@ class Subjects:
 
     def time(self, name: str, batch: Batch) -> Timing:
         """One step of the subject `name`, by CUDA events."""
-        owner = "peer" if name in PEERS else "ours" if name == "ours" else "frozen"
+        owner = "peer" if name in PEERS else name
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        others = torch.cuda.memory_allocated() - self.resident[owner]
+        others = torch.cuda.memory_allocated() - self.resident.get(owner, 0)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         loss = self.steps[name](batch)

@@ -50,6 +50,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"main"},
         {"validator", "open_sampler"},
         {"setup"},
+        {"choices"},
         {"config"},
         {"early_stop", "subjects"},
         {"sampling", "validate"},

@@ -39,8 +39,8 @@ def test_rows_add_up_and_a_kernel_inside_an_operation_is_not_counted_twice() -> 
     ]
     rows = rows_of(events, TI2V_5B, L, 2, CARDS[-1])
     assert [row.ms for row in rows] == [2.0, 1.0, 0.5] and [row.calls for row in rows] == [1.0] * 3
-    assert rows[0].floor_ms == 2 * L * 8 * 16 / CARDS[-1].gemm_flops * 1e3
-    assert rows[1].floor_ms == 2.5 * 2 * L * TI2V_5B.ffn_dim / CARDS[-1].copy_bytes * 1e3
+    assert rows[0].floor_ms == 2 * L * 8 * 16 / CARDS[-1].fast.gemm_flops * 1e3
+    assert rows[1].floor_ms == 2.5 * 2 * L * TI2V_5B.ffn_dim / CARDS[-1].fast.copy_bytes * 1e3
     assert rows[2].floor_ms is None
     assert "3.500  all of a block's operations; 0.500 ms in the 1 that are not shown" in report(
         rows, num_shown=2

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from train.lora import adapters as lora
 from train.lora import files
+from train.lora.config import format_blocks, parse_blocks
 from train.model.attention import choose_attention
 from train.model.load import load_transformer
 from train.model.wan import Wan
@@ -147,3 +148,42 @@ def test_fresh_adapters_do_nothing_and_depend_on_the_seed_alone(tiny_checkpoint:
     for name, (a, _) in first.tensors().items():
         assert torch.equal(a, again.tensors()[name][0])
         assert 0.9 / a.shape[1] ** 0.5 < a.abs().max() <= 1 / a.shape[1] ** 0.5
+
+
+def test_adapters_in_some_blocks_get_no_others_in_diffusers(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
+    adapters = lora.attach(model, lora.TARGETS, RANK, ALPHA, 0.0, seed=1, blocks=(1,))
+    for _, b in adapters.tensors().values():
+        b.copy_(0.2 * torch.randn(b.shape, generator=torch.Generator().manual_seed(2)))
+    adapters.refresh()
+    files.save_both(adapters, tmp_path)
+    for name in (files.DIFFUSERS_FILE, files.COMFYUI_FILE):
+        pipe = WanPipeline.from_pretrained(tiny_checkpoint)
+        pipe.load_lora_weights(tmp_path, weight_name=name)
+        blocks = {
+            parameter.split(".")[1]
+            for parameter, _ in pipe.transformer.named_parameters()
+            if "lora_" in parameter
+        }
+        assert blocks == {"1"}
+        torch.testing.assert_close(theirs(pipe.transformer), ours(model), atol=1e-4, rtol=0)
+
+
+def test_a_lora_of_other_blocks_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    _, adapters = trained(tiny_checkpoint)
+    files.save_both(adapters, tmp_path)
+    model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
+    last = lora.attach(model, lora.TARGETS, RANK, ALPHA, 0.0, seed=1, blocks=(1,))
+    with pytest.raises(lora.LoRAError, match=r'blocks 0-1, lora\.blocks asks for 1; set .*"0-1"'):
+        files.load_diffusers(last, tmp_path / files.DIFFUSERS_FILE)
+
+
+def test_blocks_are_named_by_ranges() -> None:
+    assert parse_blocks("", 30) == tuple(range(30))
+    assert parse_blocks("0,2, 10-12", 30) == (0, 2, 10, 11, 12)
+    assert format_blocks((0, 2, 10, 11, 12)) == "0,2,10-12"
+    for text in ("30", "5-30", "7-5", "a", "1,,2", "-1"):
+        with pytest.raises(ValueError, match="names no blocks of 0 to 29"):
+            parse_blocks(text, 30)

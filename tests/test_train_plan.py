@@ -4,7 +4,10 @@ import pytest
 
 from train.activations import plan
 from train.lora import adapters as lora
+from train.model.attention import Choice
 from train.model.wan import TI2V_5B
+
+EFFICIENT = Choice("efficient", "", ())
 
 
 @pytest.mark.parametrize("budget_gib", [0.5, 2.0, 8.0, 17.0])
@@ -47,14 +50,14 @@ def test_pinned_memory_is_counted_as_torch_takes_it() -> None:
 def test_offloaded_inputs_leave_room_to_save_more() -> None:
     shape, num_bytes = plan.Shape(1, 11_440, 512), 20.0 * 2**30
     plans = [
-        plan.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, num_bytes, "efficient", offload)
+        plan.plan_shape(TI2V_5B, shape, lora.TARGETS[:3], 2, None, num_bytes, EFFICIENT, offload)
         for offload in (False, True)
     ]
     assert all(0.95 * num_bytes < chosen.num_bytes <= num_bytes for chosen in plans)
     without, with_offload = (sum(len(block) for block in chosen.saved or []) for chosen in plans)
     assert with_offload > without + 10
     large = plan.plan_shape(
-        TI2V_5B, shape, lora.TARGETS[:3], 2, None, 100.0 * 2**30, "efficient", True
+        TI2V_5B, shape, lora.TARGETS[:3], 2, None, 100.0 * 2**30, EFFICIENT, True
     )
     assert large.saved is None and large.host_bytes == 0  # where all fits, nothing has to move
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from train.activations import plan, runner
 from train.activations.offload import HostInputs
 from train.lora import adapters as lora
-from train.model.attention import OPERATIONS, choose_attention
+from train.model.attention import OPERATIONS, choose_attention, run_kernel
 from train.model.load import load_transformer
 from train.model.tag import tagged
 from train.model.wan import Wan
@@ -43,9 +43,10 @@ def gradients(
     budget_bytes: float,
     offload: bool = False,
     targets: tuple[str, ...] = lora.TARGETS,
+    blocks: tuple[int, ...] = (0, 1),
 ) -> tuple[list[Tensor], Counter[Any], Wan]:
     model = load_transformer(folder, CPU, torch.float32)
-    adapters = lora.attach(model, targets, 8, 20.0, dropout=0.1, seed=1)
+    adapters = lora.attach(model, targets, 8, 20.0, dropout=0.1, seed=1, blocks=blocks)
     adapters.set_seeds(torch.tensor([7, 8]))
     for _, b in adapters.tensors().values():
         b.normal_(generator=torch.Generator().manual_seed(0))
@@ -56,7 +57,15 @@ def gradients(
     )
     attention = choose_attention("auto", CPU, torch.float32).attention
     plans = plan.plan_run(
-        model.config, [SHAPE], targets, 4, budget_bytes, 0.0, max_graph_tokens=0, offload=offload
+        model.config,
+        [SHAPE],
+        targets,
+        4,
+        budget_bytes,
+        0.0,
+        max_graph_tokens=0,
+        offload=offload,
+        first_block=blocks[0],
     )
     with Count() as count:
         velocity = model(
@@ -65,7 +74,7 @@ def gradients(
             torch.tensor([0, 1]),
             text,
             attention,
-            runner.block_runner(model, plans),
+            runner.block_runner(model, plans, blocks[0]),
         )
         velocity.square().mean().backward()
     return [p.grad for p in adapters.parameters() if p.grad is not None], count.operations, model
@@ -157,3 +166,50 @@ def test_an_operation_is_saved_by_its_tag_whatever_its_bias_or_order() -> None:
         operations.append(count.operations[torch.ops.aten.mm.default])
     # two forward, two backward, and two, one or none recomputed
     assert operations == [6, 5, 4]
+
+
+def test_blocks_before_the_first_adapter_run_once_and_save_nothing(tiny_checkpoint: Path) -> None:
+    expected, operations, _ = gradients(tiny_checkpoint, float("inf"), blocks=(1,))
+    assert sum(operations[op] for op in OPERATIONS) == 4
+    for offload in (False, True):
+        found, operations, _ = gradients(tiny_checkpoint, 0.0, offload, blocks=(1,))
+        assert all(map(torch.equal, found, expected))
+        # two of block 0, and those of block 1 twice
+        assert sum(operations[op] for op in OPERATIONS) == 6
+
+    model = load_transformer(tiny_checkpoint, CPU, torch.float32)
+    lora.attach(model, lora.TARGETS, 8, 20.0, dropout=0.0, seed=1, blocks=(1,))
+    plans = {SHAPE: plan.ShapePlan([frozenset()], 0.0)}
+    run_block = runner.block_runner(model, plans, first_block=1)
+    assert run_block is not None
+    needs_gradient = []
+
+    def noting(*arguments: Any) -> tuple[Tensor, Tensor]:
+        out = run_block(*arguments)
+        needs_gradient.append([part.requires_grad for part in out])
+        return out
+
+    latent, text = torch.randn(2, 48, 2, 6, 8), torch.randn(2, TEXT_TOKENS, 32)
+    attention = choose_attention("auto", CPU, torch.float32).attention
+    model(latent, torch.zeros(2, 2), torch.zeros(2), text, attention, noting)
+    assert needs_gradient == [[False, False], [True, True]]
+
+
+def test_the_output_of_attention_from_gemms_is_saved_like_any_other() -> None:
+    q, k, v = (torch.randn(1, 2, 6, 16, requires_grad=True) for _ in range(3))
+    forward = torch.ops.newsreel.gemm_attention_forward.default
+
+    def function() -> Tensor:
+        with tagged("attn1"):
+            return run_kernel("gemm", q, k, v).sin()
+
+    counts, found = [], []
+    for saved in (frozenset[str](), frozenset({"attn1"})):
+        with Count() as count:
+            out = checkpoint(
+                function, use_reentrant=False, context_fn=partial(runner.contexts, saved)
+            )
+            found.append(torch.autograd.grad(out.sum(), (q, k, v)))
+        counts.append(count.operations[forward])
+    assert counts == [2, 1]
+    assert all(map(torch.equal, *found))

@@ -88,8 +88,8 @@ def test_backward_twice_is_an_error_and_not_silence() -> None:
 
 def test_a_step_scales_the_loss_only_where_it_goes_backward() -> None:
     weight = torch.tensor(2.0, requires_grad=True)
-    step = EagerStep(lambda inputs: 3 * weight, scale_loss=lambda loss: 5 * loss)
-    assert step.forward(None) == 6  # type: ignore[arg-type]
+    step = EagerStep(lambda inputs: 3 * weight, scale_loss=lambda loss, num: num * 5 * loss)
+    assert step.forward(inputs(build())) == 6
     step.backward()
     assert weight.grad == 15
 

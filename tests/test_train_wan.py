@@ -213,8 +213,8 @@ def test_text_of_another_width_than_the_model_takes_is_named(folder: Path) -> No
         choose_attention("auto", torch.device("cpu"), torch.float32).attention,
         None,
         torch.amp.GradScaler("cpu", enabled=False),
-        1.0,
-        0,
+        global_batch=1,
+        max_graph_tokens=0,
     )
     latent, text = torch.zeros(1, 48, 1, 4, 4), torch.zeros(1, 512, model.config.text_dim + 8)
     with pytest.raises(

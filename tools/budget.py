@@ -2,17 +2,20 @@
 them. No GPU is touched and no time measured.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from loader.order import MIX_BLOCK, Order
-from loader.sample import MAX_TEXT_TOKENS
-from loader.shape import WAN22, Bucket
+from loader.shape import Bucket
 from loader.store import read_dataset
-from tools.cards import CARDS, Card
+from tools.cards import CARDS, Card, Rates
 from tools.counts import Step, layers, num_adapter_parameters, num_parameters, step_of
 from train.activations.budget import parse_activation_memory
-from train.activations.plan import Shape, ShapePlan, plan_run
+from train.activations.plan import Shape, ShapePlan, kernels_by_tag, plan_run, scratch_bytes
+from train.choices import attention_shapes, micro_shapes
 from train.config import TrainConfig
+from train.lora.config import parse_blocks
+from train.model.attention import NOT_DETERMINISTIC, Choice, Row, fixed_kernel
 from train.model.wan import WanConfig
 
 GIB = 2**30
@@ -20,16 +23,25 @@ CONTEXT_BYTES = 0.7 * GIB  # CUDA context, cuBLAS and cuDNN workspaces: an allow
 KERNEL_S = 4e-6  # what a kernel costs beside its work, from 832x480x9 on an H200
 
 
+class Span(NamedTuple):
+    """Seconds with the fast and with the slow rates of a card: equal where they are measured."""
+
+    fast: float
+    slow: float
+
+
 class CardBudget(NamedTuple):
-    """One card's share of a run."""
+    """One card's share of a run, with attention kernels of one kind."""
 
     card: Card
-    attention: str
-    # at the peak
+    # the kernels that run; of the largest shape its name
+    kernels: Choice
+    # at the peak, with what attention from GEMMs needs for its scores
     num_bytes: float
+    scratch_bytes: int
     fits: bool
     # of an optimizer step; None: why_no_time says why
-    step_s: float | None
+    step_s: Span | None
     why_no_time: str
     # what each shape saves for the backward pass
     plans: dict[Bucket, ShapePlan]
@@ -47,34 +59,33 @@ def budget(
     """What `config` takes on `num_gpus` of each card; `shares`: how often each shape comes. Raises
     ValueError where the trainer would refuse the batch.
     """
-    if num_gpus < 1 or config.global_batch % (config.micro_batch * num_gpus):
-        raise ValueError(
-            f"global_batch = {config.global_batch} is not a multiple of micro_batch x GPUs = "
-            f"{config.micro_batch} x {num_gpus}"
-        )
+    if num_gpus < 1:
+        raise ValueError(f"--gpus {num_gpus}: use at least 1")
+    shapes = micro_shapes(config, num_gpus, shares)
     resident = resident_parts(config, wan)
     samples_per_gpu = config.global_batch / num_gpus
     cards = [
-        _on_card(card, config, wan, shares, sum(resident.values()), samples_per_gpu)
+        _on_card(
+            card, kernels, config, wan, shares, shapes, sum(resident.values()), samples_per_gpu
+        )
         for card in CARDS
+        for kernels in kernels_on(card, config, wan, list(shapes.values()))
     ]
     return Budget(resident, cards)
 
 
 def _on_card(
     card: Card,
+    kernels: Choice,
     config: TrainConfig,
     wan: WanConfig,
     shares: dict[Bucket, float],
+    shapes: dict[Bucket, Shape],
     resident_bytes: float,
     samples_per_gpu: float,
 ) -> CardBudget:
-    attention, dtype_bytes = attention_of(config, card), _dtype_bytes(config)
-    memory_bytes = card.memory_gib * GIB
-    shapes = {
-        bucket: Shape(config.micro_batch, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
-        for bucket in shares
-    }
+    dtype_bytes, memory_bytes = _dtype_bytes(config), card.memory_gib * GIB
+    first_block = parse_blocks(config.lora.blocks, wan.num_layers)[0]
     by_shape = plan_run(
         wan,
         list(shapes.values()),
@@ -83,8 +94,9 @@ def _on_card(
         budget_bytes=parse_activation_memory(config.activation_memory),
         room_bytes=0.95 * (memory_bytes - resident_bytes),
         max_graph_tokens=config.cuda_graph_tokens,
-        attention=attention,
+        attention=kernels,
         offload=config.activation_offload,
+        first_block=first_block,
     )
     # shapes that run as CUDA graphs keep their memory while the others run
     graph_bytes, other_bytes = 0.0, 0.0
@@ -96,21 +108,36 @@ def _on_card(
     num_bytes = resident_bytes + graph_bytes + other_bytes
 
     plans = {bucket: by_shape[shape] for bucket, shape in shapes.items()}
-    step_s, no_time = None, why_no_time(config, card)
+    step_s, no_time = None, why_no_time(config, card, kernels)
     if not no_time:
-        targets, rank = config.lora.targets, config.lora.rank
-        mean_sample_s = sum(
-            share
-            * seconds(
-                step_of(wan, bucket, targets, rank, dtype_bytes, plans[bucket]), card, attention
+        steps = {
+            bucket: step_of(
+                wan,
+                bucket,
+                config.lora.targets,
+                config.lora.rank,
+                dtype_bytes,
+                plans[bucket],
+                first_block,
             )
-            for bucket, share in shares.items()
+            for bucket in shares
+        }
+        fast, slow = (
+            samples_per_gpu
+            * sum(
+                share * seconds(steps[bucket], rates, kernels_by_tag(shapes[bucket], kernels))
+                for bucket, share in shares.items()
+            )
+            for rates in (card.fast, card.slow)
         )
-        step_s = mean_sample_s * samples_per_gpu
+        step_s = Span(fast, slow)
     return CardBudget(
         card=card,
-        attention=attention,
+        kernels=kernels,
         num_bytes=num_bytes,
+        scratch_bytes=max(
+            scratch_bytes(wan, shape, dtype_bytes, kernels) for shape in shapes.values()
+        ),
         fits=num_bytes <= memory_bytes,
         step_s=step_s,
         why_no_time=no_time,
@@ -121,13 +148,13 @@ def _on_card(
 def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:
     """Bytes on one GPU that stay from step to step, by part."""
     parameters, dtype_bytes = num_parameters(wan), _dtype_bytes(config)
-    rank = config.lora.rank
-    num_adapter = num_adapter_parameters(wan, config.lora.targets, rank)
+    rank, blocks = config.lora.rank, parse_blocks(config.lora.blocks, wan.num_layers)
+    num_adapter = num_adapter_parameters(wan, config.lora.targets, rank, len(blocks))
     base = parameters.half * dtype_bytes + 4.0 * parameters.full
     if config.lora.base == "nf4":
         adapted = [layer for name, layer in layers(wan).items() if name in config.lora.targets]
         # half a byte a weight, and a statistic for 64 of them
-        num_weights = wan.num_layers * sum(layer.width * layer.num_out for layer in adapted)
+        num_weights = len(blocks) * sum(layer.width * layer.num_out for layer in adapted)
         base -= num_weights * (dtype_bytes - 0.516)
         # each [W | B] is unpacked while in use: q, k and v are one
         base += max(3 * (layer.width + rank) * layer.num_out for layer in adapted) * dtype_bytes
@@ -139,39 +166,57 @@ def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:
     }
 
 
-def seconds(step: Step, card: Card, attention: str) -> float:
-    """Of one sample's pass on `card` in half precision, with an attention kernel that runs
-    there.
-    """
+def seconds(step: Step, rates: Rates, kernels: dict[str, str]) -> float:
+    """Of one sample's pass in half precision; kernels: of each attention, by tag."""
+    attention_s = sum(
+        flops / rates.attention_flops[kernels[name]] for name, flops in step.attention_flops.items()
+    )
     return (
-        step.gemm_flops / card.gemm_flops
-        + step.attention_flops / card.attention_flops[attention]
-        + step.moved_bytes / card.copy_bytes
+        step.gemm_flops / rates.gemm_flops
+        + attention_s
+        + step.moved_bytes / rates.copy_bytes
         + step.num_kernels * KERNEL_S
     )
 
 
-def attention_of(config: TrainConfig, card: Card) -> str:
-    """The kernel's name. What "auto" would be on a card is known only there: flash4 is taken
-    where it can run.
+def kernels_on(
+    card: Card, config: TrainConfig, wan: WanConfig, shapes: Sequence[Shape]
+) -> list[Choice]:
+    """The attention kernels to count with. What "auto" takes on a card is known only there: the
+    first of its rates here. On a card without fused kernels for its tensor cores that is the fixed
+    rule between attention from GEMMs and the memory-efficient kernel, and the latter alone beside
+    it.
     """
+    rates = card.slow.attention_flops
     if config.model.attention != "auto":
-        return config.model.attention
-    if config.deterministic and "flash" in card.attention_flops:
-        return "flash"
-    return next(iter(card.attention_flops))
+        return [Choice(config.model.attention, card.name, ())]
+    if config.deterministic and "flash" in rates:
+        return [Choice("flash", card.name, ())]
+    first = next(iter(rates))
+    alone = Choice(first, card.name, ())
+    if first != "efficient" or config.model.dtype != "float16":
+        return [alone]
+    rows = tuple(
+        Row(shape.num_queries, shape.num_keys, fixed_kernel(["efficient", "gemm"], shape), {})
+        for shape in attention_shapes(wan, shapes)
+    )
+    mixed = Choice(first, card.name, rows)
+    return [alone] if mixed.names == first else [mixed, alone]
 
 
-def why_no_time(config: TrainConfig, card: Card) -> str:
+def why_no_time(config: TrainConfig, card: Card, kernels: Choice) -> str:
     """What the trainer refuses there, or there are no rates for; empty: neither."""
-    name = attention_of(config, card)
+    name = kernels.kernel
     if config.model.dtype == "bfloat16" and not card.has_bfloat16:
         return 'refused: no bfloat16 there, set model.dtype = "float16"'
-    if config.deterministic and name in ("flash4", "cudnn"):
+    if config.deterministic and name in NOT_DETERMINISTIC:
         return f'refused: attention = "{name}" is not deterministic'
     if config.model.dtype == "float32":
         return "no rates for float32"
-    return "" if name in card.attention_flops else f'no rate for attention = "{name}" there'
+    if name == "gemm" and config.model.dtype != "float16":
+        return 'refused: attention = "gemm" needs model.dtype = "float16"'
+    known = card.slow.attention_flops
+    return "" if name in known else f'no rate for attention = "{name}" there'
 
 
 def order_of(config: TrainConfig) -> Order:

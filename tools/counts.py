@@ -37,7 +37,8 @@ class Step(NamedTuple):
     """
 
     gemm_flops: float
-    attention_flops: float
+    # of each attention, by tag
+    attention_flops: dict[str, float]
     moved_bytes: float
     num_kernels: float
 
@@ -82,9 +83,13 @@ def num_parameters(config: WanConfig) -> Parameters:
     )
 
 
-def num_adapter_parameters(config: WanConfig, targets: list[str], rank: int) -> int:
+def num_adapter_parameters(
+    config: WanConfig, targets: list[str], rank: int, num_adapted: int | None = None
+) -> int:
+    """num_adapted: blocks with adapters; None: all."""
+    num_blocks = config.num_layers if num_adapted is None else num_adapted
     adapted = [layer for name, layer in layers(config).items() if name in targets]
-    return config.num_layers * rank * sum(layer.width + layer.num_out for layer in adapted)
+    return num_blocks * rank * sum(layer.width + layer.num_out for layer in adapted)
 
 
 def gemm_flops(
@@ -128,17 +133,23 @@ def step_of(
     rank: int,
     dtype_bytes: int,
     activations: ShapePlan,
+    first_block: int = 0,
 ) -> Step:
     """Count one sample: forward, the backward pass with respect to activations and adapters, and
-    what is recomputed.
+    what is recomputed. Blocks before `first_block` have no adapters and run forward only; those
+    after it count as adapted.
     """
-    num_tokens, num_blocks = WAN22.num_tokens(bucket), config.num_layers
-    attention = attention_flops(config, num_tokens)
+    num_tokens, num_blocks = WAN22.num_tokens(bucket), config.num_layers - first_block
+    attention_once = attention_flops(config, num_tokens)
+    frozen = gemm_flops(config, num_tokens, [], rank, is_first_block=True)
     first = gemm_flops(config, num_tokens, targets, rank, is_first_block=True)
     other = gemm_flops(config, num_tokens, targets, rank, is_first_block=False)
     gemm_total = sum(sum(gemm) for gemm in first.values())
     gemm_total += (num_blocks - 1) * sum(sum(gemm) for gemm in other.values())
-    attention_total = num_blocks * 3.5 * sum(attention.values())
+    gemm_total += first_block * sum(gemm.forward for gemm in frozen.values())
+    attention = {
+        name: (first_block + 3.5 * num_blocks) * flops for name, flops in attention_once.items()
+    }
 
     # passes over the rows between the GEMMs, by their width: of the residual stream, of dim in the
     # compute dtype, of the feed-forward
@@ -147,13 +158,15 @@ def step_of(
     wide = dtype_bytes * num_tokens * config.ffn_dim
     forward_bytes = 6 * stream + 12 * row + 2 * wide  # three norms, q/k/v, q, GELU
     backward_bytes = 9 * stream + 17 * row + 3 * wide
-    moved = num_blocks * (forward_bytes + backward_bytes)
+    moved = config.num_layers * forward_bytes + num_blocks * backward_bytes
     moved += num_blocks * dtype_bytes * num_tokens * _adapter_columns(config, targets)
-    num_kernels = float(num_blocks * KERNELS_PER_BLOCK)
+    # about a third of them run forward
+    num_kernels = (num_blocks + 0.3 * first_block) * KERNELS_PER_BLOCK
 
     if activations.saved is not None:
         for saved in activations.saved:
-            attention_total += sum(flops for name, flops in attention.items() if name not in saved)
+            for name, flops in attention_once.items():
+                attention[name] += flops * (name not in saved)
             # ffn.down's output is saved in any case: it is the next block's input
             gemm_total += sum(
                 gemm.forward
@@ -163,8 +176,8 @@ def step_of(
             if "ffn.net.2" in targets:  # but not its x A^T, which B reads
                 gemm_total += 2.0 * num_tokens * config.ffn_dim * rank
         moved += num_blocks * forward_bytes
-        num_kernels *= 1.3
-    return Step(gemm_total, attention_total, moved, num_kernels)
+        num_kernels += 0.3 * num_blocks * KERNELS_PER_BLOCK
+    return Step(gemm_total, attention, moved, num_kernels)
 
 
 def _adapter_columns(config: WanConfig, targets: list[str]) -> int:

@@ -5,6 +5,9 @@ Counted, not guessed: the floating-point operations, the bytes of every part in 
 the configuration's `activation_memory` saves or computes again (tools/counts.py, tools/budget.py).
 A time needs rates besides, which are measured or modelled (tools/cards.py).
 
+At the end stand the days of two whole recipes at 1280x704x49, whatever the configured number of
+steps, with the rest of the configuration as it is.
+
 Without --shape the buckets of the configured datasets are taken, each with its share of the
 samples.
 
@@ -15,20 +18,44 @@ condition = "raw", what `activation_offload` moves over PCIe (it runs beside).
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
 
 from loader.config import load_toml
 from loader.order import describe_counts
 from loader.shape import WAN22, Bucket
-from tools.budget import GIB, Budget, CardBudget, buckets_of, budget, order_of
+from tools.budget import GIB, Budget, CardBudget, Span, buckets_of, budget, order_of
 from tools.table import table
 from train.activations.plan import describe
 from train.config import TrainConfig
 from train.model.load import read_config
 from train.model.wan import WanConfig
 
+LARGE = Bucket(1280, 704, 49)
+
+
+class Recipe(NamedTuple):
+    """What our users set out to train."""
+
+    name: str
+    rank: int
+    num_steps: int
+    global_batch: int
+
+
+RECIPES = (
+    Recipe("rank 16, 10,000 steps of 16", rank=16, num_steps=10_000, global_batch=16),
+    Recipe(
+        "rank 64, three epochs of 172,939 by 8",
+        rank=64,
+        num_steps=3 * 172_939 // 8,
+        global_batch=8,
+    ),
+)
 ADVICE = (
     'To fit a smaller card: activation_memory = "auto" or "block", activation_offload = true, '
-    'micro_batch = 1, optim.name = "adamw8bit", or smaller windows.buckets'
+    'micro_batch = 1 or fewer micro_tokens, optim.name = "adamw8bit", or smaller windows.buckets'
 )
 
 
@@ -38,8 +65,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
     shapes = ", ".join(f"{bucket} ({share:.0%})" for bucket, share in shares.items())
     largest = max(shares, key=WAN22.num_tokens)
     lines = [
-        f"memory of one GPU, micro_batch {config.micro_batch}, activation_memory = "
-        f"{config.activation_memory}",
+        f"memory of one GPU, {_micro(config)}, activation_memory = {config.activation_memory}",
         table(
             ("part", "GiB"),
             [(name, f"{value / GIB:.2f}") for name, value in found.resident.items()],
@@ -51,23 +77,65 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         _cards_table(found, config.num_steps),
         "",
         f"saved for the backward pass at {largest}",
-        *(f"  {one.card.name}: {describe(wan, one.plans[largest])}" for one in found.cards),
+        *(
+            f"  {one.card.name}, {one.kernels.names}: {describe(one.plans[largest])}"
+            for one in found.cards
+        ),
+        "",
+        f"days at {LARGE} on {num_gpus} GPU(s)",
+        _recipes_table(config, wan, num_gpus),
     ]
     if not all(one.fits for one in found.cards):
         lines += ["", ADVICE]
     return "\n".join(lines)
 
 
+def _micro(config: TrainConfig) -> str:
+    if config.micro_tokens:
+        return f"micro_tokens {config.micro_tokens:,}"
+    return f"micro_batch {config.micro_batch}"
+
+
 def _cards_table(found: Budget, num_steps: int) -> str:
     def row(one: CardBudget) -> tuple[str, ...]:
-        step_s = "-" if one.step_s is None else f"{one.step_s:.2f}"
-        days = "-" if one.step_s is None else f"{one.step_s * num_steps / 86400:.2f}"
-        rates = one.why_no_time or f"{one.attention} attention; {one.card.source}"
+        rates = one.why_no_time or f"{one.kernels.names} attention; {one.card.source}"
         fits = "yes" if one.fits else "no"
-        return one.card.name, f"{one.num_bytes / GIB:.1f}", fits, step_s, days, rates
+        return (
+            one.card.name,
+            f"{one.num_bytes / GIB:.1f}",
+            f"{one.scratch_bytes / GIB:.1f}",
+            fits,
+            _span(one.step_s, 1.0),
+            _span(one.step_s, num_steps / 86400),
+            rates,
+        )
 
-    header = ("card", "GiB", "fits", "s/step", "days", "rates")
-    return table(header, map(row, found.cards), align="<><>><")
+    header = ("card", "GiB", "of them scores", "fits", "s/step", "days", "rates")
+    return table(header, map(row, found.cards), align="<>><>><")
+
+
+def _recipes_table(config: TrainConfig, wan: WanConfig, num_gpus: int) -> str:
+    rows: dict[tuple[str, str], list[str]] = {}
+    for recipe in RECIPES:
+        lora = msgspec.structs.replace(config.lora, rank=recipe.rank, alpha=float(recipe.rank))
+        changed = msgspec.structs.replace(
+            config, lora=lora, global_batch=recipe.global_batch, micro_batch=1, micro_tokens=0
+        )
+        if recipe.global_batch % num_gpus:
+            continue
+        for one in budget(changed, wan, {LARGE: 1.0}, num_gpus).cards:
+            cells = rows.setdefault((one.card.name, one.kernels.names), [])
+            cells.append(_span(one.step_s, recipe.num_steps / 86400))
+    header = ("card", "attention", *(recipe.name for recipe in RECIPES))
+    return table(header, [(*key, *cells) for key, cells in rows.items()], align="<<>>")
+
+
+def _span(step_s: Span | None, factor: float) -> str:
+    """A time, or from when to when it may be; "-": none."""
+    if step_s is None:
+        return "-"
+    fast, slow = f"{step_s.fast * factor:.2f}", f"{step_s.slow * factor:.2f}"
+    return slow if fast == slow else f"{fast} to {slow}"
 
 
 def main() -> None:

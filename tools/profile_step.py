@@ -29,6 +29,7 @@ from tools.fake.step import random_batch, random_transformer
 from tools.table import table
 from train import setup
 from train.activations.plan import describe
+from train.choices import micro_shapes
 from train.config import TrainConfig
 from train.model.load import read_config
 from train.model.wan import TI2V_5B, WanConfig
@@ -99,9 +100,9 @@ def operation_flops(name: str, shapes: list[Any]) -> float:
 def floor_seconds(event: Any, bytes_per_kernel: dict[str, float], card: Card) -> float:
     """Of one call; 0 where it is not known."""
     if event.key in bytes_per_kernel:
-        return bytes_per_kernel[event.key] / card.copy_bytes
+        return bytes_per_kernel[event.key] / card.fast.copy_bytes
     is_attention = "attention" in event.key or "flash4" in event.key
-    rate = max(card.attention_flops.values()) if is_attention else card.gemm_flops
+    rate = max(card.fast.attention_flops.values()) if is_attention else card.fast.gemm_flops
     return operation_flops(event.key, event.input_shapes) / rate
 
 
@@ -152,7 +153,8 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     """Profile NUM_STEPS micro-batches; writes the trace and returns the table."""
     device, dtype = torch.device("cuda", 0), getattr(torch, config.model.dtype)
     # one micro-batch on one GPU, and not as CUDA graphs, in which the profiler sees no operations
-    alone = msgspec.structs.replace(config, global_batch=config.micro_batch, cuda_graph_tokens=0)
+    num_samples = micro_shapes(config, 1, [bucket])[bucket].batch
+    alone = msgspec.structs.replace(config, global_batch=num_samples, cuda_graph_tokens=0)
     model = None
     if random:
         found = Path(config.model.path) / "transformer" / "config.json"
@@ -162,7 +164,7 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     batch = random_batch(
         bucket,
         device,
-        is_i2v=[bool(i % 2) for i in range(config.micro_batch)],
+        is_i2v=[bool(i % 2) for i in range(num_samples)],
         text_dim=run.model.config.text_dim,
     )
 
@@ -185,13 +187,13 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     rows = rows_of(
         profiler.key_averages(group_by_input_shape=True),
         run.model.config,
-        config.micro_batch * WAN22.num_tokens(bucket),
+        num_samples * WAN22.num_tokens(bucket),
         dtype.itemsize,
         card=next((card for card in CARDS if card.name.split("-")[0] in card_name), None),
     )
     return (
-        f"{card_name}, {config.model.dtype}, {run.attention_name} attention, {bucket} x "
-        f"{config.micro_batch}: {describe(run.model.config, run.plans[bucket])}\n{report(rows)}\n"
+        f"{card_name}, {config.model.dtype}, {run.kernels.names} attention, {bucket} x "
+        f"{num_samples}: {describe(run.plans[bucket])}\n{report(rows)}\n"
         f"trace: {output / 'trace.json.gz'}"
     )
 

@@ -82,16 +82,7 @@ def load(
     Raises CheckpointError if the configuration, as dotted keys, differs outside of `changeable`. A
     key that an older program did not have counts as its default.
     """
-    try:
-        state: dict[str, Any] = torch.load(
-            folder / STATE_FILE, map_location="cpu", weights_only=True
-        )
-    except Exception as error:
-        # torch raises many kinds for a damaged file; all of them mean the same to the user
-        raise CheckpointError(
-            f"{folder / STATE_FILE}: can't be read ({error}); delete this folder to go on from the "
-            f"checkpoint before it"
-        ) from error
+    state = read_state(folder)
     saved = defaults | state["config"]
     changed = [
         f"{key}: {saved.get(key)!r} then, {config.get(key)!r} now"
@@ -103,6 +94,21 @@ def load(
             f"{folder}: this run can't go on from it: {'; '.join(changed)}. Set these back, or "
             f"choose another output"
         )
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state on the CPU. Raises CheckpointError if it can't be read."""
+    try:
+        state: dict[str, Any] = torch.load(
+            folder / STATE_FILE, map_location="cpu", weights_only=True
+        )
+    except Exception as error:
+        # torch raises many kinds for a damaged file; all of them mean the same to the user
+        raise CheckpointError(
+            f"{folder / STATE_FILE}: can't be read ({error}); delete this folder to go on from the "
+            f"checkpoint before it"
+        ) from error
     return state
 
 

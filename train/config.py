@@ -42,6 +42,9 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     # samples of one forward pass on one GPU; global_batch / (micro_batch * GPUs) passes are
     # accumulated
     micro_batch: Positive = 1
+    # instead: as many samples as have at most so many video tokens together, for each shape; what
+    # divides a GPU's share of the global batch, and at least one. 0: micro_batch decides
+    micro_tokens: Annotated[int, Meta(ge=0)] = 0
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     # what is saved for the backward pass: "block" the inputs of each block, "all" everything,
     # "6GiB" as much beyond "block" as that holds, "auto" as much as the card has room for
@@ -76,6 +79,7 @@ _RESUMABLE = frozenset(
         "cuda_graph_tokens",
         "deterministic",
         "micro_batch",
+        "micro_tokens",
         # what is looked at, not what is trained; the windows and their noise stay, though: losses
         # are compared with the base's and the reference's in the checkpoint
         "validation.every",

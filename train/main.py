@@ -24,6 +24,7 @@ from loader.shape import WAN22
 from train import checkpoint, optim, setup
 from train.config import TrainConfig
 from train.lora import files as lora_files
+from train.model.attention import describe
 from train.open_sampler import open_sampler
 from train.parallel import mesh
 from train.progress import Progress, Report
@@ -52,7 +53,9 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
     progress = None
     if world.is_main:
         progress = stack.enter_context(Progress(config.output_dir, first_step, config.num_steps))
-        (config.output_dir / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+        # what was chosen of "auto" follows as comments
+        chosen = "".join(f"# {line}\n" for line in describe(run.kernels))
+        (config.output_dir / "config.toml").write_text(dump_toml(config) + chosen, encoding="utf-8")
         for line in run.describe():
             progress.say(line)
     # -- the base, before the first step -------------------------------------------------------
@@ -63,18 +66,20 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
 
     # names for what the loop uses most
     flat, scaler, optimizer, micro_step = run.flat, run.scaler, run.optimizer, run.micro_step
-    num_micro_everywhere = run.num_micro * world.data_size
+    share = config.global_batch // world.data_size
     stopwatch, num_tokens, logged_step = Stopwatch(world.device), 0, first_step
     reports: deque[Report] = deque()
     done, stops = first_step, False
     for step in range(first_step, config.num_steps):
         # -- one optimizer step: forward and backward of this process's micro-batches --------
         flat.buffer.zero_()
-        for _ in range(run.num_micro):
+        num_samples = 0
+        while num_samples < share:
             batch, feed_state = next(feed)
+            num_samples += len(batch.keys)
             stopwatch.lap("data_wait_s")
             loss = micro_step.forward(prepare(batch, config.flow))
-            flat.loss.add_(loss / num_micro_everywhere)
+            flat.loss.add_(loss / (config.global_batch // len(batch.keys)))
             stopwatch.lap("forward_s")
             micro_step.backward()
             stopwatch.lap("backward_s")

@@ -33,7 +33,7 @@ def open_sampler(run: Run) -> Sampler | None:
     return Sampler(
         model=run.model,
         adapters=run.adapters,
-        attention=run.attention,
+        attention=run.kernels.attention,
         decoder=Decoder(model_dir, run.world.device),
         subjects=subjects.subjects,
         empty_SD=subjects.empty_SD,

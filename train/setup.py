@@ -18,21 +18,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loader.batching import Batching
 from loader.feed import Feed
 from loader.identity import check_identity, folder_xxh3
-from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
 from train import checkpoint, optim
 from train.activations import plan as activations
 from train.activations.budget import parse_activation_memory, raw_bytes, room_bytes
 from train.activations.runner import block_runner
+from train.choices import attention_kernels, attention_shapes, batching, micro_shapes
 from train.config import TrainConfig, defaults, flat, resumable_changes
 from train.lora import adapters as lora
 from train.lora import files as lora_files
-from train.model.attention import Attention, choose_attention
-from train.model.load import load_transformer
+from train.lora.config import parse_blocks
+from train.model.attention import Choice, describe
+from train.model.load import load_transformer, read_config
 from train.model.wan import Wan
 from train.parallel.mesh import World
 from train.step import MicroStep
@@ -55,8 +55,8 @@ class Run:
     config: TrainConfig
     world: World
     model: Wan
-    attention_name: str
-    attention: Attention
+    # which attention kernel runs where
+    kernels: Choice
     adapters: lora.LoRA
     # all LoRA parameters, their gradient and the loss, each one vector
     flat: optim.FlatParameters
@@ -65,8 +65,6 @@ class Run:
     # what each shape saves for the backward pass
     plans: dict[Bucket, activations.ShapePlan]
     micro_step: MicroStep
-    # micro-batches that this process accumulates in an optimizer step
-    num_micro: int
 
     def resume(self, feed: Feed) -> "Resumed":
         """Take up the newest checkpoint in the output folder, or the file `lora.init`. Raises
@@ -113,6 +111,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "feed": feed_state,
             "validation": validation,
+            "attention": self.kernels.table(),
         }
         checkpoint.save(
             self.config.output_dir,
@@ -139,32 +138,22 @@ class Run:
         summary = (
             f"{len(self.adapters.tensors())} adapters, {self.flat.vector.numel():,} parameters on "
             f"{self.world.data_size} x {self.world.device.type}; {self.config.model.dtype}, "
-            f"{self.attention_name} attention, activation_memory = "
+            f"{self.kernels.names} attention, activation_memory = "
             f"{self.config.activation_memory}; "
             f"{f'resumed from {newest}' if newest else 'from the start'}"
         )
-        plans = [
-            f"{bucket}: {activations.describe(self.model.config, plan)}"
-            for bucket, plan in self.plans.items()
-        ]
-        return [summary, *plans]
+        plans = [f"{bucket}: {activations.describe(plan)}" for bucket, plan in self.plans.items()]
+        return [summary, *describe(self.kernels), *plans]
 
 
 def open_feed(config: TrainConfig, world: World) -> Feed:
     """The training batches of this process. Raises ValueError for datasets that can't be used."""
     vae = None
-    micro_batches(config, world)  # refuses a global batch that can't be divided
+    cut = batching(config, world.data_rank, world.data_size)
     if config.data.condition == "raw":
         dtype = getattr(torch, config.model.dtype)
         vae = load_vae_encoder(Path(config.model.path), world.device, dtype)
-    batching = Batching(
-        global_batch=config.global_batch,
-        micro_batch=config.micro_batch,
-        rank=world.data_rank,
-        world_size=world.data_size,
-        seed=config.seed,
-    )
-    feed = Feed(config.data, batching, world.device, vae)
+    feed = Feed(config.data, cut, world.device, vae)
     try:
         check_datasets(config, world, feed)
     except ValueError:
@@ -201,6 +190,7 @@ def build(
     feed_bytes: float = 0.0,
     free_bytes: Callable[[torch.device], float] = room_bytes,
     tensor_cores: bool = True,
+    kernels: Sequence[str] | None = None,
 ) -> Run:
     """Everything but the feed, for batches of these `buckets`.
 
@@ -208,15 +198,22 @@ def build(
     feed_bytes: what the feed will take on the device. free_bytes(device): what the process can
     still take there; asked if activation_memory = "auto", when all that stays from step to step
     has its place but for the optimizer's state. tensor_cores: False for the low-rank products of
-    a card before sm_80 (train/kernels/lowrank.py), in a benchmark.
+    a card before sm_80 (train/kernels/lowrank.py), in a benchmark. kernels: those that attention =
+    "auto" may choose of, in a benchmark; None: all that can run.
 
     Raises ValueError for a configuration that can't run here, WeightsError, LoRAError.
     """
     device, dtype = world.device, getattr(torch, config.model.dtype)
-    num_micro = micro_batches(config, world)
+    shapes = micro_shapes(config, world.data_size, buckets)
     budget_bytes = parse_activation_memory(config.activation_memory)
     _set_precision(config)
-    choice = choose_attention(config.model.attention, device, dtype, config.deterministic)
+
+    # -- attention kernels, timed while the card is empty ------------------------------------
+    if model is None:
+        wan = read_config(Path(config.model.path) / "transformer" / "config.json")
+    else:
+        wan = model.config
+    choice = attention_kernels(config, world, attention_shapes(wan, shapes.values()), kernels)
     if choice.kernel == "math" and config.activation_memory not in ("all", "block"):
         raise ValueError(
             f'activation_memory = "{config.activation_memory}": attention = "math" is many small '
@@ -224,6 +221,7 @@ def build(
         )
 
     # -- the frozen base and its adapters ----------------------------------------------------
+    blocks = parse_blocks(config.lora.blocks, wan.num_layers)
     if model is None:
         model = load_transformer(Path(config.model.path), device, dtype)
     adapters = lora.attach(
@@ -235,6 +233,7 @@ def build(
         seed=config.seed,
         nf4=config.lora.base == "nf4",
         tensor_cores=tensor_cores,
+        blocks=blocks,
     )
     flat_parameters = optim.flatten(adapters.parameters())
     optimizer = optim.make_optimizer(flat_parameters.vector, config.optim)
@@ -247,10 +246,6 @@ def build(
     if budget_bytes is None:
         optimizer_bytes = 8 * flat_parameters.vector.numel()  # made by its first step
         planned_bytes = free_bytes(device) - optimizer_bytes - feed_bytes
-    shapes = {
-        bucket: activations.Shape(config.micro_batch, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
-        for bucket in buckets
-    }
     plans = activations.plan_run(
         model.config,
         list(shapes.values()),
@@ -259,46 +254,32 @@ def build(
         budget_bytes=budget_bytes,
         room_bytes=planned_bytes,
         max_graph_tokens=config.cuda_graph_tokens if device.type == "cuda" else 0,
-        attention=choice.kernel,
+        attention=choice,
         offload=config.activation_offload,
+        first_block=adapters.first_block,
     )
 
     micro_step = MicroStep(
         model,
         set_seeds=adapters.set_seeds,
         attention=choice.attention,
-        run_block=block_runner(model, plans),
+        run_block=block_runner(model, plans, adapters.first_block),
         scaler=scaler,
-        share=1 / (num_micro * world.data_size),
+        global_batch=config.global_batch,
         max_graph_tokens=config.cuda_graph_tokens,
     )
     return Run(
         config=config,
         world=world,
         model=model,
-        attention_name=choice.kernel,
-        attention=choice.attention,
+        kernels=choice,
         adapters=adapters,
         flat=flat_parameters,
         optimizer=optimizer,
         scaler=scaler,
         plans={bucket: plans[shape] for bucket, shape in shapes.items()},
         micro_step=micro_step,
-        num_micro=num_micro,
     )
-
-
-def micro_batches(config: TrainConfig, world: World) -> int:
-    """How many micro-batches a process accumulates in a step. Raises ValueError if the global
-    batch can't be divided equally.
-    """
-    num_micro, rest = divmod(config.global_batch, config.micro_batch * world.data_size)
-    if rest:
-        raise ValueError(
-            f"global_batch = {config.global_batch} is not a multiple of micro_batch x processes = "
-            f"{config.micro_batch} x {world.data_size}"
-        )
-    return num_micro
 
 
 def _set_precision(config: TrainConfig) -> None:

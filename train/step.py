@@ -58,8 +58,8 @@ def prepare(batch: Batch, config: FlowConfig) -> Inputs:
 
 
 LossFunction = Callable[[Inputs], Tensor]
-# (mean loss of a micro-batch) -> what `backward` is called on
-ScaleLoss = Callable[[Tensor], Tensor]
+# (mean loss of a micro-batch, its number of samples) -> what `backward` is called on
+ScaleLoss = Callable[[Tensor, int], Tensor]
 
 
 class EagerStep:
@@ -67,15 +67,17 @@ class EagerStep:
 
     def __init__(self, loss: LossFunction, scale_loss: ScaleLoss):
         self._loss, self._scale_loss = loss, scale_loss
-        self._last: Tensor | None = None
+        # the loss and the number of samples
+        self._last: tuple[Tensor, int] | None = None
 
     def forward(self, inputs: Inputs) -> Tensor:
-        self._last = self._loss(inputs)
-        return self._last.detach()
+        loss = self._loss(inputs)
+        self._last = loss, len(inputs.seeds_B)
+        return loss.detach()
 
     def backward(self) -> None:
         assert self._last is not None, "backward() needs a forward() of its own"
-        self._scale_loss(self._last).backward()
+        self._scale_loss(*self._last).backward()
         self._last = None
 
 
@@ -101,7 +103,7 @@ class GraphedStep:
         with torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
             captured = loss(self._inputs)
         with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
-            scale_loss(captured).backward()
+            scale_loss(captured, len(example.seeds_B)).backward()
         self._loss = captured.detach()
 
     def forward(self, inputs: Inputs) -> Tensor:
@@ -117,9 +119,9 @@ class GraphedStep:
 class MicroStep:
     """`forward` and then `backward` of one micro-batch after another.
 
-    The gradient of `share` times the loss, scaled by `scaler`, is added to the parameters' `.grad`.
-    `set_seeds(seeds_B)` is called before each pass; `run_block` decides what blocks save for the
-    backward pass (train/activations/).
+    The gradient of its part of the mean over `global_batch` samples, scaled by `scaler`, is added
+    to the parameters' `.grad`. `set_seeds(seeds_B)` is called before each pass; `run_block` decides
+    what blocks save for the backward pass (train/activations/).
     """
 
     def __init__(
@@ -129,12 +131,12 @@ class MicroStep:
         attention: Attention,
         run_block: RunBlock,
         scaler: torch.amp.GradScaler,
-        share: float,
+        global_batch: int,
         max_graph_tokens: int,
     ):
         self._model, self._set_seeds = model, set_seeds
         self._attention, self._run_block = attention, run_block
-        self._scaler, self._share = scaler, share
+        self._scaler, self._global_batch = scaler, global_batch
         self._max_graph_tokens = max_graph_tokens
         self._eager = EagerStep(self.loss, self._scale_loss)
         # latent shape -> its graphs; None: the shape has been seen once
@@ -177,8 +179,10 @@ class MicroStep:
         )
         return losses_B.mean()
 
-    def _scale_loss(self, loss: Tensor) -> Tensor:
-        scaled: Tensor = self._scaler.scale(loss * self._share)
+    def _scale_loss(self, loss: Tensor, num_samples: int) -> Tensor:
+        # of equal micro-batches, as many as a global batch has on all processes
+        share = 1 / (self._global_batch // num_samples)
+        scaled: Tensor = self._scaler.scale(loss * share)
         return scaled
 
     def _step_for(self, inputs: Inputs) -> EagerStep | GraphedStep:

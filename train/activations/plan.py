@@ -12,8 +12,8 @@ seeds.
 
 Time saved per byte: a GEMM's output saves 2 K operations for 2 bytes, whatever its width;
 self-attention's 4 L; cross-attention's only 4 * 512. So self-attention comes first, the GEMMs
-next, and cross-attention last. It comes second where attention is slow, at less than a third of a
-GEMM's rate: torch's memory-efficient kernel, all that V100 has.
+next, and cross-attention last. It comes second where its kernel is slow, at less than a third of a
+GEMM's rate: torch's memory-efficient kernel and attention from GEMMs, all that V100 has.
 
 The inputs of blocks can wait in the host's memory (train/activations/offload.py), which leaves
 room to save more.
@@ -26,6 +26,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from train.kernels import attention_chunks
+from train.model.attention import Choice
 from train.model.wan import WanConfig
 
 # by tag (train/model/tag.py), best first
@@ -44,6 +46,9 @@ GROUPS = {
 # of the memory, at most, for shapes that run as CUDA graphs beside others that don't
 GRAPH_SHARE = 0.25
 _FLOAT32_BYTES = 4
+# they put out the layout with padding that an adapted projection needs
+_PADDING_KERNELS = ("flash4", "gemm")
+NO_KERNELS = Choice("", "", ())
 
 
 class Shape(NamedTuple):
@@ -57,7 +62,8 @@ class Shape(NamedTuple):
 class ShapePlan(NamedTuple):
     """What to save of one shape."""
 
-    # per block the operations whose outputs are saved, by tag; None: everything
+    # per block that needs a gradient the operations whose outputs are saved, by tag; None:
+    # everything
     saved: list[frozenset[str]] | None
     # what that takes at its peak, with what the block at work and gradients in flight need
     num_bytes: float
@@ -75,15 +81,19 @@ class BlockBytes(NamedTuple):
 
 
 def block_bytes(
-    config: WanConfig, shape: Shape, targets: Sequence[str], dtype_bytes: int, attention: str = ""
+    config: WanConfig,
+    shape: Shape,
+    targets: Sequence[str],
+    dtype_bytes: int,
+    attention: Choice = NO_KERNELS,
 ) -> BlockBytes:
-    """`attention` is the kernel's name."""
+    """`attention`: the kernels that run."""
     num_elements = shape.batch * shape.num_tokens * config.dim
     return BlockBytes(
         stream=float(_FLOAT32_BYTES * num_elements),
         pending=float(dtype_bytes * num_elements),
         autograd=shape.batch * autograd_bytes(config, shape, targets, dtype_bytes, attention),
-        transient=shape.batch * transient_bytes(config, shape, dtype_bytes),
+        transient=transient_bytes(config, shape, dtype_bytes, attention),
     )
 
 
@@ -107,7 +117,11 @@ def output_bytes(
 
 
 def autograd_bytes(
-    config: WanConfig, shape: Shape, targets: Sequence[str], dtype_bytes: int, attention: str = ""
+    config: WanConfig,
+    shape: Shape,
+    targets: Sequence[str],
+    dtype_bytes: int,
+    attention: Choice = NO_KERNELS,
 ) -> float:
     """What autograd saves of one block and sample when nothing is computed again."""
     video = float(shape.num_tokens * config.dim * dtype_bytes)
@@ -120,31 +134,72 @@ def autograd_bytes(
     outputs = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
     total += sum(size for name, size in outputs.items() if not name.endswith(".out"))
     # the input of each adapted GEMM, where it is not one of the above: ffn.down saves what GELU
-    # reads, and flash4's attention puts out the layout that its projection needs
+    # reads, and some attention kernels put out the layout that their projection needs
+    counted = {"ffn.down"} | {
+        f"{name}.out"
+        for name, kernel in kernels_by_tag(shape, attention).items()
+        if kernel in _PADDING_KERNELS
+    }
     for name, layers in GROUPS.items():
-        counted = name == "ffn.down" or (name == "attn1.out" and attention == "flash4")
-        if not counted and not set(layers).isdisjoint(targets):
+        if name not in counted and not set(layers).isdisjoint(targets):
             total += text if name == "attn2.kv" else video
     return total
 
 
-def transient_bytes(config: WanConfig, shape: Shape, dtype_bytes: int) -> float:
-    """Gradients in flight through one block and sample, at their most: that of the stream, and
-    two of the feed-forward's width.
+def transient_bytes(
+    config: WanConfig, shape: Shape, dtype_bytes: int, attention: Choice = NO_KERNELS
+) -> float:
+    """Gradients in flight through one block, at their most: that of the stream, and beside it two
+    of the feed-forward's width, or those of attention with the scratch of its kernel. By then what
+    the feed-forward has saved is released.
     """
-    return shape.num_tokens * (12.0 * config.dim + 2 * dtype_bytes * config.ffn_dim)
+    num_rows = shape.batch * shape.num_tokens
+    wide = dtype_bytes * num_rows * config.ffn_dim
+    # of the output; of q, k and v, each and as one
+    in_attention = 7 * dtype_bytes * num_rows * config.dim
+    in_attention += scratch_bytes(config, shape, dtype_bytes, attention) - wide
+    return 12.0 * num_rows * config.dim + max(2 * wide, in_attention)
 
 
-def slow_attention(name: str, dtype_bytes: int) -> bool:
+def scratch_bytes(
+    config: WanConfig, shape: Shape, dtype_bytes: int, attention: Choice = NO_KERNELS
+) -> int:
+    """What the attention kernels of a block allocate for themselves at a time: scores, if they are
+    GEMMs.
+    """
+    lengths = {"attn1": shape.num_tokens, "attn2": shape.num_text_tokens}
+    sizes = [0]
+    for name, kernel in kernels_by_tag(shape, attention).items():
+        if kernel == "gemm":
+            part = attention_chunks.chunk(
+                config.num_attention_heads,
+                shape.num_tokens,
+                lengths[name],
+                dtype_bytes,
+                backward=True,
+            )
+            sizes.append(attention_chunks.allocated_bytes(part, dtype_bytes, backward=True))
+    return max(sizes)
+
+
+def kernels_by_tag(shape: Shape, attention: Choice) -> dict[str, str]:
+    """The kernel of each attention of a block."""
+    return {
+        "attn1": attention.kernel_for(shape.num_tokens, shape.num_tokens),
+        "attn2": attention.kernel_for(shape.num_tokens, shape.num_text_tokens),
+    }
+
+
+def slow_attention(kernel: str, dtype_bytes: int) -> bool:
     """Whether this kernel is slow beside GEMMs in this type: float32 has slow GEMMs too."""
-    return name == "efficient" and dtype_bytes == 2
+    return kernel in ("efficient", "gemm") and dtype_bytes == 2
 
 
 def choose_saved(
     sizes: dict[str, int], num_blocks: int, budget_bytes: float, cross_first: bool = False
 ) -> list[frozenset[str]]:
     """Per block the operations whose outputs are saved: the best ones first, in as many blocks as
-    the budget allows. `sizes` are bytes by tag, `cross_first` is for slow attention.
+    the budget allows. `sizes` are bytes by tag, `cross_first` is for slow cross-attention.
     """
     saved: list[set[str]] = [set() for _ in range(num_blocks)]
     for name in _ORDER_SLOW_ATTENTION if cross_first else _ORDER:
@@ -162,17 +217,18 @@ def plan_shape(
     dtype_bytes: int,
     budget_bytes: float | None,
     room_bytes: float = 0.0,
-    attention: str = "",
+    attention: Choice = NO_KERNELS,
     offload: bool = False,
+    first_block: int = 0,
 ) -> ShapePlan:
     """What to save of `shape` under a budget, or (`budget_bytes` None) so that all of it fits
     into `room_bytes`.
 
-    `attention` is the kernel's name; with `offload` the inputs of blocks go to the host where not
-    all is saved.
+    `attention`: the kernels that run; with `offload` the inputs of blocks go to the host where not
+    all is saved. Blocks before `first_block` need no gradient and save nothing.
     """
     block = block_bytes(config, shape, targets, dtype_bytes, attention)
-    num_blocks = config.num_layers
+    num_blocks = config.num_layers - first_block
     everything_bytes = num_blocks * block.autograd + block.transient
     everything_fits = budget_bytes is None and everything_bytes <= room_bytes
     if everything_fits or budget_bytes == float("inf"):
@@ -197,7 +253,7 @@ def plan_shape(
         sizes,
         num_blocks,
         budget_bytes / shape.batch,
-        cross_first=slow_attention(attention, dtype_bytes),
+        cross_first=slow_attention(kernels_by_tag(shape, attention)["attn2"], dtype_bytes),
     )
     saved_bytes = shape.batch * sum(sizes[name] for names in saved for name in names)
     return ShapePlan(
@@ -223,8 +279,9 @@ def plan_run(
     budget_bytes: float | None,
     room_bytes: float,
     max_graph_tokens: int,
-    attention: str = "",
+    attention: Choice = NO_KERNELS,
     offload: bool = False,
+    first_block: int = 0,
 ) -> dict[Shape, ShapePlan]:
     """`plan_shape` for every shape of a run; those up to `max_graph_tokens` keep their memory as
     CUDA graphs.
@@ -234,7 +291,14 @@ def plan_run(
     graph_room_bytes = room_bytes * (GRAPH_SHARE if others else 1.0)
     plans = {
         shape: plan_shape(
-            config, shape, targets, dtype_bytes, budget_bytes, graph_room_bytes, attention
+            config,
+            shape,
+            targets,
+            dtype_bytes,
+            budget_bytes,
+            graph_room_bytes,
+            attention,
+            first_block=first_block,
         )
         for shape in graphs
     }
@@ -242,19 +306,27 @@ def plan_run(
     room_bytes -= max((plan.num_bytes for plan in plans.values()), default=0.0)
     for shape in others:
         plans[shape] = plan_shape(
-            config, shape, targets, dtype_bytes, budget_bytes, room_bytes, attention, offload
+            config,
+            shape,
+            targets,
+            dtype_bytes,
+            budget_bytes,
+            room_bytes,
+            attention,
+            offload,
+            first_block,
         )
     return plans
 
 
-def describe(config: WanConfig, plan: ShapePlan) -> str:
+def describe(plan: ShapePlan) -> str:
     """One line for the log."""
     peak = f"{plan.num_bytes / 2**30:.1f} GiB at the peak beside the model, by the plan"
     if plan.saved is None:
         return f"everything is saved, nothing computed again; {peak}"
     counts = {name: sum(name in block for block in plan.saved) for name in _ORDER}
     what = ", ".join(f"{name} of {num}" for name, num in counts.items() if num)
-    line = f"of {config.num_layers} blocks are saved: {what or 'only their inputs'}"
+    line = f"of {len(plan.saved)} blocks are saved: {what or 'only their inputs'}"
     if plan.host_bytes:
         line += f"; {plan.host_bytes / 2**30:.1f} GiB of their inputs wait in the host's memory"
     return f"{line}; {peak}"

@@ -28,17 +28,18 @@ SAVEABLE_OPERATIONS = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default} 
 )
 
 
-def block_runner(model: Wan, plans: dict[Shape, ShapePlan]) -> RunBlock:
-    """The `run_block` of Wan.forward for micro-batches of these shapes. Raises ValueError where
-    the host can't pin what the plans offload.
+def block_runner(model: Wan, plans: dict[Shape, ShapePlan], first_block: int = 0) -> RunBlock:
+    """The `run_block` of Wan.forward for micro-batches of these shapes. Blocks before `first_block`
+    need no gradient, and are no part of the plans. Raises ValueError where the host can't pin what
+    the plans offload.
     """
     if all(plan.saved is None for plan in plans.values()):
         return None
-    first = model.blocks[0]
+    first = model.blocks[first_block]
     assert isinstance(first, Block)
     # an adapted ffn.down saves its output, the next block's pending residual, on the GPU
     offloads_pending = first.ffn.down.num_padding == 0
-    host = _host_inputs(model, plans, offloads_pending)
+    host = _host_inputs(model, plans, len(model.blocks) - first_block, offloads_pending)
 
     def run_block(
         index: int,
@@ -50,18 +51,19 @@ def block_runner(model: Wan, plans: dict[Shape, ShapePlan]) -> RunBlock:
         inputs: BlockInputs,
     ) -> tuple[Tensor, Tensor]:
         plan = plans[Shape(x_BLD.shape[0], x_BLD.shape[1], inputs.text_BSD.shape[1])]
-        if plan.saved is None:
+        if plan.saved is None or index < first_block:
+            # where no input and no parameter needs a gradient, autograd saves nothing
             out: tuple[Tensor, Tensor] = block(
                 x_BLD, pending_BLD, pending_gate_BRD, tables_BR6D, inputs
             )
             return out
-        saved = plan.saved[index]
+        saved = plan.saved[index - first_block]
         offloading: AbstractContextManager[Any] = nullcontext()
         if host is not None and plan.host_bytes:
             offloaded = [x_BLD]
             if offloads_pending and pending_BLD is not None:
                 offloaded.append(pending_BLD)
-            offloading = saved_tensors_hooks(*host.hooks(index, offloaded))
+            offloading = saved_tensors_hooks(*host.hooks(index - first_block, offloaded))
         # to save ffn.down's output costs nothing unless it is offloaded: as the next block's
         # input it is there anyway
         if not (offloads_pending and plan.host_bytes):
@@ -84,9 +86,11 @@ def block_runner(model: Wan, plans: dict[Shape, ShapePlan]) -> RunBlock:
 
 
 def _host_inputs(
-    model: Wan, plans: dict[Shape, ShapePlan], offloads_pending: bool
+    model: Wan, plans: dict[Shape, ShapePlan], num_blocks: int, offloads_pending: bool
 ) -> HostInputs | None:
-    """Host memory for the largest shape that offloads, None if none does."""
+    """Host memory for the largest shape that offloads, None if none does. num_blocks: of those
+    that need a gradient.
+    """
     num_tokens = [
         shape.batch * shape.num_tokens for shape, plan in plans.items() if plan.host_bytes
     ]
@@ -97,7 +101,7 @@ def _host_inputs(
         element_bytes.append(model.patch_embedding.weight.element_size())
     num_elements = max(num_tokens) * model.config.dim
     return HostInputs(
-        model.config.num_layers,
+        num_blocks,
         [num_elements * size for size in element_bytes],
         model.scale_shift_table.device,
     )

@@ -8,7 +8,7 @@ Shapes: B samples, L tokens, K in, N out, R = number of adapted layers that shar
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -155,13 +155,20 @@ class LoRA:
         rank: int,
         alpha: float,
         targets: tuple[str, ...],
+        num_blocks: int,
     ):
-        """`modules`: of each block, by its index."""
+        """`modules`: of each adapted block, by its index. num_blocks: of the model."""
         self.modules, self.rank, self.alpha, self.targets = modules, rank, alpha, targets
+        self.num_blocks = num_blocks
         self._all = [module for block in modules.values() for module in block]
         self._table: CopyTable | None = None
         self._addresses: list[int] = []  # of the tensors that the table was made of
         self.refresh()
+
+    @property
+    def first_block(self) -> int:
+        """The first block with adapters: nothing before it needs a gradient."""
+        return min(self.modules)
 
     def parameters(self) -> list[AdapterParameter]:
         return [parameter for module in self._all for parameter in (module.a_RK, module.b_NR)]
@@ -224,9 +231,10 @@ def attach(
     seed: int,
     nf4: bool = False,
     tensor_cores: bool = True,
+    blocks: Collection[int] | None = None,
 ) -> LoRA:
-    """Put adapters on `targets` in every block of `model`, in place; only they will require a
-    gradient.
+    """Put adapters on `targets` in `blocks` of `model` (None: in all), in place; only they will
+    require a gradient.
 
     A is drawn from `seed` on the CPU, layer after layer, so that it is the same on every device.
     With `nf4` the frozen weights of these layers are quantised. With `tensor_cores` False the
@@ -246,14 +254,17 @@ def attach(
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     modules: dict[int, list[LoRAProjections]] = {}
-    # counts the layers that are not adapted too: dropout of one does not depend on the targets
+    # counts the layers that are not adapted too: dropout of one depends on no other
     layer = -1
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        modules[index] = []
+        if blocks is None or index in blocks:
+            modules[index] = []
         for parent in (block.attn1, block.attn2, block.ffn):
             for child_name, child in list(parent.named_children()):
                 layer += 1
+                if index not in modules:
+                    continue
                 if not isinstance(child, Projections) or set(child.names).isdisjoint(chosen):
                     continue
                 adapted = LoRAProjections(
@@ -262,7 +273,7 @@ def attach(
                 _initialise(adapted, generator)
                 setattr(parent, child_name, adapted)
                 modules[index].append(adapted)
-    return LoRA(modules, rank, alpha, chosen)
+    return LoRA(modules, rank, alpha, chosen, num_blocks=len(model.blocks))
 
 
 def _initialise(module: LoRAProjections, generator: torch.Generator) -> None:

@@ -6,6 +6,7 @@ without it), ComfyUI from one `.alpha` tensor per layer (and diffusers' converte
 both).
 """
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from loader.files import write_atomic
 from train.lora.adapters import LoRA, LoRAError
+from train.lora.config import format_blocks
 
 DIFFUSERS_FILE, COMFYUI_FILE = "lora.safetensors", "lora_comfyui.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
+_BLOCK = re.compile(r"transformer\.blocks\.(\d+)\.")
 _COMFYUI_NAMES = {
     "attn1.to_q": "self_attn.q",
     "attn1.to_k": "self_attn.k",
@@ -45,11 +48,15 @@ def save_diffusers(lora: LoRA, path: Path) -> None:
     for name, (a, b) in lora.tensors().items():
         tensors[f"transformer.{name}.lora_A.weight"] = a
         tensors[f"transformer.{name}.lora_B.weight"] = b
-    metadata = {
+    metadata: dict[str, object] = {
         "transformer.r": lora.rank,
         "transformer.lora_alpha": lora.alpha,
         "transformer.target_modules": sorted(lora.targets),
     }
+    # without these PEFT puts adapters, which do nothing, on the other blocks too
+    if len(lora.modules) < lora.num_blocks:
+        metadata["transformer.layers_to_transform"] = sorted(lora.modules)
+        metadata["transformer.layers_pattern"] = "blocks"
     _save(tensors, path, {METADATA_KEY: msgspec.json.encode(metadata, order="sorted").decode()})
 
 
@@ -68,8 +75,8 @@ def save_comfyui(lora: LoRA, path: Path) -> None:
 
 
 def load_diffusers(lora: LoRA, path: Path) -> None:
-    """Fill the adapters from a file of `save_diffusers`. Rank, alpha and targets must be the
-    same. Raises LoRAError.
+    """Fill the adapters from a file of `save_diffusers`. Rank, alpha, blocks and targets must be
+    the same. Raises LoRAError.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -90,6 +97,13 @@ def load_diffusers(lora: LoRA, path: Path) -> None:
         for name, factors in lora.tensors().items()
         for kind, tensor in zip("AB", factors, strict=True)
     }
+    blocks = {int(match[1]) for key in found if (match := _BLOCK.match(key))}
+    if blocks != set(lora.modules):
+        theirs_text, ours_text = format_blocks(blocks), format_blocks(lora.modules)
+        raise LoRAError(
+            f"{path}: the file has adapters in blocks {theirs_text}, lora.blocks asks for "
+            f'{ours_text}; set lora.blocks = "{theirs_text}", or give another file'
+        )
     if wanted.keys() != found.keys():
         raise LoRAError(
             f"{path}: adapters differ from lora.targets: "

@@ -90,6 +90,11 @@ class Choice(NamedTuple):
             key=lambda row: (abs(row.num_keys - num_keys), abs(row.num_queries - num_queries)),
         ).kernel
 
+    @property
+    def names(self) -> str:
+        """For people: the kernels that run."""
+        return " and ".join(dict.fromkeys(row.kernel for row in self.rows)) or self.kernel
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, num_padding: int = 0) -> Tensor:
         """See `run_kernel`."""
         return run_kernel(self.kernel_for(q.shape[2], k.shape[2]), q, k, v, num_padding)
@@ -139,7 +144,7 @@ def choose_attention(
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         _refuse_emulation(device)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    card = card_name(device)
     kernels = candidates(device, dtype, deterministic) if kernels is None else kernels
     time = time or time_ms
     if name != "auto" or len(kernels) == 1:
@@ -170,6 +175,24 @@ def choose_attention(
             kernel = min(done, key=done.__getitem__)
         rows.append(Row(shape.num_queries, shape.num_keys, kernel, times_ms))
     return Choice(kernels[0], card, tuple(rows))
+
+
+def card_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def still_holds(
+    choice: Choice, device: torch.device, dtype: torch.dtype, shapes: Sequence[AttentionShape]
+) -> bool:
+    """Whether this choice, made earlier, was made on such a card, of kernels that can run here, and
+    for these lengths.
+    """
+    chosen = {(row.num_queries, row.num_keys): row.kernel for row in choice.rows}
+    return (
+        choice.card == card_name(device)
+        and chosen.keys() == {(shape.num_queries, shape.num_keys) for shape in shapes}
+        and set(chosen.values()) <= set(candidates(device, dtype))
+    )
 
 
 def candidates(device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> list[str]:

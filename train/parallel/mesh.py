@@ -10,11 +10,13 @@ tens of megabytes: there is nothing worth overlapping.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -72,6 +74,15 @@ def all_reduce_sum(vector: Tensor, world: World) -> None:
     """Sum `vector` over all processes, in place."""
     if world.data_size > 1:
         dist.all_reduce(vector)
+
+
+def broadcast(value: T, world: World) -> T:
+    """The main process's `value`, for everyone; any object that can be pickled."""
+    if world.data_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=world.device)
+    return values[0]
 
 
 def barrier(world: World) -> None:

@@ -1,0 +1,147 @@
+"""What a run decides for each of its shapes before the first step: how many samples a micro-batch
+has, and which attention kernels run.
+
+Both change speed and memory only, so both may differ when a run goes on from a checkpoint. The
+kernels that were timed are kept then, because timings differ by chance, and with another kernel the
+run would round differently.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from loader.batching import Batching
+from loader.sample import MAX_TEXT_TOKENS
+from loader.shape import WAN22, Bucket
+from train import checkpoint
+from train.activations.plan import Shape
+from train.config import TrainConfig
+from train.model.attention import (
+    AttentionShape,
+    Choice,
+    choose_attention,
+    from_table,
+    still_holds,
+)
+from train.model.wan import WanConfig
+from train.parallel import mesh
+from train.parallel.mesh import World
+
+log = logging.getLogger(__name__)
+
+
+def batching(config: TrainConfig, rank: int, world_size: int) -> Batching:
+    """How the global batches are cut up for process `rank` of `world_size`. Raises ValueError if
+    they can't be divided equally.
+    """
+    if config.micro_tokens and config.micro_batch != 1:
+        raise ValueError(
+            f"micro_batch = {config.micro_batch} and micro_tokens = {config.micro_tokens}: set one "
+            f"of them"
+        )
+    if config.global_batch % (config.micro_batch * world_size):
+        raise ValueError(
+            f"global_batch = {config.global_batch} is not a multiple of micro_batch x processes = "
+            f"{config.micro_batch} x {world_size}"
+        )
+    return Batching(
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        micro_tokens=config.micro_tokens,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+    )
+
+
+def micro_shapes(
+    config: TrainConfig, world_size: int, buckets: Iterable[Bucket]
+) -> dict[Bucket, Shape]:
+    """A micro-batch of each bucket. Raises ValueError as `batching` does."""
+    cut = batching(config, rank=0, world_size=world_size)
+    shapes = {}
+    for bucket in buckets:
+        num_tokens = WAN22.num_tokens(bucket)
+        shapes[bucket] = Shape(cut.micro_batch_of(num_tokens), num_tokens, MAX_TEXT_TOKENS)
+    return shapes
+
+
+def attention_shapes(wan: WanConfig, shapes: Iterable[Shape]) -> list[AttentionShape]:
+    """Of the self-attention and the cross-attention of each micro-batch."""
+    return [
+        AttentionShape(
+            batch=shape.batch,
+            num_heads=wan.num_attention_heads,
+            num_queries=shape.num_tokens,
+            num_keys=num_keys,
+            head_dim=wan.attention_head_dim,
+        )
+        for shape in shapes
+        for num_keys in (shape.num_tokens, shape.num_text_tokens)
+    ]
+
+
+def attention_kernels(
+    config: TrainConfig,
+    world: World,
+    shapes: Sequence[AttentionShape],
+    kernels: Sequence[str] | None = None,
+) -> Choice:
+    """The attention kernels of the run: the main process chooses, of `kernels` if they are given,
+    and everyone takes what it chose. Raises ValueError on all of them for what can't run.
+    """
+    found: Choice | ValueError | None = None
+    if world.is_main:
+        try:
+            found = _choose(config, world.device, shapes, kernels)
+        except ValueError as error:
+            found = error
+    found = mesh.broadcast(found, world)
+    if isinstance(found, ValueError):
+        raise found
+    assert found is not None
+    return found
+
+
+def _choose(
+    config: TrainConfig,
+    device: torch.device,
+    shapes: Sequence[AttentionShape],
+    kernels: Sequence[str] | None,
+) -> Choice:
+    dtype, name = getattr(torch, config.model.dtype), config.model.attention
+    saved = None
+    if name == "auto" and not config.deterministic:
+        saved = _saved_choice(config)
+    # one kernel needs no timing, and then there are no rows
+    if saved is not None and saved.rows:
+        if still_holds(saved, device, dtype, shapes):
+            return saved
+        log.warning(
+            "attention: the kernels of the checkpoint were chosen on %s for %d pairs of lengths; "
+            "this card or these lengths are others, so they are timed again",
+            saved.card,
+            len(saved.rows),
+        )
+    return choose_attention(
+        name,
+        device,
+        dtype,
+        deterministic=config.deterministic,
+        shapes=shapes,
+        kernels=kernels,
+    )
+
+
+def _saved_choice(config: TrainConfig) -> Choice | None:
+    """That of the newest checkpoint; None if there is none, or it is of an older program."""
+    newest = checkpoint.latest(config.output_dir)
+    if newest is None:
+        return None
+    try:
+        table = checkpoint.read_state(newest).get("attention")
+    except checkpoint.CheckpointError:
+        # the run can't go on from it, and says so where it tries
+        return None
+    return None if table is None else from_table(table)
