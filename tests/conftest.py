@@ -9,10 +9,12 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from trainer_runs import finish, small_run, start
 
 from shardgen.cli import main as shardgen
 from tools.fake.checkpoint import write_tiny_checkpoint
 from tools.fake.corpus import write_sample_corpus
+from train.config import TrainConfig
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +67,25 @@ def tiny_dataset(tiny_recipe: Path) -> Path:
     """
     assert shardgen(["build", str(tiny_recipe)]) == 0
     return tiny_recipe.parent / "tiny"
+
+
+@pytest.fixture(scope="session")
+def run_config(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A small training run, without an output."""
+    return small_run(tiny_checkpoint, tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(run_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of that run on two ranks, never stopped; read-only by agreement."""
+    output = tmp_path_factory.mktemp("two_ranks")
+    finish(start(run_config, output, 2))
+    return output
+
+
+@pytest.fixture(scope="session")
+def one_rank(run_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of that run on one rank, never stopped; read-only by agreement."""
+    output = tmp_path_factory.mktemp("one_rank")
+    finish(start(run_config, output, 1))
+    return output

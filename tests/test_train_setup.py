@@ -51,6 +51,16 @@ def test_what_can_not_run_is_refused(
         setup.build(msgspec.structs.replace(config, **changes), ALONE, [BUCKET])
 
 
+def test_deterministic_refuses_attention_that_is_not(config: TrainConfig) -> None:
+    model = msgspec.structs.replace(config.model, attention="cudnn")
+    changed = msgspec.structs.replace(config, model=model, deterministic=True)
+    try:
+        with pytest.raises(ValueError, match="gives other bits .* with deterministic = true use \"gemm\", \"flash\""):
+            setup.build(changed, ALONE, [BUCKET])
+    finally:
+        torch.use_deterministic_algorithms(False)  # for the whole process
+
+
 def test_attention_of_many_small_operations_refuses_a_budget(config: TrainConfig) -> None:
     math = msgspec.structs.replace(config.model, attention="math")
     changed = msgspec.structs.replace(config, model=math, activation_memory="1GiB")
@@ -122,3 +132,23 @@ def test_a_dataset_of_another_model_is_refused_and_what_is_not_compared_is_logge
         (folder / "manifest.json").write_bytes(encode_manifest(manifest))
         with pytest.raises(DatasetError, match=message):
             setup.open_feed(config, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 4}, "seed: 0 then, 4 now"),
+        ({"num_steps": 1}, "num_steps = 1: .* is 2 steps on already; ask for as many or more"),
+    ],
+)
+def test_a_run_that_can_not_go_on_from_its_checkpoint_says_why(
+    config: TrainConfig, changes: dict[str, Any], message: str
+) -> None:
+    with setup.open_feed(config, ALONE) as feed:
+        run = setup.build(config, ALONE, feed.buckets)
+        run.flat.gradient.zero_()
+        run.optimizer.step()
+        run.save_checkpoint(2, next(feed)[1])
+        changed = msgspec.structs.replace(config, **changes)
+        with pytest.raises(ValueError, match=message):
+            setup.build(changed, ALONE, feed.buckets).resume(feed)
