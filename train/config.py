@@ -19,7 +19,6 @@ from train.sampling import SamplesConfig
 from train.validate import ValidationConfig
 
 Positive = Annotated[int, Meta(ge=1)]
-Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -3,5 +3,6 @@
 adapters   the modules, and how they are attached to a model
 linear     the arithmetic: one GEMM for the layer and its adapters
 nf4        frozen weights in 4 bits
+config     the [lora] table
 files      what diffusers and ComfyUI load
 """

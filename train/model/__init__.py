@@ -1,5 +1,6 @@
 """The Wan transformer.
 
+config       the [model] table
 wan          the modules and the forward pass
 load         weights from a diffusers folder
 attention    which kernel runs, by name

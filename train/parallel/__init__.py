@@ -1,1 +1,4 @@
-"""Ranks, and what they exchange."""
+"""Which process does what, and what they exchange.
+
+mesh    the place of this process, the all-reduce of a step
+"""
