@@ -43,7 +43,7 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             sync_folder(path.parent)
     except OSError as error:
         # a write to an open file fails without saying which: the disk is full, for example
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
     finally:

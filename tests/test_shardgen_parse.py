@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bench.label_tree import defective_labels, label_bytes, make_label
+from shardgen.labels.nesting import is_too_deep
 from shardgen.labels.parse import LabelError, parse_label
 from shardgen.labels.timecode import TimecodeError, timecode_frame
 
@@ -248,3 +249,9 @@ def test_a_declared_length_is_read_or_unknown_but_loses_no_label(
     declared: Any, length_s: float | None
 ) -> None:
     assert parse(make_label("2400101", length=declared)).duration_s == length_s
+
+
+def test_brackets_in_strings_are_not_nesting() -> None:
+    assert not is_too_deep(b'{"a": "' + b"[" * 500 + rb"\"[" + b'"}')
+    assert not is_too_deep(b"[" + b"[], " * 500 + b"[]]")
+    assert is_too_deep(b"[" * 201 + b"]" * 201) and not is_too_deep(b"[" * 200 + b"]" * 200)

@@ -11,11 +11,12 @@ from shardgen.catalog.tables import INDEXES, SCHEMA
 
 # Flags are words with a space between two: with one at both ends each can be found whole.
 _SET_FLAG = """
-UPDATE clips SET flags = trim(flags || ' ' || ?2)
-WHERE id = ?1 AND instr(' ' || flags || ' ', ' ' || ?2 || ' ') = 0
+UPDATE clips SET flags = trim(flags || ' ' || :flag)
+WHERE id = :clip AND instr(' ' || flags || ' ', ' ' || :flag || ' ') = 0
 """
 _CLEAR_FLAG = """
-UPDATE clips SET flags = trim(replace(' ' || flags || ' ', ' ' || ?2 || ' ', ' ')) WHERE id = ?1
+UPDATE clips SET flags = trim(replace(' ' || flags || ' ', ' ' || :flag || ' ', ' '))
+WHERE id = :clip
 """
 
 
@@ -47,11 +48,11 @@ class Database:
 
     def flag(self, flag: str, clips: Iterable[int]) -> None:
         """Flag these rows, inside a transaction; a row has a flag once."""
-        self.connection.executemany(_SET_FLAG, [(clip, flag) for clip in clips])
+        self.connection.executemany(_SET_FLAG, [{"clip": clip, "flag": flag} for clip in clips])
 
     def unflag(self, flag: str, clips: Iterable[int]) -> None:
         """Take a flag off these rows, inside a transaction."""
-        self.connection.executemany(_CLEAR_FLAG, [(clip, flag) for clip in clips])
+        self.connection.executemany(_CLEAR_FLAG, [{"clip": clip, "flag": flag} for clip in clips])
 
     def build_indexes(self) -> None:
         """Build the indexes that the later stages need; cheap when they exist."""

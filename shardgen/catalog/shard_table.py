@@ -19,9 +19,9 @@ UPDATE clips SET status = 'accepted', split = ?, num_windows = num_windows + 1, 
 WHERE label = ?
 """
 _FLAG_CLIP_OF = """
-UPDATE clips SET flags = trim(flags || ' ' || ?2)
-WHERE id = (SELECT clip FROM windows WHERE key = ?1)
-    AND instr(' ' || flags || ' ', ' ' || ?2 || ' ') = 0
+UPDATE clips SET flags = trim(flags || ' ' || :flag)
+WHERE id = (SELECT clip FROM windows WHERE key = :key)
+    AND instr(' ' || flags || ' ', ' ' || :flag || ' ') = 0
 """
 _STRIKE_WINDOW = """
 UPDATE clips SET num_windows = num_windows - 1, flags = trim(flags || ' window_lost'), detail = ?
@@ -106,7 +106,7 @@ class ShardTable:
         some is flagged.
         """
         with self._database.transaction() as db:
-            db.executemany(_FLAG_CLIP_OF, flags)
+            db.executemany(_FLAG_CLIP_OF, [flag._asdict() for flag in flags])
             for key, reason, detail in lost:
                 (clip,) = db.execute("SELECT clip FROM windows WHERE key = ?", (key,)).fetchone()
                 db.execute(_STRIKE_WINDOW, (detail, clip))

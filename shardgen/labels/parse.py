@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from shardgen.labels.nesting import MAX_DEPTH, is_too_deep
 from shardgen.labels.timecode import iso_date, length_s
 
 MAX_ID_CHARS, MAX_FIELD_CHARS = 64, 200
@@ -165,9 +166,11 @@ def parse_label(data: bytes) -> Label:
     if data.startswith(_BYTE_ORDER_MARK):
         # as many spaces, so that byte offsets stay those of the file
         data = data.replace(_BYTE_ORDER_MARK, b"   ", 1)
+    if is_too_deep(data):
+        raise LabelError("label_too_deep", f"objects or arrays are nested over {MAX_DEPTH} deep")
     try:
         file = _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _explain(data, error) from error
     source = file.source_data_info
     clip_id = source.clip_id
@@ -310,8 +313,6 @@ def _explain(data: bytes, error: Exception) -> LabelError:
     text = str(error)
     if not data.strip():
         return LabelError("label_empty", "the file holds no JSON", 0)
-    if isinstance(error, RecursionError):
-        return LabelError("label_too_deep", "objects or arrays are nested too deeply to be a label")
     try:
         data.decode()
     except UnicodeDecodeError as bad:
@@ -343,6 +344,6 @@ def _offset_of(data: bytes, keys: list[str | int]) -> int | None:
         for key in keys:
             kind: Any = dict[str, msgspec.Raw] if isinstance(key, str) else list[msgspec.Raw]
             view = msgspec.json.decode(view, type=kind)[key]
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError):
         return None
     return np.frombuffer(view, np.uint8).ctypes.data - np.frombuffer(data, np.uint8).ctypes.data
