@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from train.activations import offload
 from train.activations.offload import CopyStream, HostInputs
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def test_memory_that_cannot_be_pinned_is_named(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(torch, "empty", fail)
+    monkeypatch.setattr(offload, "RegisteredMemory", fail)
     with pytest.raises(
         ValueError, match=r"activation_offload: 5\.0 GiB .* can't be pinned .*set it to false"
     ):

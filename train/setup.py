@@ -20,6 +20,7 @@ from torch import Tensor
 
 from loader.feed import Feed
 from loader.identity import check_identity, folder_xxh3
+from loader.registered import available_bytes, check_available, processes_here
 from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
 from train import checkpoint, optim
@@ -34,6 +35,7 @@ from train.lora.config import parse_blocks
 from train.model.attention import Choice, describe
 from train.model.load import load_transformer, read_config
 from train.model.wan import Wan
+from train.parallel import mesh
 from train.parallel.mesh import World
 from train.step import MicroStep
 
@@ -258,6 +260,12 @@ def build(
         offload=config.activation_offload,
         first_block=adapters.first_block,
     )
+
+    host_bytes = max(plan.host_bytes for plan in plans.values())
+    if host_bytes and device.type == "cuda":
+        check_available(host_bytes, processes_here(), available_bytes())
+        # nobody takes any before everybody has looked
+        mesh.barrier(world)
 
     micro_step = MicroStep(
         model,

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loader.registered import RegisteredMemory
+
 
 class CopyStream:
     """Copies between host and GPU beside the computation; on the CPU they happen at once.
@@ -77,7 +79,7 @@ class HostInputs:
     block's inputs, in their order.
 
     One micro-batch at a time: its backward pass comes before the next forward pass. Raises
-    ValueError where the host has not that much memory to pin (plan.pinned_bytes of each).
+    ValueError where the host has not that much memory to pin (loader/registered.py).
     """
 
     def __init__(
@@ -90,18 +92,14 @@ class HostInputs:
         self._num_blocks, self._device, self._forward_pass = num_blocks, device, 0
         self._copies = CopyStream(device) if copies is None else copies
         try:
-            self._host = [
-                torch.empty(
-                    (num_blocks - 1) * size, dtype=torch.uint8, pin_memory=device.type == "cuda"
-                )
-                for size in num_bytes
-            ]
-        except RuntimeError as error:
+            self._memory = [RegisteredMemory((num_blocks - 1) * size, device) for size in num_bytes]
+        except (RuntimeError, OSError, MemoryError) as error:
             sizes = " + ".join(f"{(num_blocks - 1) * size / 2**30:.1f}" for size in num_bytes)
             raise ValueError(
-                f"activation_offload: {sizes} GiB of the host's memory, each as the next power of "
-                f"two, can't be pinned ({error}); set it to false, or free memory"
+                f"activation_offload: {sizes} GiB of the host's memory can't be pinned ({error}); "
+                f"set it to false, or free memory"
             ) from error
+        self._host = [memory.tensor for memory in self._memory]
         self._offloaded: dict[int, list[_Offloaded]] = {}
         self._outgoing: deque[_Outgoing] = deque()
 

@@ -22,10 +22,10 @@ The plan is made for all shapes of a run before its first step, because shapes t
 graphs keep their memory while the others run.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from loader.registered import registered_bytes
 from train.kernels import attention_chunks
 from train.model.attention import Choice
 from train.model.wan import WanConfig
@@ -260,15 +260,8 @@ def plan_shape(
         saved,
         num_bytes=least_bytes + saved_bytes,
         # the last block's stay on the GPU
-        host_bytes=sum(pinned_bytes((num_blocks - 1) * size) for size in offloaded),
+        host_bytes=float(sum(registered_bytes((num_blocks - 1) * size) for size in offloaded)),
     )
-
-
-def pinned_bytes(num_bytes: float) -> float:
-    """What torch takes of the host for that much pinned memory: the next power of two, by its
-    source; not measured.
-    """
-    return 2.0 ** math.ceil(math.log2(num_bytes)) if num_bytes > 0 else 0.0
 
 
 def plan_run(

@@ -1,0 +1,117 @@
+"""Host memory of an exact size that a GPU copies to and from by itself: page-locked by registering
+it with CUDA.
+
+torch's own pinned allocator rounds up to a power of two: 9.05 GiB take 16. Memory that is mapped
+from the kernel page by page and registered takes what was asked for. It is unregistered when its
+object is closed or freed, and when the interpreter ends; a killed process leaves nothing behind.
+"""
+
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU's context
+
+
+def registered_bytes(num_bytes: float) -> int:
+    """What that much registered memory takes of the host: whole pages."""
+    return -(-int(num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class RegisteredMemory:
+    """`tensor`: uint8 [num_bytes] in page-locked memory, beginning at a page. On a CPU ordinary
+    memory. Raises MemoryError, OSError or RuntimeError where the host has not so much.
+
+    Whoever closes it must have waited for all copies.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, cudart: Any = None):
+        """cudart: for tests, instead of torch.cuda.cudart()."""
+        if num_bytes == 0 or (device.type != "cuda" and cudart is None):
+            self.tensor = torch.empty(num_bytes, dtype=torch.uint8)
+            return
+        cudart = cudart or torch.cuda.cudart()
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        pages = mmap.mmap(-1, registered_bytes(num_bytes), flags=private)
+        self.tensor = torch.frombuffer(pages, dtype=torch.uint8)
+        address = self.tensor.data_ptr()
+        error = int(cudart.cudaHostRegister(address, self.tensor.nbytes, _PORTABLE))
+        if error:
+            raise RuntimeError(f"cudaHostRegister of {self.tensor.nbytes:,} bytes: error {error}")
+        self._unregister = weakref.finalize(self, cudart.cudaHostUnregister, address)
+        self.tensor = self.tensor[:num_bytes]
+
+    def close(self) -> None:
+        """Give the memory back; `tensor` is not to be used any more."""
+        if hasattr(self, "_unregister"):
+            self._unregister()
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+
+
+def available_bytes() -> int:
+    """What processes can still take of this host: of its memory, and of the limits of the control
+    groups that this process is in.
+    """
+    available = meminfo_available_bytes(Path("/proc/meminfo").read_text())
+    for folder in _cgroups():
+        room = cgroup_room_bytes(
+            *(_read(folder / name) for name in ("memory.max", "memory.current", "memory.stat"))
+        )
+        if room is not None:
+            available = min(available, room)
+    return available
+
+
+def meminfo_available_bytes(meminfo: str) -> int:
+    """MemAvailable of /proc/meminfo."""
+    (line,) = (line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def cgroup_room_bytes(limit: str, used: str, stat: str) -> int | None:
+    """What a control group (version 2) may still take; None: it has no limit. Cached files count as
+    used, but give way.
+    """
+    if not limit.strip().isdigit() or not used.strip().isdigit():
+        return None
+    values = dict(line.split() for line in stat.splitlines())
+    cached = int(values.get("inactive_file", 0)) + int(values.get("active_file", 0))
+    return max(int(limit) - int(used) + cached, 0)
+
+
+def check_available(num_bytes: float, num_processes: int, available: int) -> None:
+    """Raises ValueError where this host can't pin that much for each of its processes."""
+    needed = num_processes * num_bytes
+    if needed > available:
+        gib = 2**30
+        raise ValueError(
+            f"activation_offload: {num_processes} process(es) pin {num_bytes / gib:.1f} GiB of this "
+            f"host's memory each, and {available / gib:.1f} GiB are available, the limits of control "
+            f"groups included; set it to false, free memory, or use smaller windows.buckets"
+        )
+
+
+def processes_here() -> int:
+    """Processes of this run on this host, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _cgroups() -> Iterator[Path]:
+    """The folders of the control group of this process and of those around it."""
+    root = Path("/sys/fs/cgroup")
+    own = [line for line in _read(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")]
+    folder = root / own[0].removeprefix("0::").lstrip("/") if own else root
+    # in a container the path may be that of the host, and only the root is there
+    yield from (place for place in (folder, *folder.parents) if place.is_relative_to(root))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,90 @@
+"""Registered host memory: exact sizes, released in any case, and what the host has."""
+
+import gc
+import mmap
+
+import pytest
+import torch
+
+from loader.registered import (
+    RegisteredMemory,
+    available_bytes,
+    cgroup_room_bytes,
+    check_available,
+    meminfo_available_bytes,
+    registered_bytes,
+)
+
+CPU, GIB = torch.device("cpu"), 2**30
+
+
+class Cudart:
+    """Notes what is registered; `error` is what registering answers."""
+
+    def __init__(self, error: int = 0):
+        self.error, self.registered = error, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        if not self.error:
+            self.registered[address] = num_bytes
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.registered[address]
+        return 0
+
+
+def test_memory_is_as_large_as_asked_for_and_begins_at_a_page() -> None:
+    cudart = Cudart()
+    memory = RegisteredMemory(3 * mmap.PAGESIZE + 1, CPU, cudart)
+    assert memory.tensor.shape == (3 * mmap.PAGESIZE + 1,)
+    assert cudart.registered == {memory.tensor.data_ptr(): 4 * mmap.PAGESIZE}
+    assert memory.tensor.data_ptr() % mmap.PAGESIZE == 0
+    memory.tensor.fill_(7)
+    assert memory.tensor.sum() == 7 * len(memory.tensor)
+    assert registered_bytes(9.05 * GIB) < 9.06 * GIB
+
+
+@pytest.mark.parametrize("way", ["close", "free"])
+def test_memory_is_unregistered_once_when_it_is_closed_or_freed(way: str) -> None:
+    cudart = Cudart()
+    memory = RegisteredMemory(10, CPU, cudart)
+    assert cudart.registered
+    if way == "close":
+        memory.close()
+        memory.close()
+    del memory
+    gc.collect()
+    assert not cudart.registered
+
+
+def test_what_cuda_refuses_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"cudaHostRegister of 4,096 bytes: error 2"):
+        RegisteredMemory(10, CPU, Cudart(error=2))
+
+
+def test_without_a_gpu_it_is_ordinary_memory() -> None:
+    memory = RegisteredMemory(10, CPU)
+    assert memory.tensor.shape == (10,)
+    memory.close()
+
+
+def test_a_control_group_has_what_its_limit_leaves_and_its_cached_files() -> None:
+    stat = "anon 5\ninactive_file 3\nactive_file 4\n"
+    assert cgroup_room_bytes("100\n", "60\n", stat) == 47
+    assert cgroup_room_bytes("100", "120", "") == 0
+    assert cgroup_room_bytes("max\n", "60\n", stat) is None
+    assert cgroup_room_bytes("", "", "") is None
+
+
+def test_the_host_has_what_the_kernel_says() -> None:
+    assert meminfo_available_bytes("MemTotal: 9 kB\nMemAvailable:   5 kB\nBuffers: 1 kB") == 5120
+    assert available_bytes() > 0
+
+
+def test_all_processes_of_a_host_must_fit() -> None:
+    check_available(13.6 * GIB, 2, available=28 * GIB)
+    with pytest.raises(
+        ValueError, match=r"3 process\(es\) pin 13\.6 GiB .* 28\.0 GiB are available"
+    ):
+        check_available(13.6 * GIB, 3, available=28 * GIB)
