@@ -6,6 +6,8 @@ urls        which URLs may be asked, and how they are sent
 download    a URL into the cache: retries, resumption, limits
 cache       the cache's size limit
 parallel    threads, shared out by host
+deinterlace interlaced frames through bwdif
+structure   whether a file is as long as it says
 containers  a video file opened: frames in display order, with their times
 colour      what a frame's colours mean
 geometry    where stored pixels go on a bucket's canvas
