@@ -90,8 +90,8 @@ def check_available(num_bytes: float, num_processes: int, available: int) -> Non
     if needed > available:
         gib = 2**30
         raise ValueError(
-            f"activation_offload: {num_processes} process(es) pin {num_bytes / gib:.1f} GiB of this "
-            f"host's memory each, and {available / gib:.1f} GiB are available, the limits of control "
+            f"activation_offload: {num_processes} process(es) pin {num_bytes / gib:.1f} GiB each, "
+            f"and {available / gib:.1f} GiB of this host are available, the limits of control "
             f"groups included; set it to false, free memory, or use smaller windows.buckets"
         )
 

@@ -42,7 +42,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"read", "vae"},
         {"shard"},
         {"batching", "exclusions", "identity", "order", "store"},
-        {"config", "feed_config", "manifest", "pinned", "remote", "shuffle"},
+        {"config", "feed_config", "manifest", "pinned", "registered", "remote", "shuffle"},
         {"cache", "sample"},
         {"files", "mp4", "shape"},
     ),
