@@ -6,9 +6,10 @@ just as strictly. `dump_toml` writes the resolved configuration back, defaults i
 run's folder always says what really ran.
 """
 
+import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -40,11 +41,28 @@ def load_toml(path: Path, kind: type[ConfigT], overrides: Sequence[str] = ()) ->
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _apply(raw, override)
+    changed = f" (with --set {' --set '.join(overrides)})" if overrides else ""
     try:
-        return msgspec.convert(raw, kind)
+        config = msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        changed = f" (with --set {' --set '.join(overrides)})" if overrides else ""
         raise ConfigError(f"{path}{changed}: {error}{_hint(str(error), kind)}") from error
+    # TOML spells them, and bounds such as "greater than 0" let infinity pass
+    for key, value in _floats(raw):
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}{changed}: {key} = {value}: give a finite number")
+    return config
+
+
+def _floats(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a decoded TOML file with its dotted key, those of lists by position."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _floats(each, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from _floats(each, f"{key}[{number}]")
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

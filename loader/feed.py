@@ -155,6 +155,12 @@ class Feed:
         state = self._order.state(batch.index + 1)
         return replace(batch, wait_s=time.perf_counter() - start_s), state
 
+    def batch_again(self, number: int, micro_step: int) -> Batch:
+        """Micro-batch `micro_step` of global batch `number` of this rank, made here and now and
+        beside the sequence: to look at what went wrong with it.
+        """
+        return self._job(number, micro_step, self._num_micro(number)).batch
+
     def state_dict(self) -> dict[str, Any]:
         """Where the feed stands: after the last global batch that was handed out whole."""
         return self._order.state(self._consumed)

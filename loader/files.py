@@ -5,6 +5,7 @@ power cut. So the bytes go to a temporary file beside the target, are synced, an
 by a rename, whose folder is synced too. A killed process leaves at most a `*.tmp` file.
 """
 
+import fcntl
 import filecmp
 import os
 import threading
@@ -15,8 +16,12 @@ from typing import BinaryIO
 
 import xxhash
 
-TEMPORARY = ".tmp"
+TEMPORARY, LOCK_FILE = ".tmp", ".lock"
 _READ_BYTES = 1 << 20
+
+
+class FolderInUseError(ValueError):
+    """Another process writes to this folder; the message names both."""
 
 
 @contextmanager
@@ -70,6 +75,43 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def sole_writer(folder: Path, owner: str) -> Iterator[None]:
+    """Make this process the only one that writes to `folder`, which is created, until the block
+    ends or the process dies, however it dies: the kernel lets go of the lock. `owner` says who
+    it is, for the message that another process gets.
+
+    Raises FolderInUseError, OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            other = file.read().decode(errors="replace").strip() or "another process"
+            raise FolderInUseError(
+                f"{folder}: {other} writes here already; wait for it, stop it, or choose another "
+                f"output"
+            ) from error
+        file.truncate(0)
+        file.write(owner.encode())
+        file.flush()
+        yield
+
+
+def has_writer(folder: Path) -> bool:
+    """Whether some process is inside `sole_writer` of `folder` now."""
+    try:
+        with (folder / LOCK_FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def file_xxh3(path: Path) -> str:

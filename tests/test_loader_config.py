@@ -90,13 +90,35 @@ def test_what_is_echoed_reads_back_equal(tmp_path: Path) -> None:
 
 
 def test_set_overrides_one_value_as_toml_or_plain_text(tmp_path: Path) -> None:
-    overrides = ("num_steps=3", "data.folders=['a', 'b']", "output=runs/a", "every_s=inf")
+    overrides = ("num_steps=3", "data.folders=['a', 'b']", "output=runs/a", "every_s=0.5")
     config = load(tmp_path, 'output = "o"', *overrides)
     assert config == Config(
-        output="runs/a", num_steps=3, data=Data(folders=["a", "b"]), every_s=float("inf")
+        output="runs/a", num_steps=3, data=Data(folders=["a", "b"]), every_s=0.5
     )
     for wrong in ("num_steps", "=3"):
         with pytest.raises(ConfigError, match="expected key=value"):
             load(tmp_path, 'output = "o"', wrong)
     with pytest.raises(ConfigError, match="output is a value, not a table"):
         load(tmp_path, 'output = "o"', "output.x=1")
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_a_number_that_is_not_finite_is_refused_by_its_key(tmp_path: Path, value: str) -> None:
+    message = f"every_s = {value}: give a finite number"
+    with pytest.raises(ConfigError, match=f"c.toml: {message}"):
+        load(tmp_path, f'output = "o"\nevery_s = {value}')
+    with pytest.raises(ConfigError, match=rf"\(with --set every_s={value}\): {message}"):
+        load(tmp_path, 'output = "o"', f"every_s={value}")
+
+
+def test_infinity_in_a_table_or_a_list_is_found(tmp_path: Path) -> None:
+    class Table(msgspec.Struct):
+        weights: list[float]
+
+    class Whole(msgspec.Struct):
+        data: Table
+
+    path = tmp_path / "c.toml"
+    path.write_text("[data]\nweights = [1.0, inf]")
+    with pytest.raises(ConfigError, match=r"data\.weights\[1\] = inf: give a finite number"):
+        load_toml(path, Whole)

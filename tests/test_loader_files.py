@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from loader.files import atomic_file, file_xxh3, write_atomic
+from loader.files import (
+    FolderInUseError,
+    atomic_file,
+    file_xxh3,
+    has_writer,
+    sole_writer,
+    write_atomic,
+)
 
 
 def test_a_file_replaces_the_one_before_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -60,3 +67,28 @@ def test_the_hash_is_that_of_all_bytes(tmp_path: Path) -> None:
     data = os.urandom((1 << 20) + 3)
     (tmp_path / "a").write_bytes(data)
     assert file_xxh3(tmp_path / "a") == xxhash.xxh3_128_hexdigest(data)
+
+
+def test_a_folder_has_one_writer_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from loader.files import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1]), 'run 7'):\n"
+        "    print(flush=True); time.sleep(60)"
+    )
+    folder = tmp_path / "run"
+    assert not has_writer(folder)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert has_writer(folder)
+        with (
+            pytest.raises(FolderInUseError, match="run: run 7 writes here already"),
+            sole_writer(folder, "run 8"),
+        ):
+            pass
+        process.kill()
+    assert not has_writer(folder)
+    with sole_writer(folder, "run 8"):
+        assert has_writer(folder)
