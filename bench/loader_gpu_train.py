@@ -25,7 +25,8 @@ RUN = """
 output = "{folder}/run-{name}"
 num_steps = {steps}
 global_batch = 1
-checkpoint_every = {steps}
+[checkpoint]
+every = {steps}
 [model]
 path = "{folder}/model"
 dtype = "bfloat16"

@@ -21,6 +21,7 @@ from train.model.config import ModelConfig
 from train.model.wan import Wan
 from train.optim import OptimConfig
 from train.parallel.mesh import World
+from train.run import Run
 from train.step import prepare
 
 
@@ -71,7 +72,7 @@ def our_run(
     free_bytes: Callable[[torch.device], float] = room_bytes,
     tensor_cores: bool = True,
     kernels: Sequence[str] | None = None,
-) -> setup.Run:
+) -> Run:
     """The parts of a run on `model`, with B other than zero, so that every gradient is."""
     device = model.scale_shift_table.device
     world = world or World(data_rank=0, data_size=1, device=device)
@@ -91,19 +92,19 @@ def our_run(
     return run
 
 
-def add_gradients(run: setup.Run, batches: Sequence[Batch]) -> Tensor:
+def add_gradients(run: Run, batches: Sequence[Batch]) -> Tensor:
     """Zero the gradient, then forward and backward of each batch; returns the last one's loss."""
     run.flat.buffer.zero_()
     for batch in batches:
-        loss = run.micro_step.forward(prepare(batch, run.config.flow))
+        losses_B = run.micro_step.forward(prepare(batch, run.config.flow))
         run.micro_step.backward()
-    return loss
+    return losses_B.mean()
 
 
-def update(run: setup.Run) -> None:
+def update(run: Run) -> None:
     """What train/main.py does from the gradient on: clip, step, refresh."""
     run.scaler.unscale_(run.optimizer)
     optim.clip_gradient(run.flat.gradient, run.config.optim.clip_norm)
     run.scaler.step(run.optimizer)
-    run.scaler.update()
+    optim.update_scale(run.scaler, run.scales_loss)
     run.adapters.refresh()

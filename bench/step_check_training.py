@@ -21,6 +21,7 @@ from train.lora import adapters as lora
 from train.model.wan import TI2V_5B, WanConfig
 from train.optim import OptimConfig
 from train.parallel.mesh import World
+from train.run import Run
 from train.step import prepare
 
 # name -> (activation_memory, activation_offload, cuda_graph_tokens)
@@ -125,7 +126,7 @@ def gradients_agree(
     }
 
 
-def settled_scale(loss: Tensor, run: setup.Run) -> float:
+def settled_scale(loss: Tensor, run: Run) -> float:
     """Backward with the loss scale that dynamic scaling comes down to: the largest at which
     nothing overflows.
     """

@@ -28,7 +28,7 @@ from train.lora import adapters as lora
 from train.model.attention import Attention
 from train.model.load import build_transformer
 from train.model.wan import Block, Projections, Wan, WanConfig
-from train.setup import Run
+from train.run import Run
 from train.step import MicroStep, prepare
 
 # as diffusers loads it
@@ -104,9 +104,9 @@ def frozen_step(
     )
 
     def step(batch: Batch) -> Tensor:
-        loss = micro_step.forward(prepare(batch, FlowConfig()))
+        losses_B = micro_step.forward(prepare(batch, FlowConfig()))
         micro_step.backward()
-        return loss
+        return losses_B.mean()
 
     return step
 

@@ -10,10 +10,10 @@ from loader.batch import Batch
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import WAN22, Bucket
 from tools.budget import CONTEXT_BYTES, GIB
-from train import setup
 from train.activations.plan import Shape
 from train.model.attention import AttentionName
 from train.model.wan import WanConfig
+from train.run import Run
 
 CAP_GIB, PLANNED_GIB = 32, 30
 GRAPH_TOKENS = 4096
@@ -134,7 +134,7 @@ class Subjects:
                 step, compiled if "compiled" in peer else None, "checkpointing" in peer
             )
 
-    def _ours(self, name: str) -> setup.Run:
+    def _ours(self, name: str) -> Run:
         """The parts of our step, or of one of its variants."""
         profile, before = self.profile, torch.cuda.memory_allocated()
         variant = {"attention": profile.attention} | VARIANTS[name]

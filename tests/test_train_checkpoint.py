@@ -1,55 +1,143 @@
-"""A checkpoint is gone on from if and only if nothing that decides the result has changed."""
+"""A checkpoint is gone on from if and only if its files are intact and nothing that decides the
+result has changed; and what is deleted is decided by one pure function.
+"""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from train import checkpoint
+from train.checkpoint import CheckpointConfig, CheckpointError, keep, retain
 
 STATE: dict[str, Any] = {"step": 3, "config": {"seed": 1, "output": "a"}}
 
 
-def save(output: Path, step: int = 3, keep: int = 2) -> Path:
-    return checkpoint.save(output, step, STATE, save_lora=lambda folder: None, keep=keep)
+def save(output: Path, step: int = 3) -> Path:
+    def save_lora(folder: Path) -> None:
+        (folder / f"step-{step}.safetensors").write_bytes(b"lora" * 10)
+
+    return checkpoint.save(output, step, STATE, save_lora)
 
 
 def load(folder: Path, config: dict[str, object], **defaults: object) -> dict[str, Any]:
     return checkpoint.load(folder, config, changeable=frozenset({"output"}), defaults=defaults)
 
 
-def test_the_newest_ones_stay(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save(tmp_path, step)
-    names = sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir())
-    assert names == ["step-00000002", "step-00000003"]
-    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.FOLDER / names[-1]
+def flip_bit(path: Path, byte: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_the_newest_the_best_and_the_regular_ones_stay() -> None:
+    steps = range(100, 3001, 100)
+    assert keep(steps, newest=3, best=[1700, 500]) == {2800, 2900, 3000, 1700, 500}
+    assert keep(steps, newest=1, best=[], every=1000) == {1000, 2000, 3000}
+    assert keep(steps, newest=0, best=[50]) == set()
+    assert keep([], newest=3, best=[], every=10) == set()
+
+
+def test_only_the_best_one_and_the_newest_keep_their_state() -> None:
+    config = CheckpointConfig(keep_newest=2, keep_every=1000)
+    steps = range(100, 2001, 100)
+    kept = retain(steps, config, best=[500, 900], validated=[500, 900, 1500])
+    assert kept.states == {500, 1900, 2000}
+    assert kept.loras == {500, 900, 1000, 1500, 1900, 2000}
+
+
+def test_what_does_not_stay_is_deleted_and_a_lora_stays_without_its_state(tmp_path: Path) -> None:
+    folders = {step: save(tmp_path, step) for step in (1, 2, 3, 4)}
+    checkpoint.prune(tmp_path, checkpoint.Retention(states={1, 4}, loras={3, 4}))
+    assert checkpoint.steps(tmp_path) == [1, 3, 4]
+    assert not (folders[3] / checkpoint.STATE_FILE).exists()
+    assert (folders[3] / "step-3.safetensors").exists()
+    assert checkpoint.latest(tmp_path) == folders[4]
+    assert checkpoint.has_state(tmp_path, 1) and not checkpoint.has_state(tmp_path, 3)
 
 
 def test_what_a_killed_run_left_is_neither_found_nor_kept(tmp_path: Path) -> None:
     unfinished = tmp_path / checkpoint.FOLDER / ".tmp-9"
     unfinished.mkdir(parents=True)
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest_intact(tmp_path) == (None, [])
     save(tmp_path)
     assert not unfinished.exists()
+
+
+def test_a_bit_flipped_in_any_file_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
+    before, newest = save(tmp_path, 2), save(tmp_path, 3)
+    assert checkpoint.latest_intact(tmp_path) == (newest, [])
+    for path in sorted(newest.iterdir()):
+        # in the hashes every bit, since they are what vouches for the others
+        whole = path.name == checkpoint.HASH_FILE
+        places = range(path.stat().st_size) if whole else [0, path.stat().st_size // 2]
+        for byte in places:
+            for bit in range(8) if whole else [0, 7]:
+                flip_bit(path, byte, bit)
+                intact, damaged = checkpoint.latest_intact(tmp_path)
+                assert intact == before, (path.name, byte, bit)
+                assert len(damaged) == 1 and str(newest) in damaged[0]
+                flip_bit(path, byte, bit)
+    assert checkpoint.latest_intact(tmp_path) == (newest, [])
+
+
+def test_a_file_that_is_missing_or_too_much_is_damage(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    (folder / "more").touch()
+    assert checkpoint.find_damage(folder) == "checkpoint.xxh3 and the files there differ: ['more']"
+    (folder / "more").unlink()
+    (folder / "step-3.safetensors").unlink()
+    assert "step-3.safetensors" in str(checkpoint.find_damage(folder))
+
+
+def test_without_any_intact_one_the_run_does_not_start_again_in_silence(tmp_path: Path) -> None:
+    for step in (2, 3):
+        flip_bit(save(tmp_path, step) / checkpoint.STATE_FILE, 100, 3)
+    with pytest.raises(CheckpointError, match=r"step-00000003: state.pt is damaged.*step-00000002"):
+        checkpoint.latest_intact(tmp_path)
+
+
+def test_one_without_hashes_of_an_older_version_is_gone_on_from(tmp_path: Path) -> None:
+    older, newest = save(tmp_path, 2), save(tmp_path, 3)
+    for folder in (older, newest):
+        (folder / checkpoint.HASH_FILE).unlink()
+    assert checkpoint.latest_intact(tmp_path) == (newest, [])
+    (newest / checkpoint.STATE_FILE).write_bytes(b"half")
+    assert checkpoint.latest_intact(tmp_path).folder == older
+
+
+def test_damaged_ones_are_set_aside_so_that_they_can_be_written_again(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    newest = save(tmp_path, 3)
+    checkpoint.set_aside_after(tmp_path, 2)
+    assert not newest.exists()
+    assert sorted(os.listdir(newest.parent)) == ["damaged-step-00000003", "step-00000002"]
+    assert checkpoint.find_damage(save(tmp_path, 3)) is None
+
+
+def test_an_error_on_the_way_leaves_the_last_good_one_alone_and_gives_its_room_back(
+    tmp_path: Path,
+) -> None:
+    good = save(tmp_path, 2)
+
+    def fail(folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder / "lora"))
+
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.save(tmp_path, 3, STATE, fail)
+    assert os.listdir(good.parent) == [good.name]
 
 
 def test_a_key_that_decides_the_result_may_not_change(tmp_path: Path) -> None:
     folder = save(tmp_path)
     assert load(folder, {"seed": 1, "output": "b"})["step"] == 3
-    with pytest.raises(checkpoint.CheckpointError, match="seed: 1 then, 2 now"):
+    with pytest.raises(CheckpointError, match="seed: 1 then, 2 now"):
         load(folder, {"seed": 2, "output": "a"})
 
 
 def test_a_key_that_an_older_program_did_not_have_counts_as_its_default(tmp_path: Path) -> None:
     folder = save(tmp_path)
     assert load(folder, {"seed": 1, "output": "a", "new": 5}, new=5)["step"] == 3
-    with pytest.raises(checkpoint.CheckpointError, match="new: 5 then, 6 now"):
+    with pytest.raises(CheckpointError, match="new: 5 then, 6 now"):
         load(folder, {"seed": 1, "output": "a", "new": 6}, new=5)
-
-
-def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path) -> None:
-    folder = save(tmp_path)
-    (folder / checkpoint.STATE_FILE).write_bytes(b"half")
-    with pytest.raises(checkpoint.CheckpointError, match=r"state.pt: can't be read .* delete this"):
-        load(folder, {"seed": 1, "output": "a"})

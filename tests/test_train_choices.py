@@ -19,7 +19,9 @@ from train.model.attention import AttentionShape, Choice
 from train.model.config import ModelConfig
 from train.model.wan import TI2V_5B
 from train.parallel.mesh import World
+from train.run import Run
 from train.step import prepare
+from train.tally import add_losses
 
 CPU, ALONE = torch.device("cpu"), World(data_rank=0, data_size=1, device=torch.device("cpu"))
 SMALL, LARGE = Bucket(64, 64, 1), Bucket(96, 64, 9)  # 4 and 18 tokens
@@ -65,8 +67,8 @@ def steps(config: TrainConfig) -> list[tuple[set[int], Tensor, Tensor]]:
             while sum(sizes) < config.global_batch:
                 batch, _ = next(feed)
                 sizes.append(len(batch.keys))
-                loss = run.micro_step.forward(prepare(batch, config.flow))
-                run.flat.loss.add_(loss / (config.global_batch // len(batch.keys)))
+                losses_B = run.micro_step.forward(prepare(batch, config.flow))
+                add_losses(run.flat, losses_B, batch, config.global_batch)
                 run.micro_step.backward()
             found.append((set(sizes), run.flat.loss.clone(), run.flat.gradient.clone()))
     return found
@@ -107,7 +109,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def kernels(run: setup.Run) -> list[str]:
+def kernels(run: Run) -> list[str]:
     return [run.kernels.kernel_for(keys, keys) for keys in (4, 18)]
 
 
@@ -122,7 +124,7 @@ def test_the_kernels_that_were_timed_are_kept_on_resume_on_the_same_card(
         assert kernels(run) == ["flash", "gemm"] and len(timed) == 2 * 4
         assert any("18 keys: gemm of flash 2.00 ms, gemm 1.00 ms" in x for x in run.describe())
         _, feed_state = next(feed)
-        run.save_checkpoint(1, feed_state)
+        run.save_checkpoint(1, feed_state, validation=None, best_steps=[])
 
         again = setup.build(config, ALONE, feed.buckets)
         assert again.kernels == run.kernels and len(timed) == 2 * 4

@@ -79,10 +79,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
     (process,) = start(run_config, tmp_path, 1, optim=OptimConfig(lr=1e30, clip_norm=0.0))
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and "a lower optim.lr" in said and "Traceback" not in said
-    folder = checkpoint.latest(tmp_path)
-    num_logged = len(records(tmp_path))
-    assert folder is not None and folder.name == f"step-{num_logged:08d}"
-    assert num_logged < NUM_STEPS
+    # three steps are left out before the run gives up; the last one has no checkpoint
+    logged, folder = records(tmp_path), checkpoint.latest(tmp_path)
+    assert folder is not None and folder.name == f"step-{len(logged) - 1:08d}"
+    assert len(logged) < NUM_STEPS and [record.loss for record in logged[-3:]] == 3 * [None]
+    for tensor in load_file(folder / files.step_file(len(logged) - 1, run=tmp_path.name)).values():
+        assert tensor.isfinite().all()
 
 
 def test_raw_first_frames_train_like_the_stored_ones(

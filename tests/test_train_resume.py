@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from trainer_runs import NUM_STEPS, finish, records, start
 
 from train import checkpoint
+from train.checkpoint import CheckpointConfig
 from train.config import TrainConfig
 from train.lora import files
 from train.optim import OptimConfig
@@ -107,7 +108,7 @@ def test_float16_with_loss_scaling_and_8_bit_adamw_resumes_exactly(
 ) -> None:
     changes: dict[str, Any] = {
         "model": msgspec.structs.replace(run_config.model, dtype="float16"),
-        "checkpoint_every": 7,
+        "checkpoint": CheckpointConfig(every=7),
         "optim": msgspec.structs.replace(
             run_config.optim, name="adamw8bit", schedule="constant", loss_scale=2.0**40
         ),

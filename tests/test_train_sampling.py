@@ -13,6 +13,7 @@ from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.open_sampler import open_sampler
 from train.parallel.mesh import World
+from train.run import Run
 from train.sampling import SamplesConfig, lora_hash, update_norms
 
 ALONE = World(data_rank=0, data_size=1, device=torch.device("cpu"))
@@ -31,12 +32,12 @@ def config(tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path) -> TrainCo
     )
 
 
-def built(config: TrainConfig) -> setup.Run:
+def built(config: TrainConfig) -> Run:
     with setup.open_feed(config, ALONE) as feed:
         return setup.build(config, ALONE, feed.buckets)
 
 
-def give_effect(run: setup.Run) -> None:
+def give_effect(run: Run) -> None:
     generator = torch.Generator().manual_seed(0)
     for _, b in run.adapters.tensors().values():
         b.copy_(torch.randn(b.shape, generator=generator))

@@ -101,7 +101,7 @@ def test_a_checkpoint_brings_back_parameters_optimizer_and_feed(config: TrainCon
         run.flat.gradient.normal_()
         run.optimizer.step()
         run.adapters.refresh()
-        run.save_checkpoint(1, feed_state)
+        run.save_checkpoint(1, feed_state, validation=None, best_steps=[])
     with setup.open_feed(config, ALONE) as feed:
         again = setup.build(config, ALONE, feed.buckets)
         assert not torch.equal(again.flat.vector, run.flat.vector)
@@ -148,7 +148,7 @@ def test_a_run_that_can_not_go_on_from_its_checkpoint_says_why(
         run = setup.build(config, ALONE, feed.buckets)
         run.flat.gradient.zero_()
         run.optimizer.step()
-        run.save_checkpoint(2, next(feed)[1])
+        run.save_checkpoint(2, next(feed)[1], validation=None, best_steps=[])
         changed = msgspec.structs.replace(config, **changes)
         with pytest.raises(ValueError, match=message):
             setup.build(changed, ALONE, feed.buckets).resume(feed)

@@ -16,6 +16,7 @@ from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.model.wan import TI2V_5B
 from train.parallel.mesh import World
+from train.run import Run
 from train.step import EagerStep, Inputs, MicroStep, prepare
 
 CPU, BUCKET, OTHER = torch.device("cpu"), Bucket(96, 64, 9), Bucket(64, 64, 5)
@@ -30,7 +31,7 @@ TINY = msgspec.structs.replace(
 )
 
 
-def build(memory: str = "block", global_batch: int = 1, dropout: float = 0.0) -> setup.Run:
+def build(memory: str = "block", global_batch: int = 1, dropout: float = 0.0) -> Run:
     config = TrainConfig(
         output="",
         model=ModelConfig(path="", dtype="float32"),
@@ -48,12 +49,12 @@ def build(memory: str = "block", global_batch: int = 1, dropout: float = 0.0) ->
     return run
 
 
-def inputs(run: setup.Run, bucket: Bucket = BUCKET, is_i2v: bool = False, seed: int = 0) -> Inputs:
+def inputs(run: Run, bucket: Bucket = BUCKET, is_i2v: bool = False, seed: int = 0) -> Inputs:
     batch = random_batch(bucket, CPU, is_i2v=[is_i2v], text_dim=TINY.text_dim, seed=seed)
     return prepare(batch, run.config.flow)
 
 
-def gradient(run: setup.Run, *samples: Inputs) -> Tensor:
+def gradient(run: Run, *samples: Inputs) -> Tensor:
     run.flat.buffer.zero_()
     for sample in samples:
         run.micro_step.forward(sample)
@@ -75,7 +76,7 @@ def test_the_loss_without_a_gradient_is_that_of_the_forward_pass_for_any_shape()
         # the run has no plan of what such a shape saves
         assert run.micro_step.loss(inputs(run, OTHER)).isfinite()
     assert not loss.requires_grad
-    assert torch.equal(loss, run.micro_step.forward(sample))
+    assert torch.equal(loss, run.micro_step.forward(sample).mean())
 
 
 def test_backward_twice_is_an_error_and_not_silence() -> None:
@@ -88,10 +89,12 @@ def test_backward_twice_is_an_error_and_not_silence() -> None:
 
 def test_a_step_scales_the_loss_only_where_it_goes_backward() -> None:
     weight = torch.tensor(2.0, requires_grad=True)
-    step = EagerStep(lambda inputs: 3 * weight, scale_loss=lambda loss, num: num * 5 * loss)
-    assert step.forward(inputs(build())) == 6
+    step = EagerStep(
+        lambda inputs: torch.stack([weight, 3 * weight]), lambda losses_B: 5 * losses_B.mean()
+    )
+    assert step.forward(None).tolist() == [2.0, 6.0]  # type: ignore[arg-type]
     step.backward()
-    assert weight.grad == 15
+    assert weight.grad == 5 * (1 + 3) / 2
 
 
 def test_graphs_are_for_gpus_alone() -> None:

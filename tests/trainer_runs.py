@@ -4,20 +4,25 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor
 
 from loader.config import dump_toml
 from loader.feed_config import FeedConfig
 from tools.fake.batch import write_synthetic_dataset
+from train.checkpoint import CheckpointConfig
 from train.config import TrainConfig
 from train.lora import adapters as lora
 from train.lora.config import LoRAConfig
+from train.main import train
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
+from train.parallel.mesh import World
 from train.records import METRICS_FILE, StepRecord, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +41,7 @@ def small_run(checkpoint: Path, dataset: Path) -> TrainConfig:
         micro_batch=1,
         lora=LoRAConfig(targets=list(lora.TARGETS), rank=4, alpha=6.0, dropout=0.1),
         seed=3,
-        checkpoint_every=1,
+        checkpoint=CheckpointConfig(every=1),
         optim=OptimConfig(lr=1e-3, warmup_steps=2, schedule="cosine"),
     )
 
@@ -72,7 +77,7 @@ def start(
 
 def finish(processes: list[subprocess.Popen[str]]) -> str:
     """Wait for all; returns what rank 0 said."""
-    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    outputs = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
     return outputs[0]
 
@@ -84,3 +89,10 @@ def records(output: Path) -> list[StepRecord]:
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     assert ours.keys() == theirs.keys()
     return max((ours[key] - theirs[key]).abs().max().item() for key in ours)
+
+
+def train_here(config: TrainConfig, output: Path, **changes: Any) -> None:
+    """The whole run in this process, on one rank."""
+    config = msgspec.structs.replace(config, output=str(output), **changes)
+    with ExitStack() as stack:
+        train(config, World(data_rank=0, data_size=1, device=torch.device("cpu")), stack)

@@ -136,10 +136,10 @@ def _choose(
 
 def _saved_choice(config: TrainConfig) -> Choice | None:
     """That of the newest checkpoint; None if there is none, or it is of an older program."""
-    newest = checkpoint.latest(config.output_dir)
-    if newest is None:
-        return None
     try:
+        newest = checkpoint.latest_intact(config.output_dir).folder
+        if newest is None:
+            return None
         table = checkpoint.read_state(newest).get("attention")
     except checkpoint.CheckpointError:
         # the run can't go on from it, and says so where it tries

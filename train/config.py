@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from loader.feed_config import FeedConfig
+from train.checkpoint import CheckpointConfig
 from train.early_stop import EarlyStopConfig
 from train.flow import FlowConfig
 from train.lora.config import LoRAConfig
@@ -17,6 +18,7 @@ from train.model.config import ModelConfig
 from train.optim import OptimConfig
 from train.sampling import SamplesConfig
 from train.validate import ValidationConfig
+from train.watch import WatchConfig
 
 Positive = Annotated[int, Meta(ge=1)]
 
@@ -34,6 +36,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     validation: ValidationConfig = ValidationConfig()
     early_stop: EarlyStopConfig = EarlyStopConfig()
     samples: SamplesConfig = SamplesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     # optimizer steps
     num_steps: Positive
     # samples of an optimizer step, over all GPUs
@@ -55,9 +59,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     deterministic: bool = False
     # a micro-batch of at most so many tokens runs on a GPU as CUDA graphs; 0: none does
     cuda_graph_tokens: Annotated[int, Meta(ge=0)] = 4096
-    # optimizer steps between checkpoints, and between lines of the log
-    checkpoint_every: Positive = 100
-    keep_checkpoints: Positive = 3
+    # optimizer steps between lines of the log
     log_every: Positive = 1
 
     @property
@@ -66,12 +68,19 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 # What may always differ between a checkpoint and the run that goes on from it: where things lie,
-# and how work is cut up, but nothing that changes the samples or the maths.
+# what is written and how work is cut up, but nothing that changes the samples or the maths.
 _RESUMABLE = frozenset(
     {
         "output",
+        "checkpoint.every",
+        "checkpoint.keep_newest",
+        "checkpoint.keep_every",
+        "checkpoint.lora_dtype",
+        # names of older versions
         "checkpoint_every",
         "keep_checkpoints",
+        "watch.silent_s",
+        "watch.stuck_s",
         "log_every",
         "activation_memory",
         "activation_offload",

@@ -73,7 +73,9 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(
+    values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """A tensor of Python numbers, through pinned memory: an ordinary copy would wait for all work
     on the GPU.
     """

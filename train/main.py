@@ -9,82 +9,124 @@ comes from a global generator: what happens to a sample follows from its seed.
 
 import argparse
 import logging
+import os
+import socket
 import sys
-from collections import deque
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-# torchrun puts train/ there, not the root
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    # torchrun puts train/ there, not the root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from loader.config import dump_toml, load_toml
+from loader.files import sole_writer
 from loader.shape import WAN22
-from train import checkpoint, optim, setup
+from train import checkpoint, optim, setup, watch
+from train.cards import NOT_MEASURED, CardReader
 from train.config import TrainConfig
+from train.evaluation import BEST_FOLDER, Evaluation
 from train.lora import files as lora_files
 from train.model.attention import describe
-from train.open_sampler import open_sampler
 from train.parallel import mesh
 from train.progress import Progress, Report
-from train.records import StepRecord
-from train.sampling import Sampler
+from train.reports import Reports
+from train.signals import Signals, Stopped, Wish
+from train.status import Status, interrupt_before_the_loop
 from train.step import prepare
-from train.stopwatch import Scalars, Stopwatch, peak_memory_gib
-from train.validator import Validator, open_validator
+from train.stopwatch import RunAhead, Stopwatch, peak_memory_gib
+from train.tally import add_losses
 
-BEST_FOLDER = "best"
+log = logging.getLogger("train")
 
 
 def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
+    # -- one run in a folder, known to all before anything is written there ------------------
+    output = config.output_dir
+    if world.is_main:
+        me = f"a run (process {os.getpid()} on {socket.gethostname()})"
+        stack.enter_context(sole_writer(output, me))
+        watch.clear(output)
+    mesh.barrier(world)
+    status = stack.enter_context(Status(output, world, config.num_steps))
+
     # -- build and resume --------------------------------------------------------------------
     feed = stack.enter_context(setup.open_feed(config, world))
     run = setup.build(config, world, feed.buckets, feed_bytes=setup.feed_bytes(config, feed))
-    validator, sampler = open_validator(run), open_sampler(run)
+    evaluation = Evaluation(run, stack)
     resumed = run.resume(feed)
+    evaluation.resume(resumed)
     first_step = resumed.num_done
-    if validator:
-        stack.callback(validator.close)
-        if resumed.validation:
-            validator.load_state_dict(resumed.validation)
     # the main process may delete and write checkpoints only after everyone has read theirs
     mesh.barrier(world)
     progress = None
     if world.is_main:
-        progress = stack.enter_context(Progress(config.output_dir, first_step, config.num_steps))
+        checkpoint.set_aside_after(output, first_step)
+        progress = stack.enter_context(
+            Progress(output, first_step, config.num_steps, is_evaluated=resumed.is_evaluated)
+        )
         # what was chosen of "auto" follows as comments
         chosen = "".join(f"# {line}\n" for line in describe(run.kernels))
-        (config.output_dir / "config.toml").write_text(dump_toml(config) + chosen, encoding="utf-8")
+        (output / "config.toml").write_text(dump_toml(config) + chosen, encoding="utf-8")
         for line in run.describe():
             progress.say(line)
-    # -- the base, before the first step -------------------------------------------------------
-    if validator and first_step == 0:
-        validate(validator, 0, run, progress)
-    if sampler and first_step == 0:
-        sample(sampler, 0, progress)
+    status.running(first_step)
+    signals = stack.enter_context(Signals())
+    watched = stack.enter_context(watch.Watch(output, world, config.watch, status.failed_at_once))
+    evaluate = partial(
+        evaluation.evaluate, progress=progress, signals=signals, status=status, watch=watched
+    )
+    if not resumed.is_evaluated:
+        # the base before the first step, or what a signal has cut short
+        evaluate(first_step, feed.state_dict())
 
     # names for what the loop uses most
     flat, scaler, optimizer, micro_step = run.flat, run.scaler, run.optimizer, run.micro_step
     share = config.global_batch // world.data_size
-    stopwatch, num_tokens, logged_step = Stopwatch(world.device), 0, first_step
-    reports: deque[Report] = deque()
-    done, stops = first_step, False
+    stopwatch, run_ahead = Stopwatch(world.device), RunAhead(world.device)
+    card = CardReader.open(world.device) if world.is_main else None
+    num_tokens, logged_step = 0, first_step
+    # where the feed stood after the last finished step
+    resume_feed = feed.state_dict()
+    reports = Reports(run, feed, progress, status, watched)
+    done = first_step
     for step in range(first_step, config.num_steps):
+        if evaluation.stops:
+            break
         # -- one optimizer step: forward and backward of this process's micro-batches --------
         flat.buffer.zero_()
         num_samples = 0
         while num_samples < share:
+            # a signal counts at the same micro-batch on all processes
+            watched.mark("waits for the other processes")
+            wish = signals.agreed(world)
+            if wish != Wish.NONE:
+                reports.read_all()
+                if step > first_step:
+                    with watched.busy("writes a checkpoint"):
+                        run.save_checkpoint(step, resume_feed, *evaluation.of_checkpoint())
+                if wish == Wish.STOP:
+                    raise signals.stopped(step)
+            stopwatch.lap("sync_s")
+            watched.mark("waits for a batch")
             batch, feed_state = next(feed)
             num_samples += len(batch.keys)
+            watched.start_micro_batch(step, batch.keys)
             stopwatch.lap("data_wait_s")
-            loss = micro_step.forward(prepare(batch, config.flow))
-            flat.loss.add_(loss / (config.global_batch // len(batch.keys)))
+            losses_B = micro_step.forward(prepare(batch, config.flow))
+            add_losses(flat, losses_B, batch, config.global_batch)
             stopwatch.lap("forward_s")
             micro_step.backward()
             stopwatch.lap("backward_s")
+            run_ahead.wait()
+            watched.end_micro_batch()
             num_tokens += WAN22.num_tokens(batch.bucket) * len(batch.keys) * world.data_size
-        # gradient and loss of all processes, summed as one vector
+        # gradient and losses of all processes, summed as one vector
+        watched.mark("sums the gradient with the other processes")
         mesh.all_reduce_sum(flat.buffer, world)
         stopwatch.lap("sync_s")
         # clip, step, and renew the copies of the adapters that GEMMs read
@@ -92,15 +134,17 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         optimizer.param_groups[0]["lr"] = lr
         scaler.unscale_(optimizer)
         grad_norm = optim.clip_gradient(flat.gradient, config.optim.clip_norm)
+        # leaves the step out where the gradient is not finite
         scaler.step(optimizer)
-        scaler.update()
+        optim.update_scale(scaler, run.scales_loss)
         run.adapters.refresh()
+        run.tally.step(flat, grad_norm, run.loss_scale(), batch.index)
+        resume_feed = feed_state
         stopwatch.lap("optimizer_s")
 
         done = step + 1
-        validates = validator is not None and run.is_due(done, config.validation.every)
-        # a step that was validated has a checkpoint, so that the best one can be had again
-        saves = validates or run.is_due(done, config.checkpoint_every)
+        evaluates = evaluation.validates(done) or evaluation.samples(done)
+        saves = evaluates or run.is_due(done, config.checkpoint.every)
         # -- once in a while: log ------------------------------------------------------------
         if saves or done % config.log_every == 0:
             report = Report(
@@ -108,81 +152,49 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
                 num_steps=done - logged_step,
                 num_tokens=num_tokens,
                 laps=stopwatch.split(),
-                scalars=Scalars(flat.loss, grad_norm, run.loss_scale()),
-                epoch=batch.epoch,
+                scalars=run.tally.read_later(),
+                epoch=batch.index // feed.num_batches_per_epoch,
                 lr=lr,
                 memory_gib=peak_memory_gib(world.device),
+                card=card.read() if card else NOT_MEASURED,
             )
             reports.append(report)
             num_tokens, logged_step = 0, done
-        # read a step late, so that the device has the next one to work on, but before saving
-        while len(reports) > (0 if saves else 1):
-            record = reports.popleft().record()
-            stop_if_lost(record, run)
-            if progress:
-                progress.write(record)
-        # -- once in a while: validate -------------------------------------------------------
-        if validator and validates:
-            validate(validator, done, run, progress)
-            stops = validator.stops(config.early_stop.patience)
-        # -- once in a while: a few clips ----------------------------------------------------
-        if sampler and (stops or run.is_due(done, config.samples.every)):
-            sample(sampler, done, progress)
         # -- once in a while: checkpoint -----------------------------------------------------
-        if saves and world.is_main:
-            run.save_checkpoint(done, feed_state, validator.state_dict() if validator else None)
+        if saves:
+            reports.read_all()
+            with watched.busy("writes a checkpoint"):
+                run.save_checkpoint(
+                    done, resume_feed, *evaluation.of_checkpoint(), is_evaluated=not evaluates
+                )
+        # -- once in a while: validate, and make a few clips ---------------------------------
+        if evaluates:
+            evaluate(done, resume_feed)
         stopwatch.lap("other_s")
-        if stops:
-            break
 
     mesh.barrier(world)
     if progress:
-        lora_files.save_both(run.adapters, config.output_dir)
+        lora_files.save_both(run.adapters, output)
         diffusers, comfyui = lora_files.DIFFUSERS_FILE, lora_files.COMFYUI_FILE
         progress.say(
-            f"{done} steps done: {config.output_dir / diffusers} (diffusers), "
-            f"{config.output_dir / comfyui} (ComfyUI)"
+            f"{done} steps done: {output / diffusers} (diffusers), {output / comfyui} (ComfyUI)"
         )
-        if stops and validator:
-            progress.say(
-                f"stopped early: {config.early_stop.patience} validations without an improvement "
-                f"beyond its error; the best was step {validator.best_steps[0]}, whose LoRA is in "
-                f"{config.output_dir / BEST_FOLDER}"
+        if evaluation.stops:
+            best_step = evaluation.best_steps[0]
+            reason = (
+                f"{config.early_stop.patience} validations without an improvement beyond its "
+                f"error; the best was step {best_step}, whose LoRA is in {output / BEST_FOLDER}"
             )
+            progress.say(f"stopped early: {reason}")
+            status.ends("early_stop", reason, best_step)
 
 
-def validate(validator: Validator, step: int, run: setup.Run, progress: Progress | None) -> None:
-    """Validate on all ranks together; the main one logs it and saves the LoRA if it is the best."""
-    record = validator.validate(step)
-    if progress:
-        progress.write_validation(record)
-        if record.best_step == step:
-            folder = run.config.output_dir / BEST_FOLDER
-            folder.mkdir(exist_ok=True)
-            lora_files.save_both(run.adapters, folder)
-
-
-def sample(sampler: Sampler, step: int, progress: Progress | None) -> None:
-    """Make the clips on all ranks together; the main one logs them."""
-    event = sampler.sample(step)
-    if progress:
-        progress.show_samples(event, sampler.folder_of(step))
-
-
-def stop_if_lost(record: StepRecord, run: setup.Run) -> None:
-    """Raise ValueError where training can't go on from this step: on all processes, because they
-    have the same numbers, and before anything of it is saved.
-    """
-    loss, grad_norm, loss_scale = record.loss, record.grad_norm, record.loss_scale
-    assert loss is not None and grad_norm is not None and loss_scale is not None
-    if not optim.is_lost(loss, grad_norm, loss_scale, scaling=run.scaler.is_enabled()):
-        return
-    newest = checkpoint.latest(run.config.output_dir) or "an earlier run"
-    raise ValueError(
-        f"step {record.step}: loss {loss}, gradient norm {grad_norm}, loss scale {loss_scale}. "
-        f"Start a new output with a lower optim.lr, from lora.init = the "
-        f"{lora_files.DIFFUSERS_FILE} in {newest}"
-    )
+@record
+def run(config_path: Path, overrides: list[str]) -> None:
+    """What it raises, torchrun repeats in its last block."""
+    with ExitStack() as stack:
+        config = load_toml(config_path, TrainConfig, overrides)
+        train(config, stack.enter_context(mesh.process_group()), stack)
 
 
 def main() -> None:
@@ -199,11 +211,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     logging.basicConfig(format="train: %(message)s")
+    logging.captureWarnings(True)
     logging.getLogger("loader").setLevel(logging.INFO)  # the samples that each epoch leaves out
+    interrupt_before_the_loop()
     try:
-        with ExitStack() as stack:
-            config = load_toml(arguments.config, TrainConfig, arguments.set)
-            train(config, stack.enter_context(mesh.process_group()), stack)
+        run(arguments.config, arguments.set)
     except torch.OutOfMemoryError as error:
         sys.exit(
             f"train: {error}\n"
@@ -214,6 +226,13 @@ def main() -> None:
     except (ValueError, OSError) as error:
         # every fault of the user's is one of these, and says what to do
         sys.exit(f"train: {error}")
+    except Stopped as stopped:
+        print(f"train: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+    except mesh.PeerLostError as error:
+        # not by way of the interpreter's end, which would wait for collectives with the lost one
+        print(f"train: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 if __name__ == "__main__":

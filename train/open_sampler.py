@@ -6,8 +6,9 @@ from pathlib import Path
 from loader.shape import WAN22
 from loader.walk import Walk
 from train.denoise import Decoder
+from train.run import Run
 from train.sampling import Sampler
-from train.setup import FPS, Run
+from train.setup import FPS
 from train.subjects import Subjects, subjects_of_file, subjects_of_split
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """The optimizer over one flat float32 vector that all LoRA parameters are views of.
 
 One vector means one all-reduce, one norm and one optimizer kernel per step, whatever the number
-of adapters. Its gradient has a slot more than there are parameters: the loss travels in it, so
-that logging costs no second all-reduce.
+of adapters. Its gradient has a few slots more than there are parameters: the losses travel in
+them, so that logging costs no second all-reduce.
 """
 
 import math
@@ -13,8 +13,13 @@ import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from train.lora.linear import AdapterParameter
+
+# the loss of the step; then for each task the sum of its samples' losses, and their number
+NUM_TASKS = 3
+NUM_LOSSES = 1 + 2 * NUM_TASKS
 
 
 class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,13 +42,14 @@ class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class FlatParameters(NamedTuple):
-    """`vector` [N] holds all parameters; `buffer` [N + 1] their gradient (`gradient`, also
-    vector.grad) and `loss`.
+    """`vector` [N] holds all parameters; `buffer` [N + NUM_LOSSES] their gradient (`gradient`,
+    also vector.grad) and `losses`, of which the first is `loss`.
     """
 
     vector: nn.Parameter
     buffer: Tensor
     gradient: Tensor
+    losses: Tensor
     loss: Tensor
 
 
@@ -54,7 +60,7 @@ def flatten(parameters: Sequence[AdapterParameter]) -> FlatParameters:
     assert all(p.dtype == torch.float32 for p in parameters)
     total = sum(p.numel() for p in parameters)
     vector = nn.Parameter(torch.empty(total, device=parameters[0].device))
-    buffer = torch.zeros(total + 1, device=vector.device)
+    buffer = torch.zeros(total + NUM_LOSSES, device=vector.device)
     offset = 0
     for parameter in parameters:
         end = offset + parameter.numel()
@@ -64,7 +70,9 @@ def flatten(parameters: Sequence[AdapterParameter]) -> FlatParameters:
         parameter.adds_in_place = True
         offset = end
     vector.grad = buffer[:total]
-    return FlatParameters(vector, buffer, buffer[:total], buffer[total])
+    return FlatParameters(
+        vector, buffer, gradient=buffer[:total], losses=buffer[total:], loss=buffer[total]
+    )
 
 
 def make_optimizer(vector: nn.Parameter, config: OptimConfig) -> torch.optim.Optimizer:
@@ -87,13 +95,19 @@ def make_optimizer(vector: nn.Parameter, config: OptimConfig) -> torch.optim.Opt
     )
 
 
-def is_lost(loss: float, grad_norm: float, loss_scale: float, scaling: bool) -> bool:
-    """Whether training can't go on from here. With `scaling` a gradient that is not finite costs
-    one step and half of the scale; but where that is down to 2**-10, no scale was small
-    enough.
+def make_scaler(device: torch.device, scaling: bool, config: OptimConfig) -> GradScaler:
+    """The loss scaler, which also leaves out steps whose gradient is not finite.
+
+    Only float16 needs `scaling`. Without, the scale stays 1, which changes no bit.
     """
-    skipped = scaling and loss_scale > 2.0**-10
-    return not math.isfinite(loss) or not (skipped or math.isfinite(grad_norm))
+    return GradScaler(device.type, init_scale=config.loss_scale if scaling else 1.0)
+
+
+def update_scale(scaler: GradScaler, scaling: bool) -> None:
+    """After each step: halve the scale if the gradient overflowed, double it after 2,000 steps
+    without.
+    """
+    scaler.update(None if scaling else 1.0)
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

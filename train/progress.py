@@ -1,11 +1,14 @@
-"""What the main process tells about a run while it trains: a progress bar, TensorBoard, and a line
-of OUTPUT/metrics.jsonl for every step that is logged.
+"""What the main process tells about a run while it trains: lines for people, TensorBoard, and a
+line of OUTPUT/metrics.jsonl for every step that is logged.
 
-A resumed run first drops the lines past its checkpoint, which a killed run may have left, so that
-the file always reads as one run.
+On a terminal the lines for people are a progress bar; in a file they are plain lines, one every
+ten seconds at most. A resumed run first drops the lines of metrics.jsonl past its checkpoint,
+which a killed run may have left, so that the file always reads as one run.
 """
 
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, Self
@@ -15,7 +18,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from train.cards import NOT_MEASURED, CardState
 from train.records import (
     METRICS_FILE,
     SHEET_FILE,
@@ -27,6 +32,21 @@ from train.records import (
     drop_records_after,
 )
 from train.stopwatch import Laps, Scalars, lap_seconds
+from train.tally import Faults, sums_of
+
+LINE_EVERY_S = 10.0
+# name of a measurement -> its group in TensorBoard; the others are times
+_GROUPS = {
+    "loss": "loss",
+    "lr": "optimizer",
+    "grad": "optimizer",
+    "num": "optimizer",
+    "epoch": "data",
+    "data": "data",
+    "tokens": "data",
+    "gpu": "gpu",
+    "memory": "gpu",
+}
 
 
 class Report(NamedTuple):
@@ -37,62 +57,115 @@ class Report(NamedTuple):
     num_steps: int
     num_tokens: int
     laps: Laps
-    # of this step: loss, gradient norm, loss scale
+    # of train.tally.Tally
     scalars: Scalars
     epoch: int
     lr: float
     memory_gib: float
+    card: CardState = NOT_MEASURED
 
-    def record(self) -> StepRecord:
+    def read(self) -> tuple[StepRecord, Faults]:
         """The report as numbers. On a GPU this waits until the step is done, but for no later
         one.
         """
-        loss, grad_norm, loss_scale = self.scalars.read()
+        sums = sums_of(self.scalars.read())
         seconds = lap_seconds(self.laps)
         elapsed_s = sum(seconds.values())
-        return StepRecord(
+        record = StepRecord(
             step=self.step,
             epoch=self.epoch,
-            loss=loss,
+            loss=sums.loss,
             lr=self.lr,
-            grad_norm=grad_norm,
-            loss_scale=loss_scale,
+            grad_norm=sums.grad_norm,
+            loss_scale=sums.loss_scale,
+            num_overflows=sums.faults.num_overflows,
+            num_skipped=sums.faults.num_skipped,
             s_per_step=elapsed_s / self.num_steps,
             tokens_per_s=self.num_tokens / elapsed_s,
             data_wait_share=seconds["data_wait_s"] / elapsed_s,
             memory_gib=self.memory_gib,
+            **{f"loss_{task}": loss for task, loss in sums.task_losses.items()},
+            **{f"gpu_{name}": value for name, value in self.card._asdict().items()},
             **{name: lap_s / self.num_steps for name, lap_s in seconds.items()},
         )
+        return record, sums.faults
+
+
+def status_line(record: StepRecord, num_steps: int, validation: float | None = None) -> str:
+    """A record for people. `validation` is the newest relative validation loss."""
+    parts = [f"step {record.step}/{num_steps}"]
+    parts.append("loss not finite" if record.loss is None else f"loss {record.loss:.4f}")
+    if validation is not None:
+        parts.append(f"validation {validation:.4f} of the base")
+    if record.s_per_step is not None:
+        parts.append(f"{record.s_per_step:.3g} s/step")
+        parts.append(f"data wait {record.data_wait_share or 0.0:.1%}")
+        parts.append(f"{duration((num_steps - record.step) * record.s_per_step)} left")
+    if record.num_skipped:
+        parts.append(f"{record.num_skipped} steps skipped")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """ "2d 3h", "3h 12m", "4m 05s" """
+    minutes, whole_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours}h"
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {whole_s:02d}s"
+
+
+def tensorboard_tag(name: str) -> str:
+    """ "loss_t2v" -> "loss/t2v": tags before the slash are the groups of TensorBoard's page."""
+    first, _, rest = name.partition("_")
+    group = _GROUPS.get(first, "time")
+    return f"{group}/{rest or 'all'}" if group == first == "loss" else f"{group}/{name}"
 
 
 class Progress:
     """Opened by the main process alone, and closed as a context manager."""
 
-    def __init__(self, output: Path, first_step: int, num_steps: int):
+    def __init__(self, output: Path, first_step: int, num_steps: int, *, is_evaluated: bool):
+        """is_evaluated: whether the first step's validation is not to be made again."""
         output.mkdir(parents=True, exist_ok=True)
-        self._file = _reopen(output / METRICS_FILE, first_step)
-        # validation and samples begin with step 0, before the first step: a run that has no
-        # checkpoint yet makes them again
-        self._validation_file = _reopen(output / VALIDATION_FILE, first_step or -1)
-        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
-        self._bar = tqdm(
-            total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True
+        self._num_steps, self._line_s = num_steps, float("-inf")
+        self._validation: float | None = None
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(_reopen(output / METRICS_FILE, first_step))
+        last_validation = first_step if is_evaluated else first_step - 1
+        self._validation_file = self._stack.enter_context(
+            _reopen(output / VALIDATION_FILE, last_validation)
         )
+        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+        self._stack.callback(self._writer.close)
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            self._bar = self._stack.enter_context(
+                tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            )
+            # warnings go above the bar, not into it
+            self._stack.enter_context(logging_redirect_tqdm())
 
     def write(self, record: StepRecord) -> None:
-        """Log one record everywhere."""
+        """Log one record everywhere. Raises OSError."""
         append_record(self._file, record)
         for name, value in msgspec.structs.asdict(record).items():
             if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, record.step)
-        self._bar.update(record.step - self._bar.n)
-        self._bar.set_postfix_str(
-            f"loss {record.loss:.4f}, {record.tokens_per_s:,.0f} tok/s, "
-            f"data wait {record.data_wait_share:.1%}"
-        )
+                self._writer.add_scalar(tensorboard_tag(name), value, record.step)
+        line = status_line(record, self._num_steps, self._validation)
+        if self._bar is not None:
+            self._bar.update(record.step - self._bar.n)
+            self._bar.set_postfix_str(line.partition(", ")[2])
+            return
+        now_s = time.monotonic()
+        if now_s - self._line_s >= LINE_EVERY_S or record.step == self._num_steps:
+            self.say(line)
+            self._line_s = now_s
 
     def write_validation(self, record: ValidationRecord) -> None:
-        """Log one validation everywhere."""
+        """Log one validation everywhere. Raises OSError."""
+        self._validation = record.relative_loss
         append_record(self._validation_file, record)
         scalars = {
             "relative_loss": record.relative_loss,
@@ -129,8 +202,11 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        """One line above the progress bar."""
-        self._bar.write(text, file=sys.stderr)
+        """One line, above the progress bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         return self
@@ -141,10 +217,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.close()
-        self._writer.close()
-        self._file.close()
-        self._validation_file.close()
+        self._stack.close()
 
 
 def _reopen(path: Path, last_step: int) -> IO[bytes]:

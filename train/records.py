@@ -1,5 +1,6 @@
 """The files that say how a run went: metrics.jsonl has a line of JSON for every step that was
-logged, validation.jsonl one for every validation, samples.json what a folder of samples shows.
+logged, validation.jsonl one for every validation, samples.json what a folder of samples shows,
+status.json how the run is doing.
 
 Whatever writes or reads them does it through this module, which needs no torch. Only measured
 values are written: None (null in the file) means that a value was not measured, or is not a finite
@@ -7,14 +8,16 @@ number, which JSON can't hold.
 """
 
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Literal, TypeVar
 
 import msgspec
 
-from loader.files import write_atomic
+from loader.files import atomic_file, write_atomic
 
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
 SAMPLES_FOLDER, SAMPLES_FILE, SHEET_FILE = "samples", "samples.json", "contact_sheet.png"
+STATUS_FILE = "status.json"
+State = Literal["running", "done", "early_stop", "stopped", "failed"]
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
 
@@ -31,15 +34,23 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     # number of finished steps
     step: int
-    # of the last batch's dataset
+    # passes over all datasets so far, 0 in the first
     epoch: int | None = None
-    # of the last step, over the global batch
+    # over the global batch, without steps whose loss is not finite
     loss: float | None = None
+    # over the samples of that task
+    loss_t2v: float | None = None
+    loss_i2v: float | None = None
+    loss_image: float | None = None
     lr: float | None = None
     # of the last step, before clipping
     grad_norm: float | None = None
     # after the last step; 1 unless model.dtype is float16
     loss_scale: float | None = None
+    # since the start of the run: steps left out because a float16 gradient overflowed, which
+    # halves the scale and is normal; and because a loss or gradient was not finite otherwise
+    num_overflows: int | None = None
+    num_skipped: int | None = None
     s_per_step: float | None = None
     data_wait_s: float | None = None
     forward_s: float | None = None
@@ -53,6 +64,51 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     data_wait_share: float | None = None
     # peak since the start, of the GPU's allocator or, on a CPU, of the process
     memory_gib: float | None = None
+    # by NVML when the record was made, of the main process's card
+    gpu_utilisation: float | None = None
+    gpu_power_w: float | None = None
+    gpu_temperature_c: float | None = None
+    gpu_clock_mhz: float | None = None
+    gpu_memory_gib: float | None = None
+
+
+class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """status.json: how a run is doing. torchrun's exit code is 1 for all ends but a good one.
+
+    A run that was killed says "running" for ever: then nobody holds its folder's lock
+    (loader.files.has_writer).
+    """
+
+    state: State
+    # one line; empty for "running" and "done"
+    reason: str = ""
+    # number of finished steps
+    step: int = 0
+    num_steps: int = 0
+    # the best one by validation, if there was any
+    best_step: int | None = None
+    # of the process that writes the run's files; it takes SIGUSR1 and SIGTERM
+    pid: int = 0
+    host: str = ""
+    # Unix time of this line
+    time: float = 0.0
+
+
+def write_status(output: Path, status: RunStatus) -> None:
+    """Replace status.json as a whole. Raises OSError."""
+    with atomic_file(output / STATUS_FILE, durable=status.state != "running") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(status)))
+
+
+def read_status(output: Path) -> RunStatus | None:
+    """status.json, or None where there is none. Raises RecordError, OSError."""
+    path = output / STATUS_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RunStatus)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise RecordError(f"{path}: {error}; delete it, the next start writes a new one") from error
 
 
 class ValidationRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,9 +177,14 @@ class SampleEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def append_record(file: IO[bytes], record: msgspec.Struct) -> None:
-    """Write `record` as one line, and hand it to the operating system."""
-    file.write(msgspec.json.encode(record) + b"\n")
-    file.flush()
+    """Write `record` as one line, and hand it to the operating system. Raises OSError."""
+    try:
+        file.write(msgspec.json.encode(record) + b"\n")
+        file.flush()
+    except OSError as error:
+        # a write to an open file fails without saying which: the disk is full, for example
+        error.filename = file.name
+        raise
 
 
 def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:

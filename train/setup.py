@@ -11,141 +11,34 @@ Left out: the order of a step, which stands in train/main.py.
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from loader.feed import Feed
 from loader.identity import check_identity, folder_xxh3
 from loader.registered import available_bytes, check_available, processes_here
 from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
-from train import checkpoint, optim
+from train import optim
 from train.activations import plan as activations
 from train.activations.budget import parse_activation_memory, raw_bytes, room_bytes
 from train.activations.runner import block_runner
 from train.choices import attention_kernels, attention_shapes, batching, micro_shapes
-from train.config import TrainConfig, defaults, flat, resumable_changes
+from train.config import TrainConfig
 from train.lora import adapters as lora
-from train.lora import files as lora_files
 from train.lora.config import parse_blocks
-from train.model.attention import Choice, describe
+from train.model.identity import weights_xxh3
 from train.model.load import load_transformer, read_config
 from train.model.wan import Wan
 from train.parallel import mesh
 from train.parallel.mesh import World
+from train.run import Run
 from train.step import MicroStep
+from train.tally import Tally
 
 log = logging.getLogger(__name__)
 FPS = 24.0  # of Wan2.2-TI2V-5B
-
-
-class Resumed(NamedTuple):
-    """Where a run goes on. `validation`: the validator's state, None where it had none."""
-
-    num_done: int
-    validation: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """The parts of one training run on one process."""
-
-    config: TrainConfig
-    world: World
-    model: Wan
-    # which attention kernel runs where
-    kernels: Choice
-    adapters: lora.LoRA
-    # all LoRA parameters, their gradient and the loss, each one vector
-    flat: optim.FlatParameters
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    # what each shape saves for the backward pass
-    plans: dict[Bucket, activations.ShapePlan]
-    micro_step: MicroStep
-
-    def resume(self, feed: Feed) -> "Resumed":
-        """Take up the newest checkpoint in the output folder, or the file `lora.init`. Raises
-        CheckpointError, LoRAError, and ValueError for a run that is longer than `num_steps`.
-        """
-        newest = checkpoint.latest(self.config.output_dir)
-        if newest is None:
-            if self.config.lora.init:
-                lora_files.load_diffusers(self.adapters, Path(self.config.lora.init))
-            return Resumed(num_done=0, validation=None)
-        state = checkpoint.load(
-            newest,
-            flat(self.config),
-            changeable=resumable_changes(self.config),
-            defaults=defaults(),
-        )
-        num_done: int = state["step"]
-        if num_done > self.config.num_steps:
-            raise ValueError(
-                f"num_steps = {self.config.num_steps}: {newest} is {num_done} steps on already; "
-                f"ask for as many or more, or choose another output"
-            )
-        self.flat.vector.data.copy_(state["parameters"])
-        self.adapters.refresh()
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        feed.load_state_dict(state["feed"])
-        return Resumed(num_done, state.get("validation"))
-
-    def save_checkpoint(
-        self,
-        num_done: int,
-        feed_state: dict[str, Any],
-        validation: dict[str, Any] | None = None,
-    ) -> None:
-        """Write the checkpoint after `num_done` steps; `feed_state` came with their last batch,
-        `validation` is the validator's, if there is one.
-        """
-        state = {
-            "step": num_done,
-            "config": flat(self.config),
-            "parameters": self.flat.vector.detach(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "feed": feed_state,
-            "validation": validation,
-            "attention": self.kernels.table(),
-        }
-        checkpoint.save(
-            self.config.output_dir,
-            num_done,
-            state,
-            save_lora=lambda folder: lora_files.save_both(self.adapters, folder),
-            keep=self.config.keep_checkpoints,
-        )
-
-    def is_due(self, num_done: int, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the end, happens after
-        `num_done` of them; never if `every` is 0.
-        """
-        return every > 0 and (num_done % every == 0 or num_done == self.config.num_steps)
-
-    def loss_scale(self) -> Tensor:
-        """A float32 scalar on the device; 1 without loss scaling."""
-        scale: Tensor = self.scaler.scale(torch.ones((), device=self.world.device))
-        return scale
-
-    def describe(self) -> list[str]:
-        """What was chosen, as lines of the log, before the first step."""
-        newest = checkpoint.latest(self.config.output_dir)
-        summary = (
-            f"{len(self.adapters.tensors())} adapters, {self.flat.vector.numel():,} parameters on "
-            f"{self.world.data_size} x {self.world.device.type}; {self.config.model.dtype}, "
-            f"{self.kernels.names} attention, activation_memory = "
-            f"{self.config.activation_memory}; "
-            f"{f'resumed from {newest}' if newest else 'from the start'}"
-        )
-        plans = [f"{bucket}: {activations.describe(plan)}" for bucket, plan in self.plans.items()]
-        return [summary, *describe(self.kernels), *plans]
 
 
 def open_feed(config: TrainConfig, world: World) -> Feed:
@@ -224,8 +117,10 @@ def build(
 
     # -- the frozen base and its adapters ----------------------------------------------------
     blocks = parse_blocks(config.lora.blocks, wan.num_layers)
+    base_weights = ""
     if model is None:
         model = load_transformer(Path(config.model.path), device, dtype)
+        base_weights = weights_xxh3(Path(config.model.path))
     adapters = lora.attach(
         model,
         targets=config.lora.targets,
@@ -239,9 +134,8 @@ def build(
     )
     flat_parameters = optim.flatten(adapters.parameters())
     optimizer = optim.make_optimizer(flat_parameters.vector, config.optim)
-    scaler = torch.amp.GradScaler(
-        device.type, config.optim.loss_scale, enabled=dtype == torch.float16
-    )
+    scaling = dtype == torch.float16
+    scaler = optim.make_scaler(device, scaling, config.optim)
 
     # -- what each shape saves for the backward pass -----------------------------------------
     planned_bytes = 0.0
@@ -287,6 +181,8 @@ def build(
         scaler=scaler,
         plans={bucket: plans[shape] for bucket, shape in shapes.items()},
         micro_step=micro_step,
+        tally=Tally(device, scaling),
+        base_weights=base_weights,
     )
 
 

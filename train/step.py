@@ -1,8 +1,8 @@
 """One micro-batch: what the model gets of it, the loss, and the backward pass.
 
-    MicroStep.forward(inputs) -> loss    by EagerStep or, for small shapes on a GPU, GraphedStep
-    MicroStep.backward()                 adds the gradient up
-    MicroStep.loss(inputs) -> loss       the loss alone, for instance under torch.no_grad()
+    MicroStep.forward(inputs) -> losses_B    by EagerStep or, for small shapes on a GPU, GraphedStep
+    MicroStep.backward()                     adds the gradient of their mean up
+    MicroStep.losses(inputs) -> losses_B     alone, for instance under torch.no_grad()
 
 A micro-batch of a thousand tokens is thousands of kernels of a few microseconds, and launching
 them takes longer than they run. So a shape of at most `max_graph_tokens` tokens is captured once,
@@ -57,28 +57,27 @@ def prepare(batch: Batch, config: FlowConfig) -> Inputs:
     )
 
 
+# inputs -> the loss of each sample, float32 [B]
 LossFunction = Callable[[Inputs], Tensor]
-# (mean loss of a micro-batch, its number of samples) -> what `backward` is called on
-ScaleLoss = Callable[[Tensor, int], Tensor]
+# losses_B -> what `backward` is called on
+ScaleLoss = Callable[[Tensor], Tensor]
 
 
 class EagerStep:
     """Forward and backward pass as ordinary PyTorch, for any shape."""
 
-    def __init__(self, loss: LossFunction, scale_loss: ScaleLoss):
-        self._loss, self._scale_loss = loss, scale_loss
-        # the loss and the number of samples
-        self._last: tuple[Tensor, int] | None = None
+    def __init__(self, losses: LossFunction, scale_loss: ScaleLoss):
+        self._losses, self._scale_loss = losses, scale_loss
+        self._last_B: Tensor | None = None
 
     def forward(self, inputs: Inputs) -> Tensor:
-        loss = self._loss(inputs)
-        self._last = loss, len(inputs.seeds_B)
-        return loss.detach()
+        self._last_B = self._losses(inputs)
+        return self._last_B.detach()
 
     def backward(self) -> None:
-        assert self._last is not None, "backward() needs a forward() of its own"
-        self._scale_loss(*self._last).backward()
-        self._last = None
+        assert self._last_B is not None, "backward() needs a forward() of its own"
+        self._scale_loss(self._last_B).backward()
+        self._last_B = None
 
 
 class GraphedStep:
@@ -92,7 +91,7 @@ class GraphedStep:
 
     def __init__(
         self,
-        loss: LossFunction,
+        losses: LossFunction,
         scale_loss: ScaleLoss,
         example: Inputs,
         pool: Any,
@@ -101,16 +100,16 @@ class GraphedStep:
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # the feed's threads go on allocating and copying meanwhile: only this thread must not
         with torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
-            captured = loss(self._inputs)
+            captured_B = losses(self._inputs)
         with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
-            scale_loss(captured, len(example.seeds_B)).backward()
-        self._loss = captured.detach()
+            scale_loss(captured_B).backward()
+        self._losses_B = captured_B.detach()
 
     def forward(self, inputs: Inputs) -> Tensor:
         for place, value in zip(self._inputs, inputs, strict=True):
             place.copy_(value)
         self._forward.replay()
-        return self._loss
+        return self._losses_B
 
     def backward(self) -> None:
         self._backward.replay()
@@ -138,15 +137,15 @@ class MicroStep:
         self._attention, self._run_block = attention, run_block
         self._scaler, self._global_batch = scaler, global_batch
         self._max_graph_tokens = max_graph_tokens
-        self._eager = EagerStep(self.loss, self._scale_loss)
+        self._eager = EagerStep(self.losses, self._scale_loss)
         # latent shape -> its graphs; None: the shape has been seen once
         self._graphed: dict[torch.Size, GraphedStep | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._current: EagerStep | GraphedStep = self._eager
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """The mean loss of the micro-batch: a float32 scalar without a graph, valid until the
-        next call. Raises ValueError if the text is not as wide as the model takes it.
+        """The loss of each sample: float32 [B] without a graph, valid until the next call. Raises
+        ValueError if the text is not as wide as the model takes it.
         """
         self._current = self._step_for(inputs)
         return self._current.forward(inputs)
@@ -155,9 +154,18 @@ class MicroStep:
         """Of the last `forward`."""
         self._current.backward()
 
+    def backward_eagerly(self, inputs: Inputs) -> None:
+        """Forward and backward pass without a graph, whatever the shape."""
+        self._eager.forward(inputs)
+        self._eager.backward()
+
     def loss(self, inputs: Inputs) -> Tensor:
-        """The mean loss of the micro-batch, float32 scalar. Without gradients (torch.no_grad)
-        nothing is saved, so any shape will do.
+        """The mean loss of the micro-batch, float32 scalar; see `losses`."""
+        return self.losses(inputs).mean()
+
+    def losses(self, inputs: Inputs) -> Tensor:
+        """The loss of each sample, float32 [B]. Without gradients (torch.no_grad) nothing is
+        saved, so any shape will do.
         """
         if inputs.text_BSD.shape[2] != self._model.config.text_dim:
             raise ValueError(
@@ -174,15 +182,12 @@ class MicroStep:
             self._attention,
             self._run_block if torch.is_grad_enabled() else None,
         )
-        losses_B = flow.sample_losses(
-            velocity_BCThw, inputs.target_BCThw, inputs.num_clean_frames_B
-        )
-        return losses_B.mean()
+        return flow.sample_losses(velocity_BCThw, inputs.target_BCThw, inputs.num_clean_frames_B)
 
-    def _scale_loss(self, loss: Tensor, num_samples: int) -> Tensor:
+    def _scale_loss(self, losses_B: Tensor) -> Tensor:
         # of equal micro-batches, as many as a global batch has on all processes
-        share = 1 / (self._global_batch // num_samples)
-        scaled: Tensor = self._scaler.scale(loss * share)
+        share = 1 / (self._global_batch // len(losses_B))
+        scaled: Tensor = self._scaler.scale(losses_B.mean() * share)
         return scaled
 
     def _step_for(self, inputs: Inputs) -> EagerStep | GraphedStep:
@@ -199,6 +204,6 @@ class MicroStep:
             return self._eager
         graphed = self._graphed[shape]
         if graphed is None:
-            graphed = GraphedStep(self.loss, self._scale_loss, inputs, self._pool)
+            graphed = GraphedStep(self.losses, self._scale_loss, inputs, self._pool)
             self._graphed[shape] = graphed
         return graphed

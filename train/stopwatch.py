@@ -65,7 +65,7 @@ class Scalars:
     """
 
     def __init__(self, *scalars: Tensor):
-        stacked = torch.stack([scalar.detach().float() for scalar in scalars])
+        stacked = torch.stack([scalar.detach().double() for scalar in scalars])
         self._values = stacked.to("cpu", non_blocking=True)
         self._copied = torch.cuda.Event() if scalars[0].is_cuda else None
         if self._copied is not None:
@@ -77,6 +77,26 @@ class Scalars:
             self._copied.synchronize()
         values: list[float] = self._values.tolist()
         return values
+
+
+class RunAhead:
+    """Keeps the host at most one micro-batch ahead of the GPU, which never waits for that: so
+    whatever the host decides between two micro-batches, such as to stop, takes effect soon.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._before: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """After a micro-batch was queued: wait until the one before it is done."""
+        if not self._cuda:
+            return
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        if self._before is not None:
+            self._before.synchronize()
+        self._before = event
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -20,7 +20,7 @@ from loader.walk import Walk
 from train import early_stop
 from train.early_stop import History
 from train.records import ValidationRecord
-from train.setup import Run
+from train.run import Run
 from train.validate import (
     Losses,
     by_category,

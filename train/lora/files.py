@@ -1,4 +1,4 @@
-"""The two files of a LoRA: in the keys of diffusers, and in those of ComfyUI.
+"""The two files of a LoRA: in the keys of diffusers, and in those of ComfyUI; and their names.
 
 They treat alpha differently, and getting it wrong halves or doubles the effect without an error:
 diffusers takes it from the metadata entry `lora_adapter_metadata` only (and assumes alpha = rank
@@ -8,6 +8,7 @@ both).
 
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -22,6 +23,8 @@ from train.lora.config import format_blocks
 DIFFUSERS_FILE, COMFYUI_FILE = "lora.safetensors", "lora_comfyui.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 _BLOCK = re.compile(r"transformer\.blocks\.(\d+)\.")
+# of our own entry: how this LoRA was trained, as JSON
+TRAINING_KEY = "newsreel_training"
 _COMFYUI_NAMES = {
     "attn1.to_q": "self_attn.q",
     "attn1.to_k": "self_attn.k",
@@ -36,42 +39,84 @@ _COMFYUI_NAMES = {
 }
 
 
+def step_file(step: int, *, run: str = "", expert: str = "", comfyui: bool = False) -> str:
+    """The name of the LoRA file after `step`: the only place that knows the rule
+
+        [RUN-][high_noise-|low_noise-]step-NNNNNNNN[-comfyui].safetensors
+
+    expert: "high" or "low", of the models that have two; empty for the others.
+    """
+    parts = [run, f"{expert}_noise" if expert else "", f"step-{step:08d}"]
+    stem = "-".join(part for part in parts if part)
+    return f"{stem}{'-comfyui' if comfyui else ''}.safetensors"
+
+
 def save_both(lora: LoRA, folder: Path) -> None:
-    """Write DIFFUSERS_FILE and COMFYUI_FILE into `folder`."""
+    """Write DIFFUSERS_FILE and COMFYUI_FILE into `folder`: the result of a run, float32."""
     save_diffusers(lora, folder / DIFFUSERS_FILE)
     save_comfyui(lora, folder / COMFYUI_FILE)
 
 
-def save_diffusers(lora: LoRA, path: Path) -> None:
-    """Write the file that `pipe.load_lora_weights` takes: float32, alpha in the metadata."""
+def save_step(
+    lora: LoRA,
+    folder: Path,
+    step: int,
+    *,
+    run: str,
+    dtype: torch.dtype,
+    training: dict[str, Any],
+) -> None:
+    """Write both files after `step` under the names of `step_file`, tensors in `dtype`; how they
+    were trained, `training`, stands in the metadata of both.
+    """
+    notes = {TRAINING_KEY: msgspec.json.encode(training, order="sorted").decode()}
+    save_diffusers(lora, folder / step_file(step, run=run), dtype, notes)
+    save_comfyui(lora, folder / step_file(step, run=run, comfyui=True), dtype, notes)
+
+
+def save_diffusers(
+    lora: LoRA,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    notes: dict[str, str] | None = None,
+) -> None:
+    """Write the file that `pipe.load_lora_weights` takes: alpha in the metadata. `notes` are
+    more entries there.
+    """
     tensors = {}
     for name, (a, b) in lora.tensors().items():
-        tensors[f"transformer.{name}.lora_A.weight"] = a
-        tensors[f"transformer.{name}.lora_B.weight"] = b
-    metadata: dict[str, object] = {
+        tensors[f"transformer.{name}.lora_A.weight"] = a.to(dtype)
+        tensors[f"transformer.{name}.lora_B.weight"] = b.to(dtype)
+    adapter: dict[str, object] = {
         "transformer.r": lora.rank,
         "transformer.lora_alpha": lora.alpha,
         "transformer.target_modules": sorted(lora.targets),
     }
     # without these PEFT puts adapters, which do nothing, on the other blocks too
     if len(lora.modules) < lora.num_blocks:
-        metadata["transformer.layers_to_transform"] = sorted(lora.modules)
-        metadata["transformer.layers_pattern"] = "blocks"
-    _save(tensors, path, {METADATA_KEY: msgspec.json.encode(metadata, order="sorted").decode()})
+        adapter["transformer.layers_to_transform"] = sorted(lora.modules)
+        adapter["transformer.layers_pattern"] = "blocks"
+    entry = msgspec.json.encode(adapter, order="sorted").decode()
+    _save(tensors, path, {METADATA_KEY: entry} | (notes or {}))
 
 
-def save_comfyui(lora: LoRA, path: Path) -> None:
-    """Write the file that ComfyUI's LoRA loader takes: float32, one alpha per layer, no adapter
-    metadata.
+def save_comfyui(
+    lora: LoRA,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    notes: dict[str, str] | None = None,
+) -> None:
+    """Write the file that ComfyUI's LoRA loader takes: one float32 alpha per layer, no adapter
+    metadata. `notes` are entries of the metadata.
     """
     tensors = {}
     for name, (a, b) in lora.tensors().items():
         _, index, target = name.split(".", 2)
         prefix = f"diffusion_model.blocks.{index}.{_COMFYUI_NAMES[target]}"
-        tensors[f"{prefix}.lora_A.weight"] = a
-        tensors[f"{prefix}.lora_B.weight"] = b
+        tensors[f"{prefix}.lora_A.weight"] = a.to(dtype)
+        tensors[f"{prefix}.lora_B.weight"] = b.to(dtype)
         tensors[f"{prefix}.alpha"] = torch.tensor(float(lora.alpha))
-    _save(tensors, path, {})
+    _save(tensors, path, notes or {})
 
 
 def load_diffusers(lora: LoRA, path: Path) -> None:
@@ -122,8 +167,19 @@ def load_diffusers(lora: LoRA, path: Path) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    assert len(metadata) <= 1, (
-        "safetensors writes several entries in any order, and equal runs must give equal bytes"
-    )
     on_cpu = {key: tensor.cpu().contiguous() for key, tensor in sorted(tensors.items())}
-    write_atomic(path, save(on_cpu, metadata))
+    write_atomic(path, _with_sorted_metadata(save(on_cpu, metadata)))
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: safetensors writes several entries in
+    any order, and equal runs must give equal bytes.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = msgspec.json.decode(data[8:start])
+    if len(header.get("__metadata__", {})) <= 1:
+        return data
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]

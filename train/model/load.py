@@ -18,6 +18,7 @@ from torch import Tensor
 from loader.shape import WAN22
 from train.model.wan import Projections, Wan, WanConfig
 
+CONFIG = "config.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _FLOAT32_MODULES = ("time_1", "time_2", "time_proj")
@@ -43,8 +44,8 @@ def load_transformer(model_dir: Path, device: torch.device, dtype: torch.dtype) 
     WeightsError.
     """
     folder = model_dir / "transformer"
-    config = read_config(folder / "config.json")
-    files = _tensor_files(folder)
+    config = read_config(folder / CONFIG)
+    files = tensor_files(folder)
     handles = {file: _open(folder / file) for file in set(files.values())}
     return build_transformer(
         config,
@@ -159,7 +160,7 @@ def _is_gemm(name: str) -> bool:
     return name.endswith((".weight", ".bias"))
 
 
-def _tensor_files(folder: Path) -> dict[str, str]:
+def tensor_files(folder: Path) -> dict[str, str]:
     """Tensor name -> file name inside `folder`."""
     if (folder / INDEX).exists():
         try:

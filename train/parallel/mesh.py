@@ -1,5 +1,5 @@
-"""Which process does what: torchrun's environment, and one all-reduce of one flat vector per
-optimizer step.
+"""Which process does what: torchrun's environment, one all-reduce of one flat vector per optimizer
+step, and one of a single number on the CPU per micro-batch.
 
 Training is data parallel: each process has the whole model on its own device and its own share of
 every global batch. torch's DistributedDataParallel would wrap the model, bucket the gradients and
@@ -17,6 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class PeerLostError(Exception):
+    """Another process of the run is gone. Why, its own last words say, not this error."""
 
 
 class World(NamedTuple):
@@ -49,13 +53,13 @@ def process_group() -> Iterator[World]:
         yield world
         return
     if world.device.type == "cuda":
-        dist.init_process_group("nccl", device_id=world.device)
+        # gloo for the numbers on the CPU: they must not wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device)
     else:
         dist.init_process_group("gloo")
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    yield world
+    # not after an error: it would wait for processes that are gone
+    dist.destroy_process_group()
 
 
 def _local_device() -> torch.device:
@@ -71,9 +75,19 @@ def _local_device() -> torch.device:
 
 
 def all_reduce_sum(vector: Tensor, world: World) -> None:
-    """Sum `vector` over all processes, in place."""
-    if world.data_size > 1:
-        dist.all_reduce(vector)
+    """Sum `vector` over all processes, in place. Raises PeerLostError."""
+    _all_reduce(vector, dist.ReduceOp.SUM, world)
+
+
+def maximum(number: int, world: World) -> int:
+    """The largest `number` of all processes, by way of the CPU: it waits for the processes, not
+    for their GPUs. Raises PeerLostError.
+    """
+    if world.data_size == 1:
+        return number
+    number_1 = torch.tensor([number])
+    _all_reduce(number_1, dist.ReduceOp.MAX, world)
+    return int(number_1)
 
 
 def broadcast(value: T, world: World) -> T:
@@ -86,6 +100,18 @@ def broadcast(value: T, world: World) -> T:
 
 
 def barrier(world: World) -> None:
-    """Wait until every process is here."""
-    if world.data_size > 1:
-        dist.barrier()
+    """Wait until every process is here. Raises PeerLostError."""
+    maximum(0, world)
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType, world: World) -> None:
+    if world.data_size == 1:
+        return
+    try:
+        dist.all_reduce(tensor, operation)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # gloo and NCCL have no kinds for it; the first line tells enough
+        cause = str(error).partition("\n")[0]
+        raise PeerLostError(f"another process of this run is gone or late: {cause}") from error

@@ -1,0 +1,96 @@
+"""What a run looks at besides its own loss: validation and samples, at the steps that are due.
+
+Both take minutes. So a checkpoint is written before them, and a signal that asks to stop ends the
+process at once: the run that goes on makes them first.
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+from train.lora import files as lora_files
+from train.open_sampler import open_sampler
+from train.progress import Progress
+from train.run import Resumed, Run
+from train.sampling import Sampler
+from train.signals import Signals
+from train.status import Status
+from train.validator import Validator, open_validator
+from train.watch import Watch
+
+BEST_FOLDER = "best"
+
+
+class Evaluation:
+    """Of a run with or without a validator and a sampler; on all ranks together."""
+
+    def __init__(self, run: Run, stack: ExitStack):
+        self._run = run
+        self._validator: Validator | None = open_validator(run)
+        self._sampler: Sampler | None = open_sampler(run)
+        if self._validator:
+            stack.callback(self._validator.close)
+
+    def resume(self, resumed: Resumed) -> None:
+        """Raises ValueError if the checkpoint is of other windows."""
+        if self._validator and resumed.validation:
+            self._validator.load_state_dict(resumed.validation)
+
+    def validates(self, step: int) -> bool:
+        """Whether the run is validated after `step` finished steps; before the first one it is."""
+        every = self._run.config.validation.every
+        return self._validator is not None and self._run.is_due(step, every)
+
+    def samples(self, step: int) -> bool:
+        due = self.stops or self._run.is_due(step, self._run.config.samples.every)
+        return self._sampler is not None and due
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run should end early."""
+        patience = self._run.config.early_stop.patience
+        return self._validator is not None and self._validator.stops(patience)
+
+    @property
+    def best_steps(self) -> list[int]:
+        """By validation, the best first."""
+        return self._validator.best_steps if self._validator else []
+
+    def of_checkpoint(self) -> tuple[dict[str, Any] | None, list[int]]:
+        """`validation` and `best_steps` of Run.save_checkpoint."""
+        return self._validator.state_dict() if self._validator else None, self.best_steps
+
+    def evaluate(
+        self,
+        step: int,
+        feed_state: dict[str, Any],
+        *,
+        progress: Progress | None,
+        signals: Signals,
+        status: Status,
+        watch: Watch,
+    ) -> None:
+        """Do what is due after `step`, whose checkpoint is written."""
+        with signals.at_once(status.stopped_at_once):
+            if self.validates(step):
+                self._validate(step, feed_state, progress, watch)
+            if self._sampler and self.samples(step):
+                with watch.busy("makes samples"):
+                    event = self._sampler.sample(step)
+                if progress:
+                    progress.show_samples(event, self._sampler.folder_of(step))
+
+    def _validate(
+        self, step: int, feed_state: dict[str, Any], progress: Progress | None, watch: Watch
+    ) -> None:
+        assert self._validator is not None
+        with watch.busy("validates"):
+            record = self._validator.validate(step)
+            if progress:
+                progress.write_validation(record)
+                if record.best_step == step:
+                    folder = self._run.config.output_dir / BEST_FOLDER
+                    folder.mkdir(exist_ok=True)
+                    lora_files.save_both(self._run.adapters, folder)
+            if step > 0:
+                # once more, with what validation has found
+                self._run.save_checkpoint(step, feed_state, *self.of_checkpoint())

@@ -1,0 +1,237 @@
+"""A run's parts, and what is done with all of them: resume, save, look for what went wrong.
+
+Left out: how they are made (train/setup.py) and the order of a step (train/main.py).
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loader.feed import Feed
+from loader.shape import Bucket
+from train import checkpoint, optim
+from train.activations import plan as activations
+from train.config import TrainConfig, defaults, flat, resumable_changes
+from train.diagnose import find_non_finite
+from train.lora import adapters as lora
+from train.lora import files as lora_files
+from train.model.attention import Choice, describe
+from train.model.wan import Wan
+from train.parallel.mesh import World
+from train.records import VALIDATION_FILE, ValidationRecord, read_records
+from train.step import MicroStep, prepare
+from train.tally import Tally
+
+log = logging.getLogger(__name__)
+# keys of the configuration that say where things lie
+PATHS = {"output", "model.path", "data.datasets", "data.exclude", "data.cache_dir", "lora.init"}
+
+
+class Resumed(NamedTuple):
+    """Where a run goes on. `validation`: the validator's state, None where it had none;
+    is_evaluated: False if validation or samples were due after that step, and not yet done.
+    """
+
+    num_done: int
+    validation: dict[str, Any] | None
+    is_evaluated: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run on one process."""
+
+    config: TrainConfig
+    world: World
+    model: Wan
+    # which attention kernel runs where
+    kernels: Choice
+    adapters: lora.LoRA
+    # all LoRA parameters, their gradient and the loss, each one vector
+    flat: optim.FlatParameters
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    # what each shape saves for the backward pass
+    plans: dict[Bucket, activations.ShapePlan]
+    micro_step: MicroStep
+    # losses and faults, summed on the device
+    tally: Tally
+    # train.model.identity.weights_xxh3; empty for a model that was given
+    base_weights: str
+
+    def resume(self, feed: Feed) -> Resumed:
+        """Take up the newest checkpoint in the output folder whose files are intact, or the file
+        `lora.init`. Raises CheckpointError, LoRAError, and
+        ValueError for a run that is longer than `num_steps`.
+        """
+        newest, damaged = checkpoint.latest_intact(self.config.output_dir)
+        if self.world.is_main:
+            for line in damaged:
+                log.warning("%s; going on from the checkpoint before it", line)
+        if newest is None:
+            if self.config.lora.init:
+                lora_files.load_diffusers(self.adapters, Path(self.config.lora.init))
+            return Resumed(num_done=0, validation=None, is_evaluated=False)
+        state = checkpoint.load(
+            newest,
+            flat(self.config),
+            changeable=resumable_changes(self.config),
+            defaults=defaults(),
+        )
+        num_done: int = state["step"]
+        if num_done > self.config.num_steps:
+            raise ValueError(
+                f"num_steps = {self.config.num_steps}: {newest} is {num_done} steps on already; "
+                f"ask for as many or more, or choose another output"
+            )
+        base_weights = state.get("base_weights", "")
+        if base_weights and self.base_weights and base_weights != self.base_weights:
+            raise checkpoint.CheckpointError(
+                f"{newest}: was trained on other base weights than those in "
+                f"{self.config.model.path}; set model.path back, or choose another output"
+            )
+        self.flat.vector.data.copy_(state["parameters"])
+        self.adapters.refresh()
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scales_loss:
+            self.scaler.load_state_dict(state["scaler"])
+        # older versions had none
+        if "faults" in state:
+            self.tally.load_state(state["faults"])
+        feed.load_state_dict(state["feed"])
+        # older versions evaluated before they saved
+        return Resumed(num_done, state.get("validation"), state.get("is_evaluated", True))
+
+    def save_checkpoint(
+        self,
+        num_done: int,
+        feed_state: dict[str, Any],
+        validation: dict[str, Any] | None,
+        best_steps: Sequence[int],
+        is_evaluated: bool = True,
+    ) -> None:
+        """Write the checkpoint after `num_done` steps and delete what need not stay; on the main
+        process, the others do nothing.
+
+        feed_state: it came with the last batch of these steps. validation: the validator's state;
+        best_steps: by validation, the best first. is_evaluated: False before validation and
+        samples that are due now. Raises ValueError, on all processes, if a parameter is not
+        finite: nothing is written then. Raises OSError.
+        """
+        self.check_parameters(num_done)
+        if not self.world.is_main:
+            return
+        output = self.config.output_dir
+        state = {
+            "step": num_done,
+            "config": flat(self.config),
+            "base_weights": self.base_weights,
+            "parameters": self.flat.vector.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "faults": self.tally.state(),
+            "feed": feed_state,
+            "validation": validation,
+            "is_evaluated": is_evaluated,
+            "attention": self.kernels.table(),
+        }
+        checkpoint.save(output, num_done, state, partial(self._save_lora, num_done))
+        path = output / VALIDATION_FILE
+        validated = read_records(path, ValidationRecord) if path.exists() else []
+        retention = checkpoint.retain(
+            checkpoint.steps(output),
+            self.config.checkpoint,
+            best=best_steps,
+            validated=[record.step for record in validated],
+        )
+        checkpoint.prune(output, retention)
+
+    def _save_lora(self, num_done: int, folder: Path) -> None:
+        lora_files.save_step(
+            self.adapters,
+            folder,
+            num_done,
+            run=self.name,
+            dtype=getattr(torch, self.config.checkpoint.lora_dtype),
+            training={
+                "step": num_done,
+                "base_weights": self.base_weights,
+                # paths tell nothing to whoever gets the file, and too much about where it is from
+                "config": {
+                    key: value for key, value in flat(self.config).items() if key not in PATHS
+                },
+            },
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the run, in the names of its LoRA files: the output folder's."""
+        return re.sub(r"[^\w.]+", "_", self.config.output_dir.resolve().name)
+
+    @property
+    def scales_loss(self) -> bool:
+        return self.config.model.dtype == "float16"
+
+    def is_due(self, num_done: int, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens after
+        `num_done` of them; never if `every` is 0.
+        """
+        return every > 0 and (num_done % every == 0 or num_done == self.config.num_steps)
+
+    def check_parameters(self, num_done: int) -> None:
+        """Raises ValueError if a parameter is not finite. Waits for the device."""
+        if not bool(self.flat.vector.isfinite().all()):
+            raise ValueError(
+                f"step {num_done}: the parameters are not finite after the update, and nothing of "
+                f"them is saved. {self.advice()}"
+            )
+
+    def advice(self) -> str:
+        """How to go on from a run that is lost."""
+        newest = checkpoint.latest(self.config.output_dir)
+        if newest is None:
+            return "Start again with a lower optim.lr"
+        file = lora_files.step_file(checkpoint.step_of(newest), run=self.name)
+        return f"Start a new output with a lower optim.lr, from lora.init = {newest / file}"
+
+    def trace(self, feed: Feed, index: int) -> str:
+        """What was not finite first on this process in global batch `index`, with its samples.
+        Runs that batch again with the parameters of now; overwrites the gradient.
+        """
+        for number in range(feed.batch_again(index, 0).num_micro):
+            batch = feed.batch_again(index, number)
+            found = find_non_finite(
+                prepare(batch, self.config.flow),
+                self.model,
+                self.adapters,
+                self.flat,
+                self.micro_step,
+            )
+            if found:
+                return f"{found}; samples {', '.join(batch.keys)}"
+        return f"it does not show again on rank {self.world.data_rank} with the parameters of now"
+
+    def loss_scale(self) -> Tensor:
+        """A float32 scalar on the device; 1 without loss scaling."""
+        scale: Tensor = self.scaler.scale(torch.ones((), device=self.world.device))
+        return scale
+
+    def describe(self) -> list[str]:
+        """What was chosen, as lines of the log, before the first step."""
+        newest = checkpoint.latest(self.config.output_dir)
+        summary = (
+            f"{len(self.adapters.tensors())} adapters, {self.flat.vector.numel():,} parameters on "
+            f"{self.world.data_size} x {self.world.device.type}; {self.config.model.dtype}, "
+            f"{self.kernels.names} attention, activation_memory = "
+            f"{self.config.activation_memory}; "
+            f"{f'resumed from {newest}' if newest else 'from the start'}"
+        )
+        plans = [f"{bucket}: {activations.describe(plan)}" for bucket, plan in self.plans.items()]
+        return [summary, *describe(self.kernels), *plans]

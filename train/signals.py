@@ -1,0 +1,129 @@
+"""What the operating system asks of a run, and when all processes act on it.
+
+SIGTERM and SIGINT: stop after a checkpoint. SIGUSR1: a checkpoint, then go on. A signal reaches one
+process at a time, and often all of them, so it is only noted; `agreed`, which every process calls
+between the same two micro-batches, tells all of them the same. A second SIGTERM or SIGINT ends the
+process at once.
+
+A thread reads the signals from a pipe into which Python's C code writes them, because a handler in
+Python has to wait until the main thread is back from C, out of a collective for example.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from types import TracebackType
+from typing import NoReturn, Self
+
+from train.parallel import mesh
+from train.parallel.mesh import World
+
+# torchrun passes on what a terminal or a service manager has sent to the whole group already: what
+# comes within this time is the same signal
+REPEATED_S = 2.0
+
+
+class Wish(IntEnum):
+    """What was asked for; of two wishes the higher one counts."""
+
+    NONE = 0
+    CHECKPOINT = 1
+    STOP = 2
+
+
+class Stopped(Exception):
+    """The run ended because a signal asked for it; `number` is the signal's."""
+
+    def __init__(self, reason: str, number: int):
+        super().__init__(reason)
+        self.number = number
+
+
+class Signals:
+    """Used as a context manager around the loop, in the main thread."""
+
+    def __init__(self) -> None:
+        self._lock, self._wish = threading.Lock(), Wish.NONE
+        self._stop_s: float | None = None
+        # of the signal that asked to stop, if this process got one
+        self._number = int(signal.SIGTERM)
+        self._end: Callable[[str, int], NoReturn] | None = None
+
+    def agreed(self, world: World) -> Wish:
+        """What any process was asked for since the last call: the same on all of them. Raises
+        PeerLostError.
+        """
+        with self._lock:
+            mine, self._wish = self._wish, Wish.NONE
+        return Wish(mesh.maximum(mine, world))
+
+    def stopped(self, step: int) -> Stopped:
+        """What to raise after a checkpoint of `step` finished steps."""
+        name = signal.Signals(self._number).name
+        return Stopped(f"{name}: stopped after step {step}, which is saved", self._number)
+
+    @contextmanager
+    def at_once(self, end: Callable[[str, int], NoReturn]) -> Iterator[None]:
+        """In the block nothing needs to be saved: when asked to stop, also before the block,
+        `end(reason, number)` is called, in a thread.
+        """
+        with self._lock:
+            self._end = end
+            self._end_if_asked()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._end = None
+
+    def _end_if_asked(self) -> None:
+        if self._end is not None and self._stop_s is not None:
+            name = signal.Signals(self._number).name
+            self._end(
+                f"{name}: stopped while it looked at the last step, which is saved", self._number
+            )
+
+    def __enter__(self) -> Self:
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        # a handler must be there for the pipe to be written to; it has nothing to do
+        self._old = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        self._thread = threading.Thread(target=self._read, args=(reader,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._writer)
+        self._thread.join()
+
+    def _read(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
+            for number in numbers:
+                with self._lock:
+                    self._note(number)
+        os.close(reader)
+
+    def _note(self, number: int) -> None:
+        if number == signal.SIGUSR1:
+            self._wish = max(self._wish, Wish.CHECKPOINT)
+        elif number in (signal.SIGTERM, signal.SIGINT):
+            now_s = time.monotonic()
+            if self._stop_s is None:
+                self._stop_s, self._number, self._wish = now_s, number, Wish.STOP
+                self._end_if_asked()
+            elif now_s - self._stop_s > REPEATED_S:
+                os._exit(128 + number)

@@ -1,0 +1,127 @@
+"""The end of a run, for whoever was not there: status.json, and torchrun's last block."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+import msgspec
+
+from train.parallel.mesh import PeerLostError, World
+from train.records import RecordError, RunStatus, State, read_status, write_status
+from train.signals import Stopped
+
+
+class Status:
+    """Used as a context manager around a run, by every process, while the main one holds the
+    folder's lock: what the block raises is written to status.json as the end of the run.
+    """
+
+    def __init__(self, output: Path, world: World, num_steps: int):
+        self._output, self._world, self._num_steps = output, world, num_steps
+        self._step = 0
+        self._end: tuple[State, str] = ("done", "")
+        self._best_step: int | None = None
+        self._written_s = 0.0
+
+    def running(self, step: int) -> None:
+        """`step` steps are finished. Written once a second at most."""
+        self._step = step
+        if self._world.is_main and time.monotonic() - self._written_s > 1.0:
+            self._write("running", "")
+            self._written_s = time.monotonic()
+
+    def ends(self, state: State, reason: str, best_step: int | None = None) -> None:
+        """How the run ends, if nothing is raised from here on."""
+        self._end, self._best_step = (state, reason), best_step
+
+    def stopped_at_once(self, reason: str, number: int) -> NoReturn:
+        """From any thread, for a signal of that number when nothing needs to be saved."""
+        sys.stderr.write(f"train: {reason}\n")
+        sys.stderr.flush()
+        if self._world.is_main:
+            self._write("stopped", reason)
+        os._exit(128 + number)
+
+    def failed_at_once(self, reason: str) -> NoReturn:
+        """From any thread, when the main one can't go on."""
+        sys.stderr.write(f"train: {reason}\n")
+        sys.stderr.flush()
+        self._fail(reason)
+        _tell_torchrun(reason)
+        os._exit(1)
+
+    def __enter__(self) -> Self:
+        self.running(0)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            if self._world.is_main:
+                self._write(*self._end)
+        elif isinstance(error, Stopped | KeyboardInterrupt | SystemExit):
+            if self._world.is_main:
+                self._write("stopped", str(error) or "interrupted")
+        elif isinstance(error, PeerLostError):
+            self._fail(str(error), only_if_running=True)
+        else:
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, reason: str, only_if_running: bool = False) -> None:
+        """Any process may be the one that failed. only_if_running: another one knows better."""
+        if only_if_running:
+            try:
+                before = read_status(self._output)
+            except (RecordError, OSError):
+                before = None
+            if before is not None and before.state != "running":
+                return
+        self._write("failed", f"rank {self._world.data_rank}: {reason}")
+
+    def _write(self, state: State, reason: str) -> None:
+        status = RunStatus(
+            state=state,
+            reason=" ".join(reason.split()),
+            step=self._step,
+            num_steps=self._num_steps,
+            best_step=self._best_step,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            time=time.time(),
+        )
+        try:
+            write_status(self._output, status)
+        except OSError as error:
+            # a full disk: what ended the run must not be hidden by that
+            sys.stderr.write(f"train: {error}\n")
+
+
+def _tell_torchrun(reason: str) -> None:
+    """What torch.distributed.elastic's `record` writes for an exception."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+        message = {"message": {"message": reason, "extraInfo": extra}}
+        Path(path).write_bytes(msgspec.json.encode(message))
+
+
+def interrupt_before_the_loop() -> None:
+    """While the parts of a run are loaded nothing is there to be saved: SIGTERM ends it as an
+    exception, SIGUSR1 does nothing.
+    """
+
+    def end(number: int, frame: object) -> None:
+        raise Stopped(f"{signal.Signals(number).name} before the first step", number)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

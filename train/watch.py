@@ -1,0 +1,192 @@
+"""A run that can't go on ends, and says who is to blame.
+
+Every process beats: a thread rewrites OUTPUT/.alive/rank-N every few seconds with where the main
+thread is. The same thread reads the files of the others. It ends its process, and torchrun then
+all of them, when another process is silent (dead, stopped, its host gone), or when no process has
+got any further for `stuck_s` plus three times the longest micro-batch so far. A thread, because the
+main thread may wait inside a collective; files, because they outlive who wrote them.
+
+Validation, samples and checkpoints count as progress: the main thread calls `mark` on its way
+through them, or does one long thing inside `busy`.
+"""
+
+import logging
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, NoReturn, Self
+
+import msgspec
+from msgspec import Meta
+
+from loader.files import atomic_file
+from train.parallel.mesh import World
+
+log = logging.getLogger(__name__)
+FOLDER = ".alive"
+# until the first micro-batch is done: kernels are compiled, shapes are captured
+START_S = 900.0
+# for one long thing, such as a checkpoint on a slow disk
+BUSY_S = 1800.0
+
+
+class WatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[watch]` table: when a run that hangs is ended."""
+
+    # a process that gives no sign for so long is dead or stopped
+    silent_s: Annotated[float, Meta(gt=0.0)] = 25.0
+    # no process gets any further for so long plus three times the longest micro-batch
+    stuck_s: Annotated[float, Meta(gt=0.0)] = 60.0
+
+
+class Beat(msgspec.Struct, kw_only=True):
+    """Where a process is."""
+
+    rank: int
+    host: str
+    pid: int
+    number: int = 0
+    # counts what the main thread has done
+    progress: int = 0
+    phase: str = "starts"
+    is_busy: bool = False
+    # finished steps
+    step: int = 0
+    # of the samples of the last micro-batch
+    keys: list[str] = []
+
+    def describe(self) -> str:
+        keys = ", ".join(self.keys) or "none"
+        return (
+            f"rank {self.rank} (host {self.host}, process {self.pid}): {self.phase}, "
+            f"{self.step} steps finished, last samples {keys}"
+        )
+
+
+class Watch:
+    """Used as a context manager around the loop by every process."""
+
+    def __init__(
+        self, output: Path, world: World, config: WatchConfig, end: Callable[[str], NoReturn]
+    ):
+        self._folder, self._config, self._end = output / FOLDER, config, end
+        self._num_ranks = world.data_size
+        self._mine = Beat(rank=world.data_rank, host=socket.gethostname(), pid=os.getpid())
+        self._longest_s: float | None = None
+        self._micro_start_s = time.monotonic()
+        self._finished = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def mark(self, phase: str) -> None:
+        """The main thread gets on: from here on it does `phase`."""
+        self._mine.phase = phase
+        self._mine.progress += 1
+
+    def start_micro_batch(self, step: int, keys: list[str]) -> None:
+        """A micro-batch of these samples starts after `step` finished steps."""
+        self._mine.step, self._mine.keys = step, keys
+        self._micro_start_s = time.monotonic()
+        self.mark("trains")
+
+    def end_micro_batch(self) -> None:
+        elapsed_s = time.monotonic() - self._micro_start_s
+        self._longest_s = max(self._longest_s or 0.0, elapsed_s)
+
+    @contextmanager
+    def busy(self, phase: str) -> Iterator[None]:
+        """The block is one long thing, during which nobody is stuck."""
+        self.mark(phase)
+        self._mine.is_busy = True
+        try:
+            yield
+        finally:
+            self._mine.is_busy = False
+            self.mark("trains")
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._finished.set()
+        self._thread.join()
+        self._path(self._mine.rank).unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        """Of the thread."""
+        seen_s = dict.fromkeys(range(self._num_ranks), time.monotonic())
+        beats: dict[int, Beat] = {}
+        progress_s = time.monotonic()
+        interval_s = min(2.0, self._config.silent_s / 8)
+        while not self._finished.wait(interval_s):
+            now_s = time.monotonic()
+            self._beat()
+            for rank in range(self._num_ranks):
+                beat = self._read(rank)
+                before = beats.get(rank)
+                if beat is None:
+                    # not there yet, or finished and gone: the end of a process is torchrun's
+                    if before is not None:
+                        seen_s[rank] = now_s
+                    continue
+                if before is None or beat.number != before.number:
+                    seen_s[rank] = now_s
+                if before is None or beat.progress != before.progress:
+                    progress_s = now_s
+                beats[rank] = beat
+            self._judge(now_s, seen_s, beats, progress_s)
+
+    def _judge(
+        self, now_s: float, seen_s: dict[int, float], beats: dict[int, Beat], progress_s: float
+    ) -> None:
+        for rank, last_s in seen_s.items():
+            if rank != self._mine.rank and now_s - last_s > self._config.silent_s:
+                last = beats[rank].describe() if rank in beats else f"rank {rank}: never seen"
+                self._end(
+                    f"a process has given no sign for {self._config.silent_s:g} s: it is dead or "
+                    f"stopped. {last}"
+                )
+        limit_s = START_S
+        if self._longest_s is not None:
+            limit_s = self._config.stuck_s + 3 * self._longest_s
+        if any(beat.is_busy for beat in beats.values()):
+            limit_s = max(limit_s, BUSY_S)
+        if now_s - progress_s > limit_s:
+            each = "; ".join(beats[rank].describe() for rank in sorted(beats))
+            self._end(f"no process has got any further for {limit_s:.0f} s. {each}")
+
+    def _beat(self) -> None:
+        self._mine.number += 1
+        try:
+            with atomic_file(self._path(self._mine.rank), durable=False) as file:
+                file.write(msgspec.json.encode(self._mine))
+        except OSError as error:
+            # a full disk: the loop will meet it too, and can say what it means
+            log.warning("the sign of life could not be written: %s", error)
+
+    def _read(self, rank: int) -> Beat | None:
+        try:
+            return msgspec.json.decode(self._path(rank).read_bytes(), type=Beat)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank:05d}"
+
+
+def clear(output: Path) -> None:
+    """Remove what an earlier run left; before any process of this one beats."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
