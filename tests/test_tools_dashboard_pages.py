@@ -48,7 +48,7 @@ def sources(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Sou
         (run / "metrics.jsonl").write_bytes(lines + b'{"step": 101, "lo')
         (run / "config.toml").write_text(f"num_steps = 200\n[optim]\nlr = {rate}\n")
         (run / "status.json").write_text('{"state": "running", "step": 100}')
-        validation = {"step": 100, "relative": 0.9, "per_sigma": {"0.125": 0.95}, "num_windows": 4}
+        validation = {"step": 100, "relative_loss": 0.9, "by_level": [0.95], "num_windows": 4}
         (run / "validation.jsonl").write_text(json.dumps(validation) + "\n")
     return find_sources([str(folder / "tiny")], folder / "runs", folder / "own")
 

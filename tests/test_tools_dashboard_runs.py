@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tools.dashboard.files import FileProblem, JsonFiles, Lines, Recent
-from tools.dashboard.records import QualityReport
+from tools.dashboard.records import QualityReport, ValidationLine
 from tools.dashboard.runs import (
     MAX_POINTS,
     config_differences,
@@ -17,6 +18,7 @@ from tools.dashboard.runs import (
 )
 from tools.dashboard.sources import Sources, find_evaluations, find_runs
 from tools.dashboard.state import State, open_state
+from train.records import ValidationRecord
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_a_run_in_one_line(state: State, tmp_path: Path) -> None:
     found = summarise(state, "a", run)
     assert (found.step, found.num_steps, found.loss, found.left_s) == (50, 100, 0.5, 100.0)
     assert found.state == "" and found.best is None
-    lines = [{"step": 0, "relative": 1.0}, {"step": 50, "relative": 0.8}, {"step": 60}]
+    lines = [{"step": 0, "relative_loss": 1.0}, {"step": 50, "relative_loss": 0.8}, {"step": 60}]
     (run / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "status.json").write_text('{"state": "failed", "reason": "disk full", "step": 50}')
     found = summarise(state, "a", run)
@@ -149,3 +151,27 @@ def test_what_all_pages_ask_is_worked_out_once() -> None:
 
     assert [recent.get("key", answer) for _ in range(3)] == [7, 7, 7]
     assert len(calls) == 1
+
+
+def test_a_line_that_the_trainer_writes_is_read_whole() -> None:
+    written = ValidationRecord(
+        step=7,
+        relative_loss=0.9,
+        loss=1.0,
+        by_task={"t2v": 0.9},
+        by_level=[0.8, 1.0],
+        by_category={"a": 0.9},
+        psnr_db=[20.0, 10.0],
+        train_relative_loss=0.85,
+        difference=-0.1,
+        standard_error=0.01,
+        is_improvement=True,
+        reference_step=0,
+        best_step=7,
+        num_without_gain=0,
+        num_windows=4,
+    )
+    read = msgspec.json.decode(msgspec.json.encode(written), type=ValidationLine)
+    assert (read.relative, read.difference_se, read.train_relative) == (0.9, 0.01, 0.85)
+    assert read.per_sigma == {"1": 0.8, "2": 1.0} and read.psnr_db == 15.0
+    assert read.per_task == {"t2v": 0.9} and read.per_category == {"a": 0.9}

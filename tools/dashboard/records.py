@@ -67,15 +67,27 @@ class ValidationLine(msgspec.Struct, frozen=True):
     """A line of validation.jsonl. Losses are relative to the base's: 1.0 is no change."""
 
     step: int
-    relative: float | None = None
-    per_sigma: dict[str, float | None] = {}
-    per_task: dict[str, float | None] = {}
-    per_category: dict[str, float | None] = {}
-    psnr_db: float | None = None
+    relative: float | None = msgspec.field(default=None, name="relative_loss")
+    # in the order of the noise levels, the lowest first
+    by_level: list[float] = []
+    per_task: dict[str, float | None] = msgspec.field(default_factory=dict, name="by_task")
+    per_category: dict[str, float | None] = msgspec.field(default_factory=dict, name="by_category")
+    # at the lower noise levels
+    psnr_by_level_db: list[float] = msgspec.field(default_factory=list, name="psnr_db")
     difference: float | None = None
-    difference_se: float | None = None
-    train_relative: float | None = None
+    difference_se: float | None = msgspec.field(default=None, name="standard_error")
+    train_relative: float | None = msgspec.field(default=None, name="train_relative_loss")
     num_windows: int | None = None
+
+    @property
+    def per_sigma(self) -> dict[str, float | None]:
+        return {str(number): value for number, value in enumerate(self.by_level, start=1)}
+
+    @property
+    def psnr_db(self) -> float | None:
+        """The mean over the levels that it is measured at."""
+        values = self.psnr_by_level_db
+        return sum(values) / len(values) if values else None
 
 
 class SampleClip(msgspec.Struct, frozen=True):
@@ -86,7 +98,8 @@ class SampleClip(msgspec.Struct, frozen=True):
     key: str = ""
     task: str = ""
     seed: int | None = None
-    difference_levels: float | None = None  # mean difference from the base, of 255
+    # mean difference from the base, of 255
+    difference_levels: float | None = msgspec.field(default=None, name="mean_difference_levels")
 
 
 class SampleSet(msgspec.Struct, frozen=True):
@@ -99,7 +112,7 @@ class SampleSet(msgspec.Struct, frozen=True):
     shift: float | None = None
     tiled: bool | None = None
     lora_xxh3: str = ""
-    norms: dict[str, float] = {}
+    norms: dict[str, float] = msgspec.field(default_factory=dict, name="update_norms")
     clips: list[SampleClip] = []
 
 

@@ -65,12 +65,10 @@ def write_run(folder: Path, *, num_steps: int = 1000, step: int = 600, lr: float
             line = ValidationLine(
                 step=each,
                 relative=relative,
-                per_sigma={
-                    str(u): relative + 0.04 * (0.5 - u) for u in (0.125, 0.375, 0.625, 0.875)
-                },
+                by_level=[relative + 0.01 * level for level in range(4)],
                 per_task={"t2v": relative + 0.004, "i2v": relative - 0.005},
                 per_category={name: relative for name, _ in PROMPTS},
-                psnr_db=18 + 15 * (1 - relative),
+                psnr_by_level_db=[18 + 15 * (1 - relative)],
                 difference=-0.002,
                 difference_se=0.0011,
                 train_relative=relative - 0.02,
