@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from loader.shape import WAN22
 from loader.walk import Walk
 from train.denoise import Decoder
@@ -55,7 +57,7 @@ def _subjects(run: Run) -> Subjects | None:
             subject._replace(text_SD=subject.text_SD.to(device)) for subject in found.subjects
         ]
         return Subjects(on_device, found.empty_SD.to(device))
-    with Walk(config.data, "val", device) as walk:
+    with Walk(replace(config.data, condition="latent"), "val", device) as walk:
         if not walk.places:
             return None
         image_to_video = config.data.i2v_share > 0

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from loader.walk import Walk
@@ -194,7 +195,8 @@ def open_validator(run: Run) -> Validator | None:
 
 
 def _open_split(run: Run, split: Any, num_windows: int, device: torch.device) -> _Split | None:
-    walk = Walk(run.config.data, split, device)
+    # stored latents, also where training makes its first frames anew: equal for every run
+    walk = Walk(replace(run.config.data, condition="latent"), split, device)
     if not walk.places:
         walk.close()
         return None
