@@ -10,23 +10,19 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer_runs import NUM_STEPS, finish, records, start
+from trainer_runs import NUM_STEPS, finish, records, start, wait_for_records
 
 from train import checkpoint
 from train.checkpoint import CheckpointConfig
 from train.config import TrainConfig
 from train.lora import files
 from train.optim import OptimConfig
-from train.records import METRICS_FILE
 
 
 def kill_and_resume(run_config: TrainConfig, output: Path, step: int, delay_s: float) -> None:
     """SIGKILL both ranks `delay_s` after `step` was logged, then run to the end."""
     processes = start(run_config, output, 2)
-    metrics = output / METRICS_FILE
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= step):
-        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
-        time.sleep(0.002)
+    wait_for_records(processes, output, step)
     time.sleep(delay_s)
     for process in processes:
         process.send_signal(signal.SIGKILL)

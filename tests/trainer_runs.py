@@ -2,9 +2,12 @@
 
 import os
 import socket
-import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from train.checkpoint import CheckpointConfig
 from train.config import TrainConfig
 from train.lora import adapters as lora
 from train.lora.config import LoRAConfig
-from train.main import train
+from train.main import main, train
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
 from train.parallel.mesh import World
@@ -46,36 +49,90 @@ def small_run(checkpoint: Path, dataset: Path) -> TrainConfig:
     )
 
 
+class Rank:
+    """One process of a run. It is forked from a server that has imported the trainer, which takes
+    longer than the small run itself; the methods are those of subprocess.Popen.
+    """
+
+    def __init__(self, log: Path, argv: list[str], environment: dict[str, str]):
+        self._log = log
+        self._process = _server().Process(target=_main, args=(log, argv, environment))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Nothing where it has ended already."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def said(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def communicate(self, timeout: float = 300.0) -> tuple[str, str]:
+        """("", what it wrote to stderr). Raises TimeoutError."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError(f"rank ran for more than {timeout} s: {self.said()}")
+        return "", self.said()
+
+
+@cache
+def _server() -> ForkServerContext:
+    # the server takes no sys.path, only the environment
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["train.main", "torch._dynamo", "bitsandbytes"])
+    return context
+
+
+def _main(log: Path, argv: list[str], environment: dict[str, str]) -> None:
+    """Of the forked process."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 2)
+    os.environ |= environment
+    sys.argv = argv
+    main()
+
+
 def start(
-    config: TrainConfig, output: Path, num_ranks: int, **changes: Any
-) -> list[subprocess.Popen[str]]:
-    """The processes that torchrun would start, without waiting for torchrun's own imports."""
+    config: TrainConfig,
+    output: Path,
+    num_ranks: int,
+    environment: dict[str, str] | None = None,
+    **changes: Any,
+) -> list[Rank]:
+    """The processes that torchrun would start, with `environment` beside what torchrun sets."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "test.toml"
     path.write_text(dump_toml(msgspec.structs.replace(config, output=str(output), **changes)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
+    group = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(num_ranks),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
     }
     return [
-        subprocess.Popen(
-            [sys.executable, "train/main.py", str(path)],
-            cwd=ROOT,
-            text=True,
-            stderr=subprocess.PIPE,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        Rank(
+            output / f"test-rank-{rank}.log",
+            ["train/main.py", str(path)],
+            group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {}),
         )
         for rank in range(num_ranks)
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> str:
+def finish(processes: list[Rank]) -> str:
     """Wait for all; returns what rank 0 said."""
     outputs = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
@@ -96,3 +153,11 @@ def train_here(config: TrainConfig, output: Path, **changes: Any) -> None:
     config = msgspec.structs.replace(config, output=str(output), **changes)
     with ExitStack() as stack:
         train(config, World(data_rank=0, data_size=1, device=torch.device("cpu")), stack)
+
+
+def wait_for_records(processes: list[Rank], output: Path, num_records: int) -> None:
+    """Wait until so many steps are logged."""
+    metrics = output / METRICS_FILE
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= num_records):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
+        time.sleep(0.002)

@@ -36,7 +36,7 @@ from train.parallel import mesh
 from train.progress import Progress, Report
 from train.reports import Reports
 from train.signals import Signals, Stopped, Wish
-from train.status import Status, interrupt_before_the_loop
+from train.status import Status, interrupt_outside_the_loop
 from train.step import prepare
 from train.stopwatch import RunAhead, Stopwatch, peak_memory_gib
 from train.tally import add_losses
@@ -213,7 +213,7 @@ def main() -> None:
     logging.basicConfig(format="train: %(message)s")
     logging.captureWarnings(True)
     logging.getLogger("loader").setLevel(logging.INFO)  # the samples that each epoch leaves out
-    interrupt_before_the_loop()
+    interrupt_outside_the_loop()
     try:
         run(arguments.config, arguments.set)
     except torch.OutOfMemoryError as error:

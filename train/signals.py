@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Self
 
 from train.parallel import mesh
 from train.parallel.mesh import World
@@ -51,7 +51,7 @@ class Signals:
         self._stop_s: float | None = None
         # of the signal that asked to stop, if this process got one
         self._number = int(signal.SIGTERM)
-        self._end: Callable[[str, int], NoReturn] | None = None
+        self._end: Callable[[str, int], None] | None = None
 
     def agreed(self, world: World) -> Wish:
         """What any process was asked for since the last call: the same on all of them. Raises
@@ -67,9 +67,9 @@ class Signals:
         return Stopped(f"{name}: stopped after step {step}, which is saved", self._number)
 
     @contextmanager
-    def at_once(self, end: Callable[[str, int], NoReturn]) -> Iterator[None]:
+    def at_once(self, end: Callable[[str, int], None]) -> Iterator[None]:
         """In the block nothing needs to be saved: when asked to stop, also before the block,
-        `end(reason, number)` is called, in a thread.
+        `end(reason, number)` is called, perhaps in a thread; it should not return.
         """
         with self._lock:
             self._end = end
@@ -83,9 +83,7 @@ class Signals:
     def _end_if_asked(self) -> None:
         if self._end is not None and self._stop_s is not None:
             name = signal.Signals(self._number).name
-            self._end(
-                f"{name}: stopped while it looked at the last step, which is saved", self._number
-            )
+            self._end(f"{name}: stopped during validation or samples", self._number)
 
     def __enter__(self) -> Self:
         reader, self._writer = os.pipe()

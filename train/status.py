@@ -114,13 +114,13 @@ def _tell_torchrun(reason: str) -> None:
         Path(path).write_bytes(msgspec.json.encode(message))
 
 
-def interrupt_before_the_loop() -> None:
-    """While the parts of a run are loaded nothing is there to be saved: SIGTERM ends it as an
+def interrupt_outside_the_loop() -> None:
+    """Before the loop, and after it, nothing needs to be saved: SIGTERM ends the run as an
     exception, SIGUSR1 does nothing.
     """
 
     def end(number: int, frame: object) -> None:
-        raise Stopped(f"{signal.Signals(number).name} before the first step", number)
+        raise Stopped(f"{signal.Signals(number).name} before or after the steps", number)
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, NoReturn, Self
+from typing import Annotated, Self
 
 import msgspec
 from msgspec import Meta
@@ -70,11 +70,9 @@ class Beat(msgspec.Struct, kw_only=True):
 
 
 class Watch:
-    """Used as a context manager around the loop by every process."""
+    """Used as a context manager around the loop by every process. `end(reason)` ends it."""
 
-    def __init__(
-        self, output: Path, world: World, config: WatchConfig, end: Callable[[str], NoReturn]
-    ):
+    def __init__(self, output: Path, world: World, config: WatchConfig, end: Callable[[str], None]):
         self._folder, self._config, self._end = output / FOLDER, config, end
         self._num_ranks = world.data_size
         self._mine = Beat(rank=world.data_rank, host=socket.gethostname(), pid=os.getpid())

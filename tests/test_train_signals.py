@@ -1,0 +1,66 @@
+"""Signals are noted whatever the main thread does, and acted on together or at once."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from train.parallel.mesh import World
+from train.signals import REPEATED_S, Signals, Wish
+
+ALONE = World(data_rank=0, data_size=1, device=torch.device("cpu"))
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.2)  # for the thread that reads it
+
+
+def test_a_wish_is_told_once_and_the_stronger_one_wins() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        assert signals.agreed(ALONE) == Wish.NONE
+        send(signal.SIGUSR1)
+        assert signals.agreed(ALONE) == Wish.CHECKPOINT
+        assert signals.agreed(ALONE) == Wish.NONE
+        send(signal.SIGINT)
+        send(signal.SIGUSR1)
+        assert signals.agreed(ALONE) == Wish.STOP
+        stopped = signals.stopped(12)
+        assert str(stopped) == "SIGINT: stopped after step 12, which is saved"
+        assert stopped.number == signal.SIGINT
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_ends_at_once_but_not_the_same_one_passed_on_by_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+    clock = [100.0]
+    monkeypatch.setattr("train.signals.os._exit", ended.append)
+    monkeypatch.setattr("train.signals.time.monotonic", lambda: clock[0])
+    with Signals():
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert ended == []
+        clock[0] += REPEATED_S + 1
+        send(signal.SIGINT)
+        assert ended == [128 + signal.SIGINT]
+
+
+def test_where_nothing_needs_to_be_saved_it_ends_at_once_also_for_an_earlier_signal() -> None:
+    ended: list[tuple[str, int]] = []
+
+    def end(reason: str, number: int) -> None:
+        ended.append((reason, number))
+
+    during = ("SIGTERM: stopped during validation or samples", int(signal.SIGTERM))
+    with Signals() as signals:
+        with signals.at_once(end):
+            assert ended == []
+            send(signal.SIGTERM)
+            assert ended == [during]
+        with signals.at_once(end):
+            assert ended == [during, during]
