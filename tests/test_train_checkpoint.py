@@ -22,7 +22,15 @@ def save(output: Path, step: int = 3) -> Path:
 
 
 def load(folder: Path, config: dict[str, object], **defaults: object) -> dict[str, Any]:
-    return checkpoint.load(folder, config, changeable=frozenset({"output"}), defaults=defaults)
+    state = checkpoint.read_state(folder)
+    checkpoint.check_config(
+        folder,
+        state["config"],
+        config,
+        changeable=frozenset({"output"}),
+        defaults=defaults,
+    )
+    return state
 
 
 def flip_bit(path: Path, byte: int, bit: int) -> None:

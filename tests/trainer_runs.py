@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loader.config import dump_toml
 from loader.feed_config import FeedConfig
+from loader.manifest import MANIFEST_FILE, encode_manifest, make_manifest
 from tools.fake.batch import write_synthetic_dataset
 from train.checkpoint import CheckpointConfig
 from train.config import TrainConfig
@@ -47,6 +48,14 @@ def small_run(checkpoint: Path, dataset: Path) -> TrainConfig:
         checkpoint=CheckpointConfig(every=1),
         optim=OptimConfig(lr=1e-3, warmup_steps=2, schedule="cosine"),
     )
+
+
+def write_both_splits(folder: Path, train: dict[str, int], val: dict[str, int]) -> None:
+    """A synthetic dataset with so many samples of each bucket in each split."""
+    first = write_synthetic_dataset(folder, train, split="train")
+    second = write_synthetic_dataset(folder, val, split="val", seed=1)
+    manifest = make_manifest(first.recipe, {**first.splits, **second.splits})
+    (folder / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
 
 
 class Rank:

@@ -5,7 +5,8 @@ them. No GPU is touched and no time measured.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from loader.order import MIX_BLOCK, Order
+from loader.dataset import open_datasets
+from loader.order import MIX_BLOCK, Order, Places
 from loader.shape import Bucket
 from loader.store import read_dataset
 from tools.cards import CARDS, Card, Rates
@@ -220,15 +221,26 @@ def why_no_time(config: TrainConfig, card: Card, kernels: Choice) -> str:
 
 
 def order_of(config: TrainConfig) -> Order:
-    """The sequence of the run's batches, exclusions left aside. Raises ValueError where the
-    trainer would refuse the datasets.
+    """The sequence of the run's batches. Raises ValueError where the trainer would refuse the
+    datasets.
     """
-    manifests = [read_dataset(location)[1] for location in config.data.datasets]
+    data = config.data
+    excluded: list[Places] | None = None
+    if any(data.exclude):
+        # whose samples these are stands in the shards
+        datasets = open_datasets(data, "train")
+        shards = [dataset.shards for dataset in datasets]
+        excluded = [dataset.excluded for dataset in datasets]
+    else:
+        # the manifests alone will do
+        manifests = [read_dataset(location)[1] for location in data.datasets]
+        shards = [manifest.splits.get("train", []) for manifest in manifests]
     return Order(
-        [manifest.splits.get("train", []) for manifest in manifests],
+        shards,
         seed=config.seed,
         global_batch=config.global_batch,
-        weights=config.data.weights or None,
+        weights=data.weights or None,
+        excluded=excluded,
     )
 
 

@@ -28,7 +28,7 @@ from loader.shape import WAN22, Bucket
 from tools.budget import GIB, Budget, CardBudget, Span, buckets_of, budget, order_of
 from tools.table import table
 from train.activations.plan import describe
-from train.config import TrainConfig
+from train.config import TrainConfig, in_steps
 from train.model.load import read_config
 from train.model.wan import WanConfig
 
@@ -88,6 +88,11 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
     if not all(one.fits for one in found.cards):
         lines += ["", ADVICE]
     return "\n".join(lines)
+
+
+def _batches_per_epoch(config: TrainConfig) -> int:
+    """Of the datasets, which only a run that is given in epochs needs."""
+    return sum(order_of(config).batches_per_epoch) if config.num_epochs else 0
 
 
 def _micro(config: TrainConfig) -> str:
@@ -159,9 +164,11 @@ def main() -> None:
         config = load_toml(arguments.config, TrainConfig, arguments.set)
         wan = read_config(Path(config.model.path) / "transformer" / "config.json")
         if arguments.shape:
+            config = in_steps(config, _batches_per_epoch(config))
             shares = {WAN22.parse(arguments.shape): 1.0}
         else:
             order = order_of(config)
+            config = in_steps(config, sum(order.batches_per_epoch))
             shares = buckets_of(order)
             for name, counts in zip(config.data.datasets, order.counts, strict=True):
                 print(f"{name}: {describe_counts(counts, config.global_batch)}")

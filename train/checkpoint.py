@@ -216,20 +216,21 @@ def set_aside_after(output: Path, step: int) -> None:
             folder.rename(aside)
 
 
-def load(
+def check_config(
     folder: Path,
+    saved_config: dict[str, object],
     config: dict[str, object],
     *,
     changeable: frozenset[str],
     defaults: dict[str, object],
-) -> dict[str, Any]:
-    """Read a checkpoint's state to the CPU.
+) -> None:
+    """Can a run with this configuration go on from the checkpoint in `folder`, whose own was
+    `saved_config`? Both as dotted keys.
 
-    Raises CheckpointError if the configuration, as dotted keys, differs outside of `changeable`. A
-    key that an older program did not have counts as its default.
+    Raises CheckpointError if they differ outside of `changeable`. A key that an older program did
+    not have counts as its default.
     """
-    state = read_state(folder)
-    saved = defaults | state["config"]
+    saved = defaults | saved_config
     changed = [
         f"{key}: {saved.get(key)!r} then, {config.get(key)!r} now"
         for key in sorted(saved.keys() | config.keys())
@@ -240,7 +241,6 @@ def load(
             f"{folder}: this run can't go on from it: {'; '.join(changed)}. Set these back, or "
             f"choose another output"
         )
-    return state
 
 
 def _write_state(state: dict[str, Any], file: BinaryIO) -> None:

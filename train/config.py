@@ -38,8 +38,9 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watch: WatchConfig = WatchConfig()
-    # optimizer steps
-    num_steps: Positive
+    # how long it trains: optimizer steps, or passes over the datasets; one of the two
+    num_steps: Annotated[int, Meta(ge=0)] = 0
+    num_epochs: Annotated[int, Meta(ge=0)] = 0
     # samples of an optimizer step, over all GPUs
     global_batch: Positive
     # samples of one forward pass on one GPU; global_batch / (micro_batch * GPUs) passes are
@@ -62,9 +63,25 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     # optimizer steps between lines of the log
     log_every: Positive = 1
 
+    def __post_init__(self) -> None:
+        if bool(self.num_steps) == bool(self.num_epochs):
+            raise ValueError(
+                f"num_steps = {self.num_steps} and num_epochs = {self.num_epochs}: give one of them"
+            )
+
     @property
     def output_dir(self) -> Path:
         return Path(self.output)
+
+
+def in_steps(config: TrainConfig, num_batches_per_epoch: int) -> TrainConfig:
+    """The configuration with num_steps, where it has num_epochs: as many steps as they have whole
+    global batches.
+    """
+    if not config.num_epochs:
+        return config
+    num_steps = config.num_epochs * num_batches_per_epoch
+    return msgspec.structs.replace(config, num_steps=num_steps, num_epochs=0)
 
 
 # What may always differ between a checkpoint and the run that goes on from it: where things lie,
@@ -113,10 +130,24 @@ _RESUMABLE = frozenset(
 )
 
 
-def resumable_changes(config: TrainConfig) -> frozenset[str]:
-    """The dotted keys that may differ between a checkpoint and the run that goes on from it."""
+# What decides which losses are compared: it may differ as long as none were measured.
+_UNTIL_VALIDATED = frozenset(
+    {"validation.num_windows", "validation.num_train_windows", "validation.seed"}
+)
+
+
+def resumable_changes(config: TrainConfig, *, is_validated: bool) -> frozenset[str]:
+    """The dotted keys that may differ between a checkpoint and the run that goes on from it.
+
+    is_validated: the checkpoint holds losses of windows, of the base and of its reference.
+    """
+    changes = set(_RESUMABLE)
     # with a cosine, num_steps decides the learning rate of every step
-    return _RESUMABLE | ({"num_steps"} if config.optim.schedule == "constant" else set())
+    if config.optim.schedule == "constant":
+        changes.add("num_steps")
+    if not is_validated:
+        changes |= _UNTIL_VALIDATED
+    return frozenset(changes)
 
 
 def defaults() -> dict[str, object]:

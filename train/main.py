@@ -28,7 +28,7 @@ from loader.files import sole_writer
 from loader.shape import WAN22
 from train import checkpoint, optim, setup, watch
 from train.cards import NOT_MEASURED, CardReader
-from train.config import TrainConfig
+from train.config import TrainConfig, in_steps
 from train.evaluation import BEST_FOLDER, Evaluation
 from train.lora import files as lora_files
 from train.model.attention import describe
@@ -56,6 +56,7 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
 
     # -- build and resume --------------------------------------------------------------------
     feed = stack.enter_context(setup.open_feed(config, world))
+    config = in_steps(config, feed.num_batches_per_epoch)
     run = setup.build(config, world, feed.buckets, feed_bytes=setup.feed_bytes(config, feed))
     evaluation = Evaluation(run, stack)
     resumed = run.resume(feed)
@@ -74,6 +75,7 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         (output / "config.toml").write_text(dump_toml(config) + chosen, encoding="utf-8")
         for line in run.describe():
             progress.say(line)
+    status.num_steps = config.num_steps
     status.running(first_step)
     signals = stack.enter_context(Signals())
     watched = stack.enter_context(watch.Watch(output, world, config.watch, status.failed_at_once))

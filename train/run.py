@@ -79,10 +79,14 @@ class Run:
             if self.config.lora.init:
                 lora_files.load_diffusers(self.adapters, Path(self.config.lora.init))
             return Resumed(num_done=0, validation=None, is_evaluated=False)
-        state = checkpoint.load(
+        state = checkpoint.read_state(newest)
+        # older versions had none, and a run without validation has none
+        validation = state.get("validation")
+        checkpoint.check_config(
             newest,
+            state["config"],
             flat(self.config),
-            changeable=resumable_changes(self.config),
+            changeable=resumable_changes(self.config, is_validated=validation is not None),
             defaults=defaults(),
         )
         num_done: int = state["step"]
@@ -107,7 +111,7 @@ class Run:
             self.tally.load_state(state["faults"])
         feed.load_state_dict(state["feed"])
         # older versions evaluated before they saved
-        return Resumed(num_done, state.get("validation"), state.get("is_evaluated", True))
+        return Resumed(num_done, validation, state.get("is_evaluated", True))
 
     def save_checkpoint(
         self,

@@ -22,7 +22,8 @@ class Status:
     """
 
     def __init__(self, output: Path, world: World, num_steps: int):
-        self._output, self._world, self._num_steps = output, world, num_steps
+        """num_steps: 0 as long as nobody knows how many an epoch has; assign it then."""
+        self._output, self._world, self.num_steps = output, world, num_steps
         self._step = 0
         self._end: tuple[State, str] = ("done", "")
         self._best_step: int | None = None
@@ -92,7 +93,7 @@ class Status:
             state=state,
             reason=" ".join(reason.split()),
             step=self._step,
-            num_steps=self._num_steps,
+            num_steps=self.num_steps,
             best_step=self._best_step,
             pid=os.getpid(),
             host=socket.gethostname(),
