@@ -174,6 +174,8 @@ class SampleEvent(msgspec.Struct, frozen=True, kw_only=True):
     # Frobenius norm of scale * B A by kind of layer
     update_norms: dict[str, float]
     clips: list[SampledClip]
+    # of the whole event, at step 0 with the base's clips
+    elapsed_s: float | None = None
 
 
 def append_record(file: IO[bytes], record: msgspec.Struct) -> None:

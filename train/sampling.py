@@ -11,6 +11,7 @@ for the settings that they were made with. A step's folder appears by rename, wh
 
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -99,6 +100,7 @@ class Sampler:
         """Make this rank's clips and, on the main rank, the sheet and samples.json; all ranks
         return the same event.
         """
+        begin_s = time.perf_counter()
         folder, whole = self._folder / f".step-{step:08d}", self.folder_of(step)
         folder.mkdir(parents=True, exist_ok=True)
         num_subjects = len(self._subjects)
@@ -118,7 +120,7 @@ class Sampler:
         finally:
             self._model.train(was_training)
         mesh.all_reduce_sum(differences, self._world)
-        event = self._event(step, differences.tolist())
+        event = self._event(step, differences.tolist(), time.perf_counter() - begin_s)
         if self._world.is_main:
             self._write_sheet(folder)
             write_atomic(folder / SAMPLES_FILE, msgspec.json.format(msgspec.json.encode(event)))
@@ -184,7 +186,7 @@ class Sampler:
             top_px += row.height
         sheet.save(folder / SHEET_FILE)
 
-    def _event(self, step: int, differences: list[float]) -> SampleEvent:
+    def _event(self, step: int, differences: list[float], elapsed_s: float) -> SampleEvent:
         clips = [
             SampledClip(
                 file=f"{self._name(number)}.mp4",
@@ -206,6 +208,7 @@ class Sampler:
             lora_xxh3=lora_hash(self._adapters),
             update_norms=update_norms(self._adapters),
             clips=clips,
+            elapsed_s=elapsed_s,
         )
 
 
