@@ -201,7 +201,9 @@ def _finish(
                     TIME_FACTOR,
                     SPACE_FACTOR,
                 )
-            if STORES_SUM:
+            # with a shortcut the sum is stored here, without one below: the other way round an H200
+            # moves 1.7 for 3.3 TB/s and 0.7 for 3.2 (bench/records/2026-11-27_encode_h200.md)
+            if STORES_SUM and source is not None:
                 tl.store(x + in_RC + i * WIDTH, part_RC, mask=inside_R1)
             square_RC += part_RC * part_RC
             # Triton knows no unpacking
@@ -212,6 +214,8 @@ def _finish(
             scale_R1 = tl.rsqrt(tl.sum(square_RC, 1) * (1.0 / C) + eps)[:, None]
         for i in tl.static_range(PARTS):
             part_RC = parts[i]
+            if STORES_SUM and source is None:
+                tl.store(x + in_RC + i * WIDTH, part_RC, mask=inside_R1)
             if gamma is not None:
                 gamma_1C = tl.load(gamma + i * WIDTH + channel_1C).to(tl.float32)
                 part_RC = part_RC * scale_R1 * gamma_1C
