@@ -214,7 +214,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(format="train: %(message)s")
     logging.captureWarnings(True)
-    logging.getLogger("loader").setLevel(logging.INFO)  # the samples that each epoch leaves out
+    # the samples that each epoch leaves out, the LoRA that a run starts from
+    for name in ("loader", "train.run"):
+        logging.getLogger(name).setLevel(logging.INFO)
     interrupt_outside_the_loop()
     try:
         run(arguments.config, arguments.set)

@@ -22,6 +22,7 @@ from train.config import TrainConfig, defaults, flat, resumable_changes
 from train.diagnose import find_non_finite
 from train.lora import adapters as lora
 from train.lora import files as lora_files
+from train.lora.start import start_from
 from train.model.attention import Choice, describe
 from train.model.wan import Wan
 from train.parallel.mesh import World
@@ -77,7 +78,9 @@ class Run:
                 log.warning("%s; going on from the checkpoint before it", line)
         if newest is None:
             if self.config.lora.init:
-                lora_files.load_diffusers(self.adapters, Path(self.config.lora.init))
+                read = start_from(self.adapters, Path(self.config.lora.init))
+                if self.world.is_main:
+                    log.info("starts from %s", read)
             return Resumed(num_done=0, validation=None, is_evaluated=False)
         state = checkpoint.read_state(newest)
         # older versions had none, and a run without validation has none

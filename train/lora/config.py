@@ -30,7 +30,8 @@ class LoRAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     alpha: Annotated[float, Meta(gt=0.0)] = 16.0
     # on the input of A
     dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
-    # a LoRA file (diffusers keys) to start from; empty: fresh adapters
+    # any LoRA file of this model to start from (diffusers, PEFT, ComfyUI or kohya's keys), of this
+    # rank or a lower one, with any alpha; empty: fresh adapters
     init: str = ""
     # how the frozen weights of adapted layers are held: "dense" in model.dtype, "nf4" in a
     # quarter of that (QLoRA)

@@ -6,37 +6,21 @@ without it), ComfyUI from one `.alpha` tensor per layer (and diffusers' converte
 both).
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from loader.files import write_atomic
-from train.lora.adapters import LoRA, LoRAError
-from train.lora.config import format_blocks
+from train.lora.adapters import LoRA
+from train.lora.formats import METADATA_KEY, WAN_NAMES
 
 DIFFUSERS_FILE, COMFYUI_FILE = "lora.safetensors", "lora_comfyui.safetensors"
-METADATA_KEY = "lora_adapter_metadata"
-_BLOCK = re.compile(r"transformer\.blocks\.(\d+)\.")
 # of our own entry: how this LoRA was trained, as JSON
 TRAINING_KEY = "newsreel_training"
-_COMFYUI_NAMES = {
-    "attn1.to_q": "self_attn.q",
-    "attn1.to_k": "self_attn.k",
-    "attn1.to_v": "self_attn.v",
-    "attn1.to_out.0": "self_attn.o",
-    "attn2.to_q": "cross_attn.q",
-    "attn2.to_k": "cross_attn.k",
-    "attn2.to_v": "cross_attn.v",
-    "attn2.to_out.0": "cross_attn.o",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
 
 
 def step_file(step: int, *, run: str = "", expert: str = "", comfyui: bool = False) -> str:
@@ -112,58 +96,11 @@ def save_comfyui(
     tensors = {}
     for name, (a, b) in lora.tensors().items():
         _, index, target = name.split(".", 2)
-        prefix = f"diffusion_model.blocks.{index}.{_COMFYUI_NAMES[target]}"
+        prefix = f"diffusion_model.blocks.{index}.{WAN_NAMES[target]}"
         tensors[f"{prefix}.lora_A.weight"] = a.to(dtype)
         tensors[f"{prefix}.lora_B.weight"] = b.to(dtype)
         tensors[f"{prefix}.alpha"] = torch.tensor(float(lora.alpha))
     _save(tensors, path, notes or {})
-
-
-def load_diffusers(lora: LoRA, path: Path) -> None:
-    """Fill the adapters from a file of `save_diffusers`. Rank, alpha, blocks and targets must be
-    the same. Raises LoRAError.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = msgspec.json.decode((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            found = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError, msgspec.DecodeError) as error:
-        raise LoRAError(
-            f"{path}: can't be read as a LoRA file ({error}); give another one, or none"
-        ) from error
-    ours = {"transformer.r": lora.rank, "transformer.lora_alpha": lora.alpha}
-    theirs = {key: metadata.get(key) for key in ours}
-    if theirs != ours:
-        raise LoRAError(
-            f"{path}: the file has {theirs}, the configuration asks for {ours}; make them equal"
-        )
-    wanted = {
-        f"transformer.{name}.lora_{kind}.weight": tensor
-        for name, factors in lora.tensors().items()
-        for kind, tensor in zip("AB", factors, strict=True)
-    }
-    blocks = {int(match[1]) for key in found if (match := _BLOCK.match(key))}
-    if blocks != set(lora.modules):
-        theirs_text, ours_text = format_blocks(blocks), format_blocks(lora.modules)
-        raise LoRAError(
-            f"{path}: the file has adapters in blocks {theirs_text}, lora.blocks asks for "
-            f'{ours_text}; set lora.blocks = "{theirs_text}", or give another file'
-        )
-    if wanted.keys() != found.keys():
-        raise LoRAError(
-            f"{path}: adapters differ from lora.targets: "
-            f"{len(wanted.keys() - found.keys())} missing, "
-            f"{len(found.keys() - wanted.keys())} not asked for, "
-            f"{sorted(wanted.keys() ^ found.keys())[:2]}"
-        )
-    for key, target in wanted.items():
-        if found[key].shape != target.shape:
-            raise LoRAError(
-                f"{path}: {key} has shape {list(found[key].shape)}, not {list(target.shape)}: "
-                f"give a LoRA of this model"
-            )
-        target.copy_(found[key])
-    lora.refresh()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
