@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from loader.shape import Bucket
 from train import flow
+from train.flow import FlowConfig
 
 
 def test_shift_moves_the_middle_and_keeps_the_ends() -> None:
@@ -22,10 +24,45 @@ def test_sigmas_follow_their_distribution(
     draws.
     """
     bound = 0.1 if distribution == "uniform" else 0.26894
-    sigmas = [flow.sample_sigma(seed, distribution, 1.0) for seed in range(20_000)]
+    sigmas = [flow.sample_sigma(seed, flow.NoiseLaw(1.0, distribution)) for seed in range(20_000)]
     share = sum(sigma < bound for sigma in sigmas) / len(sigmas)
     assert abs(share - median_share) < 5 * (median_share * (1 - median_share) / 20_000) ** 0.5
     assert all(0 < sigma < 1 for sigma in sigmas)
+
+
+SMALL, LARGE = Bucket(832, 480, 9), Bucket(1280, 704, 49)
+
+
+def test_a_shape_can_have_a_shift_of_its_own() -> None:
+    config = FlowConfig(shift=5.0, shifts={"832x480x9": 3.0}, timesteps="logit_normal")
+    assert flow.law_of(config, SMALL) == flow.NoiseLaw(3.0, "logit_normal")
+    assert flow.law_of(config, LARGE) == flow.NoiseLaw(5.0, "logit_normal")
+    flow.check_shifts(config, [SMALL, LARGE])
+    with pytest.raises(ValueError, match=r"832x480x9 is no shape .* which are 1280x704x49; name"):
+        flow.check_shifts(config, [LARGE])
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_the_bell_is_that_of_diffsynth_studio(shift: float) -> None:
+    """Its table over 1,000 levels from 1 downwards: a bell around t = 500 less its lowest value,
+    over its mean.
+    """
+    u = torch.linspace(1.0, 0.0, 1001, dtype=torch.float64)[:-1]
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    bell = (-2 * (sigmas - 0.5).square()).exp()
+    table = (bell - bell.min()) / (bell - bell.min()).mean()
+    law = flow.NoiseLaw(shift, "uniform", "bell")
+    ours = torch.tensor([flow.loss_weight(float(sigma), law) for sigma in sigmas])
+    torch.testing.assert_close(ours.double(), table, rtol=0, atol=2e-3)
+    assert flow.loss_weight(1.0, law) == 0.0 and max(ours) > 1.2
+
+
+def test_the_bell_weighs_one_on_average_and_nothing_weighs_without_it() -> None:
+    law = flow.NoiseLaw(3.0, "logit_normal", "bell")
+    weights = [flow.loss_weight(flow.sample_sigma(seed, law), law) for seed in range(20_000)]
+    assert sum(weights) / len(weights) == pytest.approx(1.0, abs=0.01)
+    plain = law._replace(weighting="none")
+    assert {flow.loss_weight(sigma, plain) for sigma in (0.0, 0.3, 1.0)} == {1.0}
 
 
 def test_noise_depends_on_the_seed_alone() -> None:

@@ -12,6 +12,7 @@ from loader.shape import Bucket
 from tools.fake.step import random_batch, random_transformer
 from train import setup
 from train.config import TrainConfig
+from train.flow import FlowConfig, law_of, loss_weight, sample_sigma
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.model.wan import TI2V_5B
@@ -77,6 +78,27 @@ def test_the_loss_without_a_gradient_is_that_of_the_forward_pass_for_any_shape()
         assert run.micro_step.loss(inputs(run, OTHER)).isfinite()
     assert not loss.requires_grad
     assert torch.equal(loss, run.micro_step.forward(sample).mean())
+
+
+def test_a_weight_multiplies_the_loss_and_the_gradient_of_its_sample() -> None:
+    run = build()
+    sample = inputs(run)
+    plain = gradient(run, sample)
+    assert sample.weight_B.tolist() == [1.0]
+    heavy = sample._replace(weight_B=torch.tensor([3.0]))
+    torch.testing.assert_close(gradient(run, heavy), 3 * plain)
+    assert torch.equal(run.micro_step.forward(heavy), 3 * run.micro_step.forward(sample))
+
+
+def test_level_and_weight_follow_the_shape_of_the_batch() -> None:
+    batch = random_batch(BUCKET, CPU, is_i2v=[False], text_dim=TINY.text_dim, seed=0)
+    config = FlowConfig(shifts={str(BUCKET): 2.0}, weighting="bell")
+    law = law_of(config, BUCKET)
+    (sigma,) = (sample_sigma(seed, law) for seed in batch.seeds)
+    found = prepare(batch, config)
+    assert found.t_BR[0, 1] == pytest.approx(1000 * sigma, rel=1e-6)
+    assert found.weight_B.tolist() == pytest.approx([loss_weight(sigma, law)], rel=1e-6)
+    assert prepare(batch, FlowConfig()).t_BR[0, 1] != found.t_BR[0, 1]
 
 
 def test_backward_twice_is_an_error_and_not_silence() -> None:

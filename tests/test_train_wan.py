@@ -221,5 +221,13 @@ def test_text_of_another_width_than_the_model_takes_is_named(folder: Path) -> No
         ValueError, match=f"{text.shape[2]} wide, the model's text_dim is {model.config.text_dim}"
     ):
         step.forward(
-            StepInputs(latent, torch.zeros(1, 2), torch.zeros(1), text, latent, torch.zeros(1))
+            StepInputs(
+                latent,
+                torch.zeros(1, 2),
+                torch.zeros(1),
+                text,
+                latent,
+                torch.zeros(1),
+                torch.ones(1),
+            )
         )

@@ -2,6 +2,7 @@
 
     x_s = (1 - s) x0 + s eps      target v = eps - x0
     s = shift u / (1 + (shift - 1) u)                     t = 1000 s
+    loss = weight(s) |v - model|^2                        weight 1, or a bell
 
 Image-to-video: latent frame 0 is the clean one, its tokens have t = 0, and it is left out of the
 loss. Everything that is random about a sample follows from its seed, so a run on another number
@@ -12,7 +13,8 @@ Shapes: B samples, C latent channels, T/h/w latent frames, rows and columns, R =
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -20,16 +22,36 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from loader.shape import Bucket
+
 TimestepDistribution = Literal["uniform", "logit_normal"]
+Weighting = Literal["none", "bell"]
+Positive = Annotated[float, Meta(gt=0.0)]
 
 
 class FlowConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The `[flow]` table: from which noise levels the model learns."""
 
-    # 5 at 720p, 3 at 480p
-    shift: Annotated[float, Meta(gt=0.0)] = 5.0
-    # of u, before the shift
+    # More noise for larger pictures, because neighbours tell more of each other there (SD3, arXiv
+    # 2403.03206, section 5.3.2). 5 at 720p, 3 at 480p: the sample_shift of Wan2.2's repository.
+    shift: Positive = 5.0
+    # of single shapes, where a run has small and large ones: {"832x480x9" = 3.0}
+    shifts: dict[str, Positive] = {}
+    # of u, before the shift: "uniform", or "logit_normal", u = sigmoid of a standard normal, more
+    # of the middle (SD3, section 3.1)
     timesteps: TimestepDistribution = "uniform"
+    # of a sample's loss: "none", or "bell", exp(-2 (s - 1/2)^2) less its value at s = 0 and 1, over
+    # its mean, so that the middle counts more and pure noise nothing (DiffSynth-Studio,
+    # FlowMatchScheduler.set_training_weight). Validation is not weighted.
+    weighting: Weighting = "none"
+
+
+class NoiseLaw(NamedTuple):
+    """From which noise levels samples of one shape are drawn, and what their losses weigh."""
+
+    shift: float = 5.0
+    timesteps: TimestepDistribution = "uniform"
+    weighting: Weighting = "none"
 
 
 class Noised(NamedTuple):
@@ -48,19 +70,53 @@ def shifted_sigma(u: float, shift: float) -> float:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def sample_sigma(seed: int, distribution: TimestepDistribution, shift: float) -> float:
+def sample_sigma(seed: int, law: NoiseLaw) -> float:
     """The noise level of the sample with this 63-bit seed, in Python floats: the same on every
     device.
     """
-    u = (_splitmix64(seed) + 0.5) / 2**64
-    return sigma_at(u, FlowConfig(timesteps=distribution, shift=shift))
+    return sigma_at((_splitmix64(seed) + 0.5) / 2**64, law)
 
 
-def sigma_at(u: float, config: FlowConfig) -> float:
-    """The noise level at quantile `u` of the law that the run draws its levels from."""
-    if config.timesteps == "logit_normal":
-        u = 1 / (1 + math.exp(-statistics.NormalDist().inv_cdf(u)))
-    return shifted_sigma(u, config.shift)
+def sigma_at(quantile: float, law: NoiseLaw) -> float:
+    """The noise level at a quantile of the law that levels are drawn from."""
+    u = quantile
+    if law.timesteps == "logit_normal":
+        u = 1 / (1 + math.exp(-statistics.NormalDist().inv_cdf(quantile)))
+    return shifted_sigma(u, law.shift)
+
+
+def law_of(config: FlowConfig, bucket: Bucket) -> NoiseLaw:
+    """Of samples of this shape."""
+    shift = config.shifts.get(str(bucket), config.shift)
+    return NoiseLaw(shift, config.timesteps, config.weighting)
+
+
+def check_shifts(config: FlowConfig, buckets: Iterable[Bucket]) -> None:
+    """Raises ValueError if a shape in `shifts` is none of `buckets`: it would change nothing."""
+    shapes = {str(bucket) for bucket in buckets}
+    unknown = sorted(config.shifts.keys() - shapes)
+    if unknown:
+        raise ValueError(
+            f"flow.shifts: {', '.join(unknown)} is no shape of the datasets or of the samples, "
+            f"which are {', '.join(sorted(shapes))}; name one of these"
+        )
+
+
+def loss_weight(sigma: float, law: NoiseLaw) -> float:
+    """What the loss of a sample at this noise level is multiplied by; 1 on average over the levels
+    of the law.
+    """
+    return 1.0 if law.weighting == "none" else _bell(sigma) / _mean_bell(law)
+
+
+def _bell(sigma: float) -> float:
+    return math.exp(-2 * (sigma - 0.5) ** 2) - math.exp(-0.5)
+
+
+@cache
+def _mean_bell(law: NoiseLaw) -> float:
+    quantiles = [(i + 0.5) / 1000 for i in range(1000)]
+    return statistics.fmean(_bell(sigma_at(quantile, law)) for quantile in quantiles)
 
 
 def _splitmix64(x: int) -> int:

@@ -41,7 +41,7 @@ def open_sampler(run: Run) -> Sampler | None:
         subjects=subjects.subjects,
         empty_SD=subjects.empty_SD,
         layout=WAN22,
-        shift=config.flow.shift,
+        flow=config.flow,
         fps=FPS,
         config=config.samples,
         output=config.output_dir,

@@ -156,6 +156,8 @@ class SampledClip(msgspec.Struct, frozen=True, kw_only=True):
     task: str
     shape: str
     seed: int
+    # of its noise levels; None in older files, where all clips had the event's
+    shift: float | None = None
     mean_difference_levels: float
 
 
@@ -166,6 +168,7 @@ class SampleEvent(msgspec.Struct, frozen=True, kw_only=True):
     # of the sampler
     num_steps: int
     guidance: float
+    # of shapes without one of their own
     shift: float
     # tiles give another picture: never compare tiled with untiled
     tiled: bool

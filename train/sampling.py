@@ -29,6 +29,7 @@ from loader.order import sample_seed
 from loader.shape import Bucket, LatentLayout
 from train.contact_sheet import contact_sheet
 from train.denoise import Decoder, Frames, Schedule, denoise
+from train.flow import FlowConfig, law_of
 from train.lora.adapters import LoRA
 from train.model.attention import Attention
 from train.model.wan import Wan
@@ -69,7 +70,7 @@ class Subject(NamedTuple):
 
 
 class Sampler:
-    """One per process. `layout` and `shift` are the model's and the run's; `fps` the dataset's."""
+    """One per process. `layout` is the model's, `flow` the run's, `fps` the dataset's."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class Sampler:
         subjects: list[Subject],
         empty_SD: Tensor,
         layout: LatentLayout,
-        shift: float,
+        flow: FlowConfig,
         fps: float,
         config: SamplesConfig,
         output: Path,
@@ -90,7 +91,7 @@ class Sampler:
         self._model, self._adapters, self._attention = model, adapters, attention
         self._decoder, self._subjects, self._empty_SD = decoder, subjects, empty_SD
         self._layout, self._fps, self._config, self._world = layout, fps, config, world
-        self._schedule = Schedule(config.num_steps, shift, config.guidance)
+        self._flow = flow
         self._folder = output / SAMPLES_FOLDER
 
     def folder_of(self, step: int) -> Path:
@@ -139,7 +140,7 @@ class Sampler:
             text_SD=subject.text_SD,
             empty_SD=self._empty_SD,
             noise_CThw=torch.randn(*shape, generator=generator).to(self._world.device),
-            schedule=self._schedule,
+            schedule=self._schedule(subject),
             first_frame_C1hw=subject.first_frame_C1hw,
         )
         return self._decoder.decode(latent_CThw)
@@ -160,8 +161,12 @@ class Sampler:
         write_atomic(path, zstandard.ZstdCompressor(write_checksum=True).compress(frames.tobytes()))
         return frames
 
+    def _schedule(self, subject: Subject) -> Schedule:
+        shift = law_of(self._flow, subject.bucket).shift
+        return Schedule(self._config.num_steps, shift, self._config.guidance)
+
     def _settings_hash(self, subject: Subject) -> str:
-        settings = (self._schedule, self._config.seed, str(subject.bucket), subject.prompt)
+        settings = (self._schedule(subject), self._config.seed, str(subject.bucket), subject.prompt)
         return xxhash.xxh3_64_hexdigest(msgspec.json.encode(settings))
 
     def _name(self, number: int) -> str:
@@ -195,15 +200,16 @@ class Sampler:
                 task=subject.task,
                 shape=str(subject.bucket),
                 seed=sample_seed(self._config.seed, 0, subject.key),
+                shift=self._schedule(subject).shift,
                 mean_difference_levels=differences[number],
             )
             for number, subject in enumerate(self._subjects)
         ]
         return SampleEvent(
             step=step,
-            num_steps=self._schedule.num_steps,
-            guidance=self._schedule.guidance,
-            shift=self._schedule.shift,
+            num_steps=self._config.num_steps,
+            guidance=self._config.guidance,
+            shift=self._flow.shift,
             tiled=False,
             lora_xxh3=lora_hash(self._adapters),
             update_norms=update_norms(self._adapters),

@@ -26,6 +26,7 @@ from train.activations.budget import parse_activation_memory, raw_bytes, room_by
 from train.activations.runner import block_runner
 from train.choices import attention_kernels, attention_shapes, batching, micro_shapes
 from train.config import TrainConfig
+from train.flow import check_shifts
 from train.lora import adapters as lora
 from train.lora.config import parse_blocks
 from train.model.identity import weights_xxh3
@@ -51,10 +52,22 @@ def open_feed(config: TrainConfig, world: World) -> Feed:
     feed = Feed(config.data, cut, world.device, vae)
     try:
         check_datasets(config, world, feed)
+        check_shifts(config.flow, _shapes(config, feed))
     except ValueError:
         feed.close()
         raise
     return feed
+
+
+def _shapes(config: TrainConfig, feed: Feed) -> set[Bucket]:
+    """All shapes that a run may train, validate or sample."""
+    shapes = {
+        WAN22.parse(shard.bucket)
+        for dataset in feed.datasets
+        for shards in dataset.manifest.splits.values()
+        for shard in shards
+    }
+    return shapes | ({WAN22.parse(config.samples.shape)} if config.samples.shape else set())
 
 
 def check_datasets(config: TrainConfig, world: World, feed: Feed) -> None:

@@ -28,7 +28,7 @@ from train.model.wan import RunBlock, Wan
 
 class Inputs(NamedTuple):
     """What a forward pass depends on. See train.model.wan.Wan.forward for the first three and the
-    text; `seeds_B`, int64, decides LoRA dropout.
+    text; `seeds_B`, int64, decides LoRA dropout; `weight_B`, float32, multiplies the losses.
     """
 
     latent_BCThw: Tensor
@@ -37,13 +37,16 @@ class Inputs(NamedTuple):
     text_BSD: Tensor
     target_BCThw: Tensor
     seeds_B: Tensor
+    weight_B: Tensor
 
 
 def prepare(batch: Batch, config: FlowConfig) -> Inputs:
     """Noise a batch: timesteps and noise follow from each sample's seed."""
     device = batch.latent_BCTHW.device
     noise = flow.sample_noise(batch.seeds, batch.latent_BCTHW.shape[1:], device)
-    sigmas = [flow.sample_sigma(seed, config.timesteps, config.shift) for seed in batch.seeds]
+    law = flow.law_of(config, batch.bucket)
+    sigmas = [flow.sample_sigma(seed, law) for seed in batch.seeds]
+    weights = [flow.loss_weight(sigma, law) for sigma in sigmas]
     noised = flow.noise_latent(
         batch.latent_BCTHW, noise, sigmas, batch.is_i2v, batch.condition_BC1HW
     )
@@ -54,6 +57,7 @@ def prepare(batch: Batch, config: FlowConfig) -> Inputs:
         text_BSD=batch.text_BSD,
         target_BCThw=noised.target_BCThw,
         seeds_B=flow.to_device(batch.seeds, torch.int64, device),
+        weight_B=flow.to_device(weights, torch.float32, device),
     )
 
 
@@ -164,8 +168,8 @@ class MicroStep:
         return self.losses(inputs).mean()
 
     def losses(self, inputs: Inputs) -> Tensor:
-        """The loss of each sample, float32 [B]. Without gradients (torch.no_grad) nothing is
-        saved, so any shape will do.
+        """The weighted loss of each sample, float32 [B]. Without gradients (torch.no_grad)
+        nothing is saved, so any shape will do.
         """
         if inputs.text_BSD.shape[2] != self._model.config.text_dim:
             raise ValueError(
@@ -182,7 +186,10 @@ class MicroStep:
             self._attention,
             self._run_block if torch.is_grad_enabled() else None,
         )
-        return flow.sample_losses(velocity_BCThw, inputs.target_BCThw, inputs.num_clean_frames_B)
+        losses_B = flow.sample_losses(
+            velocity_BCThw, inputs.target_BCThw, inputs.num_clean_frames_B
+        )
+        return losses_B * inputs.weight_B
 
     def _scale_loss(self, losses_B: Tensor) -> Tensor:
         # of equal micro-batches, as many as a global batch has on all processes

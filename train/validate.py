@@ -80,7 +80,6 @@ def measure(
 
     loss(inputs): the model's, without gradients and without dropout. `windows` are of `walk`.
     """
-    sigmas_U = [flow.sigma_at(u, flow_config) for u in LEVELS_U]
     tasks = [_task(window, i2v_share, seed) for window in windows]
     num_columns = len(LEVELS_U) + NUM_PSNR_LEVELS
     # Each entry is written by one rank and is zero on the others, so that their sum is exact.
@@ -88,6 +87,8 @@ def measure(
     for row in range(world.data_rank, len(windows), world.data_size):
         window, task = windows[row], tasks[row]
         batch = walk.batch(window.place, is_i2v=task == "i2v", seed=seed)
+        law = flow.law_of(flow_config, batch.bucket)
+        sigmas_U = [flow.sigma_at(u, law) for u in LEVELS_U]
         for level, sigma in enumerate(sigmas_U):
             inputs = _inputs(batch, sigma, sample_seed(seed, level, window.key))
             with torch.no_grad():
@@ -127,6 +128,8 @@ def _inputs(batch: Batch, sigma: float, seed: int) -> Inputs:
         text_BSD=batch.text_BSD,
         target_BCThw=noised.target_BCThw,
         seeds_B=flow.to_device([seed], torch.int64, device),
+        # what one loss is worth in training has no part in how far the model is off
+        weight_B=torch.ones(1, device=device),
     )
 
 
