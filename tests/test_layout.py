@@ -69,6 +69,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
             "windows",
         },
         {"cards", "flow", "records", "stopwatch"},
+        {"placement"},
         {"lora"},
         {"activations"},
         {"model", "parallel"},

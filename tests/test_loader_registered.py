@@ -8,6 +8,7 @@ import torch
 
 from loader.registered import (
     RegisteredMemory,
+    SharedPages,
     available_bytes,
     cgroup_room_bytes,
     check_available,
@@ -86,3 +87,26 @@ def test_all_processes_of_a_host_must_fit() -> None:
     check_available(13.6 * GIB, 2, available=28 * GIB)
     with pytest.raises(ValueError, match=r"pin 13\.6 GiB each, and 28\.0 GiB of this host"):
         check_available(13.6 * GIB, 3, available=28 * GIB)
+
+
+def test_shared_pages_are_one_memory_and_in_no_file_system() -> None:
+    pages = SharedPages(mmap.PAGESIZE + 1)
+    other = SharedPages(mmap.PAGESIZE + 1, pages.path)
+    cudart = Cudart()
+    ours, theirs = (
+        RegisteredMemory(5000, CPU, shared=pages),
+        RegisteredMemory(5000, CPU, cudart, shared=other),
+    )
+    assert ours.tensor.shape == theirs.tensor.shape == (5000,)
+    assert list(cudart.registered.values()) == [2 * mmap.PAGESIZE]
+    ours.tensor.fill_(7)
+    assert theirs.tensor.sum() == 7 * 5000
+    assert "/proc/" in pages.path
+    del theirs, other
+    gc.collect()
+    assert not cudart.registered
+    path = pages.path
+    del ours, pages
+    gc.collect()
+    with pytest.raises(OSError):
+        SharedPages(1, path)

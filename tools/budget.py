@@ -11,7 +11,7 @@ from loader.shape import Bucket
 from loader.store import read_dataset
 from tools.cards import CARDS, Card, Rates
 from tools.counts import Step, layers, num_adapter_parameters, num_parameters, step_of
-from train.activations.budget import parse_activation_memory
+from train.activations.budget import parse_activation_memory, peak_bytes
 from train.activations.plan import Shape, ShapePlan, kernels_by_tag, plan_run, scratch_bytes
 from train.choices import attention_shapes, micro_shapes
 from train.config import TrainConfig
@@ -99,14 +99,7 @@ def _on_card(
         offload=config.activation_offload,
         first_block=first_block,
     )
-    # shapes that run as CUDA graphs keep their memory while the others run
-    graph_bytes, other_bytes = 0.0, 0.0
-    for shape, plan in by_shape.items():
-        if shape.batch * shape.num_tokens <= config.cuda_graph_tokens:
-            graph_bytes = max(graph_bytes, plan.num_bytes)
-        else:
-            other_bytes = max(other_bytes, plan.num_bytes)
-    num_bytes = resident_bytes + graph_bytes + other_bytes
+    num_bytes = resident_bytes + peak_bytes(by_shape, config.cuda_graph_tokens)
 
     plans = {bucket: by_shape[shape] for bucket, shape in shapes.items()}
     step_s, no_time = None, why_no_time(config, card, kernels)

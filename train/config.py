@@ -118,6 +118,8 @@ _RESUMABLE = frozenset(
         "samples.seed",
         "model.path",
         "model.attention",
+        "model.placement",
+        "model.resident_blocks",
         "data.datasets",
         # which samples it leaves out is part of the feed's own state
         "data.exclude",

@@ -26,6 +26,7 @@ from train.lora.start import start_from
 from train.model.attention import Choice, describe
 from train.model.wan import Wan
 from train.parallel.mesh import World
+from train.placement.weights import MovedWeights
 from train.records import VALIDATION_FILE, ValidationRecord, read_records
 from train.step import MicroStep, prepare
 from train.tally import Tally
@@ -66,6 +67,8 @@ class Run:
     tally: Tally
     # train.model.identity.weights_xxh3; empty for a model that was given
     base_weights: str
+    # those that are not on the card from step to step; None: all are
+    weights: MovedWeights | None = None
 
     def resume(self, feed: Feed) -> Resumed:
         """Take up the newest checkpoint in the output folder whose files are intact, or the file
@@ -241,4 +244,5 @@ class Run:
             f"{f'resumed from {newest}' if newest else 'from the start'}"
         )
         plans = [f"{bucket}: {activations.describe(plan)}" for bucket, plan in self.plans.items()]
-        return [summary, *describe(self.kernels), *plans]
+        moved = [self.weights.describe()] if self.weights else []
+        return [summary, *moved, *describe(self.kernels), *plans]

@@ -22,7 +22,12 @@ from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
 from train import optim
 from train.activations import plan as activations
-from train.activations.budget import parse_activation_memory, raw_bytes, room_bytes
+from train.activations.budget import (
+    parse_activation_memory,
+    peak_bytes,
+    raw_bytes,
+    room_bytes,
+)
 from train.activations.runner import block_runner
 from train.choices import attention_kernels, attention_shapes, batching, micro_shapes
 from train.config import TrainConfig
@@ -31,9 +36,19 @@ from train.lora import adapters as lora
 from train.lora.config import parse_blocks
 from train.model.identity import weights_xxh3
 from train.model.load import load_transformer, read_config
-from train.model.wan import Wan
+from train.model.wan import Wan, WanConfig
 from train.parallel import mesh
 from train.parallel.mesh import World
+from train.placement.layout import layouts, spread
+from train.placement.plan import (
+    ActivationPlans,
+    PlanActivations,
+    card_bytes,
+    check_placement,
+    choose_moved,
+)
+from train.placement.streamed import HostWeights
+from train.placement.weights import MovedWeights
 from train.run import Run
 from train.step import MicroStep
 from train.tally import Tally
@@ -114,6 +129,7 @@ def build(
     device, dtype = world.device, getattr(torch, config.model.dtype)
     shapes = micro_shapes(config, world.data_size, buckets)
     budget_bytes = parse_activation_memory(config.activation_memory)
+    check_placement(config.model, config.lora, config.activation_memory)
     _set_precision(config)
 
     # -- attention kernels, timed while the card is empty ------------------------------------
@@ -128,12 +144,38 @@ def build(
             f'operations, none of which can be saved alone; use "all" or "block"'
         )
 
-    # -- the frozen base and its adapters ----------------------------------------------------
+    # -- which blocks' weights are not on the card -------------------------------------------
     blocks = parse_blocks(config.lora.blocks, wan.num_layers)
+
+    def plan_activations(room_bytes: float, weights_move: bool) -> ActivationPlans:
+        graph_tokens = config.cuda_graph_tokens if device.type == "cuda" else 0
+        graph_tokens = 0 if weights_move else graph_tokens
+        plans = activations.plan_run(
+            wan,
+            list(shapes.values()),
+            targets=config.lora.targets,
+            dtype_bytes=dtype.itemsize,
+            budget_bytes=budget_bytes,
+            room_bytes=room_bytes - feed_bytes,
+            max_graph_tokens=graph_tokens,
+            attention=choice,
+            offload=config.activation_offload,
+            first_block=blocks[0],
+            weights_move=weights_move,
+        )
+        return ActivationPlans(plans, peak_bytes(plans, graph_tokens))
+
+    weights = _moved_weights(
+        config, world, wan, blocks, plan_activations, lambda: free_bytes(device)
+    )
+
+    # -- the frozen base and its adapters ----------------------------------------------------
     base_weights = ""
     if model is None:
-        model = load_transformer(Path(config.model.path), device, dtype)
+        model = load_transformer(Path(config.model.path), device, dtype, weights)
         base_weights = weights_xxh3(Path(config.model.path))
+    elif weights is not None:
+        weights.take(model)
     adapters = lora.attach(
         model,
         targets=config.lora.targets,
@@ -150,23 +192,15 @@ def build(
     scaling = dtype == torch.float16
     scaler = optim.make_scaler(device, scaling, config.optim)
 
+    if weights is not None:
+        weights.start(model, adapters)
+
     # -- what each shape saves for the backward pass -----------------------------------------
     planned_bytes = 0.0
     if budget_bytes is None:
         optimizer_bytes = 8 * flat_parameters.vector.numel()  # made by its first step
-        planned_bytes = free_bytes(device) - optimizer_bytes - feed_bytes
-    plans = activations.plan_run(
-        model.config,
-        list(shapes.values()),
-        targets=config.lora.targets,
-        dtype_bytes=dtype.itemsize,
-        budget_bytes=budget_bytes,
-        room_bytes=planned_bytes,
-        max_graph_tokens=config.cuda_graph_tokens if device.type == "cuda" else 0,
-        attention=choice,
-        offload=config.activation_offload,
-        first_block=adapters.first_block,
-    )
+        planned_bytes = free_bytes(device) - optimizer_bytes
+    plans = plan_activations(planned_bytes, weights is not None).plans
 
     host_bytes = max(plan.host_bytes for plan in plans.values())
     if host_bytes and device.type == "cuda":
@@ -181,7 +215,7 @@ def build(
         run_block=block_runner(model, plans, adapters.first_block),
         scaler=scaler,
         global_batch=config.global_batch,
-        max_graph_tokens=config.cuda_graph_tokens,
+        max_graph_tokens=0 if weights else config.cuda_graph_tokens,
     )
     return Run(
         config=config,
@@ -196,7 +230,38 @@ def build(
         micro_step=micro_step,
         tally=Tally(device, scaling),
         base_weights=base_weights,
+        weights=weights,
     )
+
+
+def _moved_weights(
+    config: TrainConfig,
+    world: World,
+    wan: WanConfig,
+    adapted: Sequence[int],
+    plan_activations: PlanActivations,
+    room: Callable[[], float],
+) -> MovedWeights | None:
+    """The weights that are not resident, None if all are."""
+    dtype, lora_config = getattr(torch, config.model.dtype), config.lora
+    card = card_bytes(wan, len(adapted), lora_config.targets, lora_config.rank, dtype)
+    num_moved = choose_moved(
+        config.model,
+        lora_config,
+        config.activation_memory,
+        wan.num_layers,
+        card,
+        plan_activations,
+        room,
+    )
+    # the cards of a run may have room for more or less: all move what one has to
+    num_moved = mesh.maximum(num_moved, world)
+    if not num_moved:
+        return None
+    moved = spread(wan.num_layers, num_moved)
+    by_block = layouts(wan, moved, adapted, lora_config.targets, lora_config.rank, dtype)
+    source = HostWeights(list(by_block.values()), dtype, world)
+    return MovedWeights(moved, by_block, source, world.device, dtype)
 
 
 def _set_precision(config: TrainConfig) -> None:

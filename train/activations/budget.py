@@ -3,11 +3,12 @@ card has left.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from loader.shape import Bucket
+from train.activations.plan import Shape, ShapePlan
 
 # of what is free, for what does not fit exactly
 _USABLE = 0.95
@@ -33,13 +34,24 @@ def room_bytes(device: torch.device) -> float:
     """What this process can still take on a GPU, less a twentieth. Raises ValueError on a CPU."""
     if device.type != "cuda":
         raise ValueError(
-            'activation_memory = "auto" asks the GPU how much is free; on a CPU use "block" or '
-            '"all"'
+            '"auto" asks the GPU how much is free; on a CPU set activation_memory to "block" or '
+            '"all", and model.placement to "resident" or "streamed"'
         )
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     limit = torch.cuda.get_per_process_memory_fraction(device) * total
     return _USABLE * min(free, limit - torch.cuda.memory_reserved(device))
+
+
+def peak_bytes(plans: Mapping[Shape, ShapePlan], max_graph_tokens: int) -> float:
+    """What the plans of a run take at once: shapes that run as CUDA graphs share one pool, which
+    they keep while the others run.
+    """
+    graphs, others = [0.0], [0.0]
+    for shape, plan in plans.items():
+        is_graph = shape.batch * shape.num_tokens <= max_graph_tokens
+        (graphs if is_graph else others).append(plan.num_bytes)
+    return max(graphs) + max(others)
 
 
 def raw_bytes(buckets: Sequence[Bucket], clips: bool) -> float:

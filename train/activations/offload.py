@@ -25,7 +25,7 @@ from loader.registered import RegisteredMemory
 class CopyStream:
     """Copies between host and GPU beside the computation; on the CPU they happen at once.
 
-    Neither tensor of a copy may be released before `wait_for` its event.
+    Neither tensor of a copy may be released before `wait_for` its event, or overwritten.
     """
 
     def __init__(self, device: torch.device):
@@ -34,12 +34,16 @@ class CopyStream:
 
     def copy(self, destination: Tensor, source: Tensor) -> Any:
         """Start a copy of what the computation has written so far; returns its event."""
+        return self.run(lambda: destination.copy_(source, non_blocking=True))
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        """Start `work` after what the computation has started so far; returns its event."""
         if self._stream is None:
-            destination.copy_(source)
+            work()
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            destination.copy_(source, non_blocking=True)
+            work()
         return self._stream.record_event()
 
     def wait_for(self, event: Any) -> None:

@@ -220,17 +220,21 @@ def plan_shape(
     attention: Choice = NO_KERNELS,
     offload: bool = False,
     first_block: int = 0,
+    weights_move: bool = False,
 ) -> ShapePlan:
     """What to save of `shape` under a budget, or (`budget_bytes` None) so that all of it fits
     into `room_bytes`.
 
     `attention`: the kernels that run; with `offload` the inputs of blocks go to the host where not
-    all is saved. Blocks before `first_block` need no gradient and save nothing.
+    all is saved. Blocks before `first_block` need no gradient and save nothing. weights_move:
+    weights are on the card only while their block runs (train/placement/), so every block is a
+    checkpoint, however much fits.
     """
     block = block_bytes(config, shape, targets, dtype_bytes, attention)
     num_blocks = config.num_layers - first_block
     everything_bytes = num_blocks * block.autograd + block.transient
     everything_fits = budget_bytes is None and everything_bytes <= room_bytes
+    everything_fits = everything_fits and not weights_move
     if everything_fits or budget_bytes == float("inf"):
         return ShapePlan(None, everything_bytes)
 
@@ -275,10 +279,12 @@ def plan_run(
     attention: Choice = NO_KERNELS,
     offload: bool = False,
     first_block: int = 0,
+    weights_move: bool = False,
 ) -> dict[Shape, ShapePlan]:
     """`plan_shape` for every shape of a run; those up to `max_graph_tokens` keep their memory as
-    CUDA graphs.
+    CUDA graphs, where weights don't move.
     """
+    assert not (weights_move and max_graph_tokens), "a graph would replay without the copies"
     graphs = [shape for shape in shapes if shape.batch * shape.num_tokens <= max_graph_tokens]
     others = [shape for shape in shapes if shape not in graphs]
     graph_room_bytes = room_bytes * (GRAPH_SHARE if others else 1.0)
@@ -308,6 +314,7 @@ def plan_run(
             attention,
             offload,
             first_block,
+            weights_move,
         )
     return plans
 

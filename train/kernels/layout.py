@@ -7,9 +7,10 @@ attention kernel) is told the number of padding elements and calls `empty_padded
 contiguous rows.
 
 The [W | B] buffer. The same GEMM reads the frozen weight W [N, K] with the adapters' B in the R
-columns behind it: `widen_weight`. Layer i of those that share the input has the outputs
-`spans[i]` and the i-th group of `rank` columns; everywhere else B is zero. Rows of the buffer are
-`row_stride(K, R)` apart, as those of x are.
+columns behind it: `widen_weight`, or `weight_with_columns` where W was allocated with room for
+them. Layer i of those that share the input has the outputs `spans[i]` and the i-th group of `rank`
+columns; everywhere else B is zero. Rows of the buffer are `row_stride(K, R)` apart, as those of x
+are.
 
 Shapes: B samples, L tokens, M = B * L rows, D model width, K in, N out, R = rank of all adapters
 of a layer together.
@@ -119,3 +120,15 @@ def widen_weight(weight_NK: Tensor, num_low: int) -> Tensor:
     weight_NKR = buffer[:, : width + num_low]
     weight_NKR[:, :width] = weight_NK
     return weight_NKR
+
+
+def has_columns(weight_NK: Tensor, num_low: int) -> bool:
+    """Whether W lies in a [W | B] buffer for `num_low` columns of B. A contiguous W never does."""
+    return num_low > 0 and weight_NK.stride() == (row_stride(weight_NK.shape[1], num_low), 1)
+
+
+def weight_with_columns(weight_NK: Tensor, num_low: int) -> Tensor:
+    """The [W | B] buffer that W lies in: [N, K + R], a view."""
+    assert has_columns(weight_NK, num_low)
+    num_out, width = weight_NK.shape
+    return weight_NK.as_strided((num_out, width + num_low), weight_NK.stride())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from train.kernels.dropout import Dropout, dropout_keys
-from train.kernels.layout import Span, widen_weight
+from train.kernels.layout import Span, has_columns, weight_with_columns, widen_weight
 from train.kernels.refresh import Copy, CopyTable, copy_table, refresh, refresh_eager
 from train.lora.linear import AdapterParameter, FusedLayers, LoRALinear
 from train.lora.nf4 import NF4Weight
@@ -82,12 +82,18 @@ class LoRAProjections(nn.Module):
 
         self.width, self.num_padding = base.weight.shape[1], rank * len(self.adapted)
         self.nf4: NF4Weight | None = None
-        if nf4:
+        # B's columns, where [W | B] is a slot that other blocks use too (train/placement/)
+        self.kept_b_NR: Tensor | None = None
+        weight = base.weight.detach()
+        if has_columns(weight, self.num_padding):
+            wide = weight_with_columns(weight, self.num_padding)
+            self.weight = nn.Parameter(wide, requires_grad=False)
+            self.kept_b_NR = weight.new_zeros(weight.shape[0], self.num_padding)
+        elif nf4:
             self.nf4 = NF4Weight(base.weight, self.num_padding)
         else:
-            self.weight = nn.Parameter(
-                widen_weight(base.weight.detach(), self.num_padding), requires_grad=False
-            )
+            wide = widen_weight(weight, self.num_padding)
+            self.weight = nn.Parameter(wide, requires_grad=False)
         self.bias = base.bias
         self.register_buffer(
             "a",
@@ -135,8 +141,15 @@ class LoRAProjections(nn.Module):
             row += num_out
 
     def b_columns(self) -> Tensor:
-        """B's columns of the [W | B] buffer, [N, R], a view."""
+        """B's columns of the [W | B] buffer, [N, R], a view; or what they are written from."""
+        if self.kept_b_NR is not None:
+            return self.kept_b_NR
         return self.weight[:, self.width :] if self.nf4 is None else self.nf4.b_NR
+
+    def write_columns(self) -> None:
+        """Write B behind a W that has just come to its slot."""
+        assert self.kept_b_NR is not None
+        self.weight[:, self.width :].copy_(self.kept_b_NR)
 
     def copies(self) -> Iterator[Copy]:
         """What brings the copies in the compute dtype up to date."""

@@ -1,8 +1,9 @@
 """The `[model]` table of a run's configuration."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from train.model.attention import AttentionName
 
@@ -15,3 +16,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     # of the frozen weights and the inputs of GEMMs; V100 has no bfloat16
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     attention: AttentionName = "auto"
+    # where the frozen weights of the blocks are: "resident" on the card; "streamed" in the host's
+    # memory, from where they come to the card block by block; "auto" on the card if they fit
+    # beside what activation_memory takes, else as many of them as do
+    placement: Literal["resident", "streamed", "auto"] = "resident"
+    # of a model whose weights are not resident, so many blocks are all the same
+    resident_blocks: Annotated[int, Meta(ge=0)] = 0

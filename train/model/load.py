@@ -8,7 +8,7 @@ embedding stay in float32, because they work on the float32 residual stream and 
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -39,9 +39,27 @@ class WeightsError(ValueError):
     """
 
 
-def load_transformer(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Wan:
-    """Build Wan from `model_dir`/transformer, frozen, GEMM weights in `dtype` on `device`. Raises
-    WeightsError.
+class Elsewhere(Protocol):
+    """Parameters that are not kept on the device (train/placement/)."""
+
+    def holds(self, name: str) -> bool:
+        """Whether this one is such a parameter."""
+
+    def target(self, name: str) -> Tensor | None:
+        """Where it is to be filled; None: another process does that."""
+
+    def parameter(self, name: str) -> Tensor:
+        """What the model has in its place."""
+
+
+def load_transformer(
+    model_dir: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    elsewhere: Elsewhere | None = None,
+) -> Wan:
+    """Build Wan from `model_dir`/transformer, frozen, GEMM weights in `dtype` on `device`, or
+    `elsewhere`. Raises WeightsError.
     """
     folder = model_dir / "transformer"
     config = read_config(folder / CONFIG)
@@ -54,6 +72,7 @@ def load_transformer(model_dir: Path, device: torch.device, dtype: torch.dtype) 
         device,
         dtype,
         str(folder),
+        elsewhere,
     )
 
 
@@ -64,13 +83,14 @@ def build_transformer(
     device: torch.device,
     dtype: torch.dtype,
     where: str,
+    elsewhere: Elsewhere | None = None,
 ) -> Wan:
     """Build Wan and fill it from the diffusers tensors that `read` gives by name; `where` is for
     messages.
 
-    GEMM weights in `dtype`, the rest float32, on `device`, frozen. Raises WeightsError if
-    `available` are not exactly the tensors of a Wan2.2 transformer, or don't have the shapes of
-    `config`.
+    GEMM weights in `dtype`, the rest float32, on `device` or `elsewhere`, frozen. Raises
+    WeightsError if `available` are not exactly the tensors of a Wan2.2 transformer, or don't have
+    the shapes of `config`.
     """
     with torch.device("meta"):
         model = Wan(config)
@@ -85,8 +105,14 @@ def build_transformer(
     parameters = dict(model.named_parameters())
     for name, names in sources.items():
         meta = parameters[name]
-        float32 = name.split(".")[0] in _FLOAT32_MODULES or not _is_gemm(name)
-        target = torch.empty(meta.shape, dtype=torch.float32 if float32 else dtype, device=device)
+        if elsewhere is not None and elsewhere.holds(name):
+            weight, place = elsewhere.parameter(name), elsewhere.target(name)
+            if place is None:
+                _assign(model, name, weight)
+                continue
+            target = place
+        else:
+            weight = target = torch.empty(meta.shape, dtype=held_as(name, dtype), device=device)
         # layers that read the same input are stacked: one GEMM
         row = 0
         for source in names:
@@ -103,7 +129,7 @@ def build_transformer(
             raise WeightsError(
                 f"{where}: {names} fill {row} of the {target.shape[0]} rows of {name}"
             )
-        _assign(model, name, target)
+        _assign(model, name, weight)
     return model
 
 
@@ -155,9 +181,11 @@ def tensor_sources(model: Wan) -> dict[str, list[str]]:
     return sources
 
 
-def _is_gemm(name: str) -> bool:
+def held_as(name: str, dtype: torch.dtype) -> torch.dtype:
+    """In what a parameter of Wan is held: GEMMs' in the compute `dtype`, the rest in float32."""
     # only Projections have such parameters
-    return name.endswith((".weight", ".bias"))
+    is_gemm = name.endswith((".weight", ".bias"))
+    return dtype if is_gemm and name.split(".")[0] not in _FLOAT32_MODULES else torch.float32
 
 
 def tensor_files(folder: Path) -> dict[str, str]:

@@ -99,6 +99,28 @@ def broadcast(value: T, world: World) -> T:
     return values[0]
 
 
+def gather(value: T, world: World) -> list[T]:
+    """Everyone's `value`, by rank, for everyone; any object that can be pickled."""
+    if world.data_size == 1:
+        return [value]
+    values = [value] * world.data_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_first_here() -> bool:
+    """Whether this process is the first of the run's on its host, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def from_first_here(value: T, world: World) -> T:
+    """That of the first process on this host, for everyone there."""
+    host = os.environ.get("GROUP_RANK", "0")
+    found = gather((host, is_first_here(), value), world)
+    (first,) = (each for there, is_first, each in found if there == host and is_first)
+    return first
+
+
 def barrier(world: World) -> None:
     """Wait until every process is here. Raises PeerLostError."""
     maximum(0, world)

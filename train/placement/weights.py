@@ -1,0 +1,144 @@
+"""A model some of whose blocks have their GEMM weights elsewhere: only in a ring of two slots on
+the card (ring.py) while they are read.
+
+    weights = MovedWeights(blocks, layouts, source, device, dtype)
+    model = load_transformer(..., elsewhere=weights)     or weights.take(model)
+    adapters = attach(model, ...)
+    weights.start(model, adapters)
+
+The parameters of such a block are views of its slot, whose address never changes, so neither the
+layers nor autograd know of the ring. What fills the slots is brought up to date by a hook before
+the block runs: every pass through a block, recomputation included, goes through `Module.__call__`.
+B's columns of [W | B] change with every step; they are kept on the card and written behind W
+there (LoRAProjections.write_columns).
+
+Each block has to run under a checkpoint wherever a gradient is needed: what autograd saves of it
+must not outlive its turn in the ring.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from train.activations.offload import CopyStream
+from train.lora.adapters import LoRA
+from train.model.wan import Wan
+from train.placement.layout import BlockLayout, Matrix
+from train.placement.ring import NUM_SLOTS, Ring, next_place
+
+
+class Source(Protocol):
+    """Where the weights of the moved blocks are kept; by place, their number among these."""
+
+    def target(self, place: int) -> Tensor | None:
+        """The flat buffer that the weights of `place` are loaded into, on any device; None: another
+        process loads them. Places are asked for in ascending order, each as often as it has
+        matrices.
+        """
+
+    def loaded(self) -> None:
+        """All are: on every process, all together."""
+
+    def fill(self, place: int, slot: Tensor) -> None:
+        """Start to copy the weights of `place` to the slot, on the current stream."""
+
+    def describe(self) -> str:
+        """For the log: where they are."""
+
+
+class MovedWeights:
+    """See above. blocks: whose weights are moved, ascending; `layouts` has one for each."""
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        layouts: Mapping[int, BlockLayout],
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype,
+        copies: CopyStream | None = None,
+    ):
+        self.blocks, self._source = tuple(blocks), source
+        size = max(layouts[index].num_elements for index in blocks)
+        # zeros: what looks for NaN in the weights may come before the first pass
+        slots = [
+            torch.zeros(size, device=device, dtype=dtype)
+            for _ in range(min(NUM_SLOTS, len(blocks)))
+        ]
+        self.ring = Ring(slots, source.fill, copies or CopyStream(device))
+        self._last: int | None = None
+        self._matrices: dict[str, tuple[int, Matrix]] = {}
+        for place, index in enumerate(self.blocks):
+            for matrix in layouts[index].matrices:
+                self._matrices[f"blocks.{index}.{matrix.name}"] = (place, matrix)
+
+    @property
+    def slots_bytes(self) -> int:
+        return sum(slot.nbytes for slot in self.ring.slots)
+
+    # -- for train.model.load -----------------------------------------------------------------
+
+    def holds(self, name: str) -> bool:
+        """Whether this parameter of the model is one of those moved."""
+        return name in self._matrices
+
+    def target(self, name: str) -> Tensor | None:
+        """Where it is loaded to; None: by another process."""
+        place, matrix = self._matrices[name]
+        flat = self._source.target(place)
+        return None if flat is None else matrix.view(flat)
+
+    def parameter(self, name: str) -> Tensor:
+        """What the model has instead: a view of the slot."""
+        place, matrix = self._matrices[name]
+        return matrix.view(self.ring.slots[self.ring.slot_of(place)])
+
+    def take(self, model: Wan) -> None:
+        """Move the weights of a model that has them on a device."""
+        for name, parameter in list(model.named_parameters()):
+            if not self.holds(name):
+                continue
+            target = self.target(name)
+            if target is not None:
+                target.copy_(parameter.data)
+            path, _, last = name.rpartition(".")
+            moved = nn.Parameter(self.parameter(name), requires_grad=False)
+            setattr(model.get_submodule(path), last, moved)
+
+    # -- for each pass ------------------------------------------------------------------------
+
+    def start(self, model: Wan, adapters: LoRA) -> None:
+        """Have the weights come to the slots from now on, before each of these blocks runs. All are
+        loaded, on every process.
+        """
+        self._source.loaded()
+        trained = [
+            place for place, index in enumerate(self.blocks) if index >= adapters.first_block
+        ]
+        first_trained = trained[0] if trained else len(self.blocks)
+        for place, index in enumerate(self.blocks):
+            modules = adapters.modules.get(index, [])
+
+            def bring(_: nn.Module, __: Any, place: int, modules: Sequence[Any]) -> None:
+                trains = torch.is_grad_enabled()
+                then = next_place(place, self._last, len(self.blocks), first_trained, trains)
+                self._last = place
+                # the checkpoint counts a block's operations, which these are not
+                with _disable_current_modes(), torch.no_grad():
+                    self.ring.use(place, then)
+                    for module in modules:
+                        module.write_columns()
+
+            hook = partial(bring, place=place, modules=modules)
+            model.blocks[index].register_forward_pre_hook(hook)
+
+    def describe(self) -> str:
+        gib = 2**30
+        return (
+            f"the weights of {len(self.blocks)} blocks {self._source.describe()} and come to the "
+            f"card by turns, {self.slots_bytes / gib:.1f} GiB at a time; CUDA graphs are off"
+        )
