@@ -245,9 +245,16 @@ def test_of_two_films_the_default_one_is_taken(
     assert abs(decode_window(path, 0, FPS, BUCKET).mean() - expected) < 3
 
 
-@pytest.mark.parametrize("marks", [(0x400, 0), (0x400, 1)])
-def test_a_cover_is_not_the_film(tmp_path: Path, marks: tuple[int, int]) -> None:
-    path = tmp_path / "cover.mp4"
+@pytest.mark.parametrize(
+    ("suffix", "marks"),
+    [
+        *((".mp4", marks) for marks in ((0x400, 0), (0x400, 1), (0, 0), (1, 0))),
+        (".mkv", (1, 0)),
+        (".mov", (0, 0)),
+    ],
+)
+def test_a_cover_is_not_the_film(tmp_path: Path, suffix: str, marks: tuple[int, int]) -> None:
+    path = tmp_path / f"cover{suffix}"
     with av.open(str(path), "w") as container:
         cover = container.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 320, 320, "yuvj420p"

@@ -14,6 +14,7 @@ from loader.shape import Bucket
 from shardgen.media import images
 from shardgen.media.decode import decode_window
 from shardgen.media.errors import MediaError
+from shardgen.media.geometry import EXIF_ORIENTATIONS
 from shardgen.media.images import load_image
 from shardgen.media.probe import probe
 from shardgen.rules.windows import nearest_aspect
@@ -250,3 +251,27 @@ def test_a_jpeg_whose_bytes_were_overwritten_is_refused(options: dict[str, Any])
             assert error.reason == "media_undecodable"
             refused += 1
     assert refused >= 10
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"",
+        b"Exif\0\0\xff",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x05\0\0\0\x01\0\0\0\x99\0\0\0\0",
+    ],
+    ids=["empty", "cut", "nowhere", "an orientation past the end"],
+)
+def test_exif_that_can_not_be_read_is_upright_and_says_nothing(kind: str, exif: bytes) -> None:
+    still = load_image(saved(Image.fromarray(colourful()), kind, exif=exif))
+    assert still.orientation == EXIF_ORIENTATIONS[1]
+
+
+@pytest.mark.parametrize("brand", [b"avif", b"heic", b"mif1"])
+def test_a_picture_in_an_mp4_s_boxes_is_no_film(brand: bytes) -> None:
+    boxes = struct.pack(">I4s4sI4s", 24, b"ftyp", brand, 0, b"miaf") + bytes(64)
+    with pytest.raises(MediaError, match="HEIF and AVIF pictures are not handled") as caught:
+        probe(boxes)
+    assert caught.value.reason == "media_undecodable"

@@ -10,7 +10,7 @@ import pytest
 from shardgen.media.errors import MediaError
 from shardgen.media.probe import probe
 from shardgen.media.structure import missing_bytes
-from tools.fake.clips import remux, write_clip
+from tools.fake.clips import grey, remux, write_clip
 
 
 def refused(path: Path) -> str:
@@ -76,6 +76,24 @@ def test_a_live_matroska_says_nothing_of_its_length_but_its_clusters_do(tmp_path
     assert probe(live).num_frames == 60
     live.write_bytes(live.read_bytes()[:-900])
     assert refused(live) == "media_truncated"
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".m2ts", ".mxf", ".flv"])
+def test_what_is_cut_within_a_packet_is_truncated_and_padding_is_not(
+    tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    frames = [grey(16 + 4 * i) for i in range(20)]
+    codec = "mpeg2video" if suffix == ".mxf" else "libx264"
+    write_clip(path, frames, [Fraction(i, 25) for i in range(20)], codec=codec, rate=Fraction(25))
+    whole = path.read_bytes()
+    assert missing_bytes(whole) == 0 and probe(path).num_frames == 20
+    for lost in (1, 50, 99, 571):  # between two packets of 188 or 192 bytes none of them is
+        path.write_bytes(whole[:-lost])
+        assert refused(path) == "media_truncated", lost
+    if suffix != ".flv":
+        path.write_bytes(whole + bytes(100))
+        assert probe(path).num_frames == 20
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".asf"])

@@ -41,12 +41,14 @@ _STATE_A_DURATION = ("mov", "matroska", "avi", "mxf", "asf", "flv", "gxf", "nut"
 _DURATION_TOLERANCE_S = Fraction(1, 2)
 # Encoders put up to some 80 ms of silence before a track's sound; players skip it.
 _PRIMING_S = Fraction(1, 10)
-# PyAV before 19 reads titles as strict UTF-8 unless told otherwise; many are in CP949.
+# Codecs of pictures. Only Motion JPEG is used for films too.
+_PICTURE_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp")
 # The level of libavcodec's messages is one for the process.
 _MESSAGES = threading.Lock()
 # nobody else is to print what is listened to
 logging.getLogger("libav").addHandler(logging.NullHandler())
 _FORGETTING = ("mmco: unref short failure",)
+# PyAV before 19 reads titles as strict UTF-8 unless told otherwise; many are in CP949.
 _TITLES = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
@@ -103,11 +105,20 @@ def _best_stream(container: Any) -> Any:
     if not films:
         what = "only a cover picture" if container.streams.video else "no video stream"
         raise MediaError("media_no_video", f"the file has {what}")
+    # A cover need not be marked as one: a track of one PNG or JPEG beside a film is no film. How
+    # many frames a track has not every container says.
+    films = [each for each in films if not _is_single_picture(each)] or films
     best = container.streams.best("video")
     if best in films:
         return best
     # a cover that is marked as the default; among the films the mark counts too
     return max(films, key=lambda each: bool(each.disposition & Disposition.default))
+
+
+def _is_single_picture(stream: Any) -> bool:
+    return stream.codec_context is not None and (
+        stream.codec_context.name in _PICTURE_CODECS and stream.frames <= 1
+    )
 
 
 class Decoder:

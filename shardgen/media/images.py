@@ -12,6 +12,11 @@ others that are as valid. PNG has checksums; WebP has none, and only its decoder
 """
 
 import io
+import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +35,11 @@ Image.MAX_IMAGE_PIXELS = None
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _EXIF_ORIENTATION = 0x0112
+# Pictures in the boxes of an MP4. As a video one would lose its opacity, and most of its tiles.
+_HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"hevc", b"mif1", b"msf1")
+# Pillow tells of odd metadata through the process's warning filters, amid a build's bar. None of
+# it changes a pixel. The filters are not safe among threads.
+_WARNINGS = threading.Lock()
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")
 _RGB_MODES = ("P", "PA", "RGB", "RGBA")
 # A profile that moves no colour by more levels than this is sRGB: its makers round differently.
@@ -60,7 +70,9 @@ class Still(NamedTuple):
 
 
 def is_image(source: Path | bytes) -> bool:
-    """Whether a file, or a file's bytes, begins as a PNG, JPEG or WebP does. Raises MediaError."""
+    """Whether a file, or a file's bytes, begins as a PNG, JPEG or WebP does. Raises MediaError,
+    for HEIF and AVIF too, which would open as videos.
+    """
     try:
         if isinstance(source, bytes):
             head = source[:12]
@@ -69,6 +81,10 @@ def is_image(source: Path | bytes) -> bool:
                 head = file.read(12)
     except OSError as error:
         raise MediaError("media_undecodable", f"can't be opened: {error.strerror}") from error
+    if head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS:
+        raise MediaError(
+            "media_undecodable", "HEIF and AVIF pictures are not handled; convert it to PNG"
+        )
     is_webp = head[:4] == b"RIFF" and head[8:] == b"WEBP"
     return is_webp or head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
 
@@ -79,7 +95,8 @@ def load_image(source: Path | bytes) -> Still:
     """
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        with _quiet():
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise MediaError(
                 "media_too_large",
@@ -232,8 +249,22 @@ def _moves_nothing(transform: Any, mode: str) -> bool:
 
 
 def _orientation(image: Image.Image) -> Orientation:
-    """EXIF's, as Pillow finds it, in XMP too. Unknown values count as upright."""
-    return EXIF_ORIENTATIONS.get(image.getexif().get(_EXIF_ORIENTATION, 1), Orientation())
+    """EXIF's, as Pillow finds it, in XMP too. Unknown values count as upright, and so does EXIF
+    that can't be read.
+    """
+    with _quiet():
+        try:
+            value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+            value = 1
+    return EXIF_ORIENTATIONS.get(value, Orientation())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _check_chromaticity(primaries: tuple[float, ...]) -> None:

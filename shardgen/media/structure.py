@@ -1,8 +1,9 @@
 """Whether a file is as long as its own structure says.
 
 A file that was cut between two packets decodes without an error. But most containers write the
-length of what follows before it, so the cut is found to the byte. Formats that don't (transport
-and program streams, raw streams) can't tell: one that ends between two frames is whole.
+length of what follows before it, so the cut is found to the byte. Formats that don't (program and
+raw streams) can't tell: one that ends between two frames is whole. So is a transport stream that
+ends between two of its packets, which are all of one length.
 """
 
 import io
@@ -16,6 +17,10 @@ _BOXES = (b"moov", b"mdat", b"moof", b"ftyp", b"free", b"skip", b"wide", b"styp"
 _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+_MXF_PARTITION = bytes.fromhex("060e2b34020501010d01020101")
+# Lengths of a transport stream's packets and where in them the sync byte stands: plain, with a
+# time stamp before it (M2TS), with a check sum after it.
+_TS_PACKETS, _TS_SYNC = ((188, 0), (192, 4), (204, 0)), 0x47
 
 
 def missing_bytes(source: Path | bytes) -> int:
@@ -41,6 +46,12 @@ def _missing(file: BinaryIO) -> int:
         walk = _end_of_riff
     elif head == _ASF_HEADER:
         walk = _end_of_asf
+    elif head.startswith(_MXF_PARTITION):
+        walk = _end_of_mxf
+    elif head[:3] == b"FLV":
+        walk = _end_of_flv
+    elif _TS_SYNC in (head[0:1] + head[4:5]):
+        walk = _end_of_packets
     return max(walk(file, size) - size, 0) if walk else 0
 
 
@@ -113,3 +124,49 @@ def _end_of_asf(file: BinaryIO, size: int) -> int:
     file.seek(position)
     head = file.read(24)
     return position + int.from_bytes(head[16:24], "little") if head[:16] == _ASF_DATA else size
+
+
+def _end_of_mxf(file: BinaryIO, size: int) -> int:
+    """SMPTE ST 377-1: a key of 16 bytes, a length and a value, one after the other. The header
+    says where the last partition begins, once the file is closed.
+    """
+    file.seek(0)
+    head = file.read(64)
+    value = 17 + (head[16] & 0x7F if head[16] & 0x80 else 0)
+    # after two numbers of version, the grid and two other offsets
+    footer = int.from_bytes(head[value + 24 : value + 32], "big")
+    position = 0
+    while position < size:
+        file.seek(position)
+        head = file.read(25)
+        if len(head) < 17:
+            return position + 17
+        if head[:4] != _MXF_PARTITION[:4]:
+            return max(size, footer)
+        length, length_bytes = head[16], 0
+        if length & 0x80:
+            length_bytes = length & 0x7F
+            length = int.from_bytes(head[17 : 17 + length_bytes], "big")
+        position += 17 + length_bytes + length
+    return max(position, footer)
+
+
+def _end_of_flv(file: BinaryIO, size: int) -> int:
+    """A tag is 11 bytes, of which three say how long its data are, the data, and 4 bytes more."""
+    file.seek(5)
+    position = int.from_bytes(file.read(4), "big") + 4
+    while position + 11 <= size:
+        file.seek(position + 1)
+        position += 11 + int.from_bytes(file.read(3), "big") + 4
+    return position if position > size else position + 11 * (position < size)
+
+
+def _end_of_packets(file: BinaryIO, size: int) -> int:
+    for length, sync in _TS_PACKETS:
+        file.seek(0)
+        if all(byte == _TS_SYNC for byte in file.read(5 * length)[sync::length]):
+            whole = size // length * length
+            file.seek(whole + sync)
+            # a rest that begins otherwise is padding
+            return whole + length if file.read(1) == bytes([_TS_SYNC]) else size
+    return size
