@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from extras import needs_dali
 
 from loader.batch import Batch
 from loader.feed import Feed
@@ -155,6 +156,7 @@ def test_a_missing_or_damaged_empty_prompt_is_named_with_its_dataset(tmp_path: P
             make(tmp_path, global_batch=8, micro_batch=4)
 
 
+@needs_dali
 def test_the_raw_latent_agrees_with_the_stored_one_within_the_jpegs_loss(
     raw_dataset: RawDataset, tiny_checkpoint: Path
 ) -> None:
@@ -180,6 +182,7 @@ def test_the_raw_latent_agrees_with_the_stored_one_within_the_jpegs_loss(
             assert (raw - after_jpeg[key]).norm() < 0.2 * loss
 
 
+@needs_dali
 def test_a_frame_that_can_not_be_decoded_is_reported_and_the_stored_latent_used(
     raw_dataset: RawDataset, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

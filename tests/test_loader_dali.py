@@ -9,6 +9,8 @@ import PIL.Image
 import pytest
 import torch
 
+pytest.importorskip("nvidia.dali", reason="DALI is not installed: the extra dali-cuda12")
+
 from bench.gpu_inputs import dali_frame, make_clips
 from loader.dali import DecodeError, FirstFrames, FrameDecoder
 from loader.mp4 import BT709, encode_mp4

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import xxhash
+from extras import needs_ray
 
 from loader.config import load_toml
 from shardgen.catalog.catalog import Catalog
@@ -159,6 +160,7 @@ def test_one_build_is_killed_thirty_times(tiny_recipe: Path, tmp_path: Path) -> 
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "calm")
 
 
+@needs_ray
 def test_ray_gives_the_same_bytes(tiny_dataset: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     subprocess.run(
         build_command(tiny_recipe, tmp_path / "out", "--executor", "ray"),
@@ -243,6 +245,7 @@ def test_a_clip_that_comes_later_goes_to_a_new_shard_and_a_lost_one_comes_back(
     assert shardgen(["verify", str(output), "--workers", "1"]) == 0
 
 
+@needs_ray
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_ray_node_is_killed_and_the_bytes_are_the_same(

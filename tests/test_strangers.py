@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 import zstandard
+from extras import needs_dali
 
 from loader.manifest import decode_index, read_manifest
 
@@ -70,6 +71,7 @@ def test_webdataset_iterates(shard: Path) -> None:
         assert {"latent.zst", "text.zst", "jpg"} <= sample.keys()
 
 
+@needs_dali
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_dali_reads_by_the_index_and_a_missing_jpg_is_empty(tiny_dataset: Path, kind: str) -> None:
     from nvidia.dali import fn, pipeline_def

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from nvidia.dali import Pipeline, fn
+from extras import needs_dali
 
 from loader.batch import Batch
 from loader.feed import Feed
@@ -165,6 +165,7 @@ def test_every_sample_is_used_or_refused_for_one_reason_and_the_tars_stay_as_the
         write_index(tars, tmp_path, encoder, num_frames=FRAMES)
 
 
+@needs_dali
 def test_the_feed_gives_the_latents_of_the_clips_and_the_texts_of_the_captions(
     indexed: Path, tars: list[Path], vae: VAEEncoder, encoder: TextEncoder
 ) -> None:
@@ -189,7 +190,10 @@ def test_the_feed_gives_the_latents_of_the_clips_and_the_texts_of_the_captions(
     assert sorted(seen) == [0, 1, 2, 3]
 
 
+@needs_dali
 def test_dali_reads_the_foreign_tar_with_our_index(indexed: Path, tars: list[Path]) -> None:
+    from nvidia.dali import Pipeline, fn
+
     (info,) = (
         info for info in media_shards(read_manifest(indexed)).values() if info.num_samples == 4
     )
@@ -207,6 +211,7 @@ def test_dali_reads_the_foreign_tar_with_our_index(indexed: Path, tars: list[Pat
     assert stored == {clip(pictures(i, FRAMES + i)) for i in range(4)}
 
 
+@needs_dali
 def test_a_clip_that_changed_or_does_not_decode_is_replaced_and_reported(
     tars: list[Path], encoder: TextEncoder, vae: VAEEncoder, tmp_path: Path
 ) -> None:

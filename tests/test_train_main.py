@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from extras import needs_dali
 from safetensors.torch import load_file
 from trainer_runs import NUM_STEPS, ROOT, difference, finish, records, start
 
@@ -87,6 +88,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
         assert tensor.isfinite().all()
 
 
+@needs_dali
 def test_raw_first_frames_train_like_the_stored_ones(
     run_config: TrainConfig, tiny_dataset: Path, tmp_path: Path
 ) -> None:

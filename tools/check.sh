@@ -7,12 +7,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 trap 'echo "check: failed in: $BASH_COMMAND" >&2' ERR
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+# Packages are installed uncompiled, and some containers forbid Python to store what it compiles. Then each of the many
+# processes that tests start would compile torch and diffusers again: 26 s of work instead of 9 for an import.
+export PYTHONDONTWRITEBYTECODE=
 if [ "${1:-}" = --env ]; then
     env="${2:?check: --env needs the name of a file in configs/env}"
     shift 2
     python="python$(sed -n 's/^# Python //p' "configs/env/$env.txt")"
     "$python" -c "" 2> /dev/null || { echo "check: configs/env/$env.txt is for $python: install that first" >&2; exit 2; }
-    VENV=".venv-$env" PYTHON="$python" bash tools/install.sh "$env" demo,dev
+    VENV=".venv-$env" PYTHON="$python" bash tools/install.sh "$env" dali-cuda12,ray,demo,dev
     exec ".venv-$env/bin/python" -m pytest "$@"
 fi
 bash tools/install.sh cpu

@@ -11,6 +11,7 @@ begin "install into .venv"
 bash tools/install.sh cpu
 SECONDS=0  # downloads do not count
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error OMP_NUM_THREADS=1
+export PYTHONDONTWRITEBYTECODE=  # as in check.sh: each step would compile its packages again
 
 begin "a tiny Wan2.2-TI2V-5B with random weights"
 python -m tools.fake.checkpoint $demo/model

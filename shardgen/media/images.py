@@ -170,7 +170,9 @@ def _alpha(image: Image.Image, bit_depth: int) -> Pixels | None:
         return np.asarray(image.convert("RGBA").getchannel("A"))
     if image.mode == "RGB" and bit_depth > 8:
         raise MediaError("media_undecodable", "a transparent colour of 16 bits is not handled")
-    if image.mode == "L" and bit_depth < 8:
+    if image.mode == "1":
+        key = 255 if key else 0  # Pillow before 13 gives the file's 1
+    elif image.mode == "L" and bit_depth < 8:
         key = key * 255 // (2**bit_depth - 1)
     pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
     is_key = (pixels == key).all(-1) if pixels.ndim == 3 else pixels == key

@@ -26,8 +26,17 @@ VIDEO_SUFFIXES = (
     ".m4v",
     ".wmv",
     ".vob",
+    ".m2t",
+    ".m2v",
+    ".qt",
+    ".3gp",
+    ".asf",
+    ".flv",
+    ".ogv",
+    ".dv",
+    ".gxf",
 )
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".jpe", ".jfif")
 _BLOCK_BYTES = 1 << 20
 
 
