@@ -33,7 +33,7 @@ def test_a_local_file_is_found_by_label_name_or_id_and_hashed_in_place(tmp_path:
 
 @pytest.mark.parametrize(
     "name",
-    ["2400101.MP4", "2400101.m2ts", "2400101.MTS", "2400101.m4v", "2400101.Wmv", "2400101.VOB"],
+    [f"2400101.{end}" for end in "MP4 m2ts MTS m4v Wmv VOB M2T flv 3gp".split()],
 )
 def test_every_suffix_of_footage_is_found_in_any_case(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(BODY)
@@ -41,9 +41,10 @@ def test_every_suffix_of_footage_is_found_in_any_case(tmp_path: Path, name: str)
     assert find_local(tmp_path / "2400101.json", "2400101", "image") is None
 
 
-def test_a_webp_is_a_picture(tmp_path: Path) -> None:
-    (tmp_path / "a.WEBP").write_bytes(BODY)
-    assert find_local(tmp_path / "a.json", "1", "image") == tmp_path / "a.WEBP"
+@pytest.mark.parametrize("name", ["a.WEBP", "a.jpe", "a.JFIF"])
+def test_every_suffix_of_pictures_is_found(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(BODY)
+    assert find_local(tmp_path / "a.json", "1", "image") == tmp_path / name
 
 
 @pytest.mark.parametrize("media_in_letters", [True, False])
