@@ -15,6 +15,7 @@ equal package versions).
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -73,11 +74,12 @@ def tiny_text_encoder(vocab_size: int, generator: torch.Generator) -> UMT5Encode
     return encoder.eval()
 
 
-def write_tokenizer(folder: Path) -> T5TokenizerFast:
-    """Train a unigram sentencepiece on sentences.txt and save it as spiece.model and
-    tokenizer.json.
+def write_tokenizer(folder: Path, more_sentences: Sequence[str] = ()) -> T5TokenizerFast:
+    """Train a unigram sentencepiece on sentences.txt, and on `more_sentences`, and save it as
+    spiece.model and tokenizer.json.
     """
     sentences = Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8").splitlines()
+    sentences += more_sentences
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
@@ -103,6 +105,17 @@ def write_tokenizer(folder: Path) -> T5TokenizerFast:
     return tokenizer
 
 
+def flow_scheduler(shift: float) -> UniPCMultistepScheduler:
+    """That of the real folder, with this shift of the noise levels."""
+    return UniPCMultistepScheduler(
+        num_train_timesteps=1000,
+        solver_order=2,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+    )
+
+
 def write_tiny_checkpoint(folder: Path, seed: int = 0) -> None:
     """Write model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and scheduler/ below
     `folder`.
@@ -113,13 +126,7 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0) -> None:
         tokenizer=tokenizer,
         text_encoder=tiny_text_encoder(len(tokenizer), generator),
         vae=random_vae(WAN22, 8, generator),
-        scheduler=UniPCMultistepScheduler(
-            num_train_timesteps=1000,
-            solver_order=2,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=5.0,
-        ),
+        scheduler=flow_scheduler(5.0),
         transformer=tiny_transformer(generator),
         transformer_2=None,
         boundary_ratio=None,
