@@ -212,6 +212,27 @@ def test_what_says_nothing_in_a_list_of_captions_loses_no_label() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tags", "read"),
+    [
+        ({"ocr": ["새벽 4시", "", None, 7, "속보"]}, ["새벽 4시", "속보"]),
+        ({"ocr": "속보"}, ["속보"]),
+        ({"ocr": None}, []),
+        ({"ocr": 5}, []),
+        ({"ocr": {"a": 1}}, []),
+        (None, []),
+        (["속보"], []),
+        ("x", []),
+    ],
+)
+def test_the_text_in_the_picture_is_read_or_empty_but_loses_no_label(
+    tags: Any, read: list[str]
+) -> None:
+    made = make_label("2400101")
+    made["source_data_info"]["ai_generated_info"]["auto_tags"] = tags
+    assert parse(made).ocr == read
+
+
+@pytest.mark.parametrize(
     ("declared", "read"),
     [
         ("1920*1080", (1920, 1080)),

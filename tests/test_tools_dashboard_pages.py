@@ -8,12 +8,15 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 from starlette.testclient import TestClient
 
 from shardgen import build
+from shardgen.labels.parse import Label
 from tools.dashboard import sources as sources_module
 from tools.dashboard.app import create_app
 from tools.dashboard.catalog import CatalogView
@@ -41,6 +44,14 @@ def sources(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Sou
     """A copy of the tiny dataset, and two runs."""
     folder = tmp_path_factory.mktemp("dashboard")
     shutil.copytree(tiny_dataset, folder / "tiny")
+    with closing(sqlite3.connect(folder / "tiny" / "catalog.sqlite")) as db, db:
+        ((number, body),) = db.execute(
+            "SELECT id, body FROM clips JOIN bodies USING (id) WHERE clip_id = '2400102'"
+        )
+        label = msgspec.structs.replace(msgspec.msgpack.decode(body, type=Label), ocr=["새벽 4시"])
+        db.execute(
+            "UPDATE bodies SET body = ? WHERE id = ?", (msgspec.msgpack.encode(label), number)
+        )
     for name, rate in (("first", 1e-4), ("second", 2e-4)):
         run = folder / "runs" / name
         run.mkdir(parents=True)
@@ -141,6 +152,15 @@ def test_a_case_shows_what_became_the_prompt(client: TestClient) -> None:
     assert page.count("data-seek") >= 6  # a button and a bar for each of three shots
     sample = re.search(r'href="(/data/tiny/sample/[0-9a-f]{32})"', page)
     assert sample is not None and client.get(sample[1]).status_code == 200
+
+
+def test_the_text_in_the_picture_stands_beside_what_is_said_and_is_found(
+    client: TestClient,
+) -> None:
+    found = client.get("/data/tiny/defects?text=새벽&column=ocr").text
+    (case,) = re.findall(r'href="(/data/tiny/case/\d+)">\d+<', found)
+    page = client.get(f"{case}?lang=en").text
+    assert "오늘의 소식을 전해 드립니다.</td><td>새벽 4시</td>" in page
 
 
 def test_an_open_page_that_asks_again_is_told_that_nothing_changed(client: TestClient) -> None:

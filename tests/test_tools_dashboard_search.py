@@ -4,6 +4,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tools.dashboard import indexing, search
@@ -49,6 +50,27 @@ def test_a_column_can_be_searched_alone(tmp_path: Path) -> None:
     indexer = indexed(tmp_path)
     assert hits(indexer, Filter(text="소식", column="stt")) == [1]
     assert hits(indexer, Filter(text="소식", column="caption")) == []
+
+
+def test_the_text_in_the_picture_is_found(tmp_path: Path) -> None:
+    write_catalog(tmp_path, ["어시장"], ocr=["새벽 4시", "속보"])
+    indexer = indexed(tmp_path)
+    assert (
+        hits(indexer, Filter(text="새벽", column="ocr"))
+        == hits(indexer, Filter(text="속보"))
+        == [1]
+    )
+    assert hits(indexer, Filter(text="새벽", column="caption")) == []
+    assert CatalogView(tmp_path / "catalog.sqlite").scan(["속"], 0, 10).ids == [1]
+
+
+def test_a_catalog_of_labels_without_that_text_is_read_all_the_same(tmp_path: Path) -> None:
+    write_catalog(tmp_path, ["어시장"])
+    with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as db, db:
+        (body,) = db.execute("SELECT body FROM bodies").fetchone()
+        older = msgspec.msgpack.encode(msgspec.msgpack.decode(body)[:-1])
+        db.execute("UPDATE bodies SET body = ?", (older,))
+    assert hits(indexed(tmp_path), Filter(text="어시")) == [1]
 
 
 def test_a_query_holds_no_syntax() -> None:

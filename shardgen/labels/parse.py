@@ -16,6 +16,17 @@ from typing import Any
 import msgspec
 
 from shardgen.labels.nesting import MAX_DEPTH, is_too_deep
+from shardgen.labels.schema import (
+    Bare,
+    Caption,
+    Details,
+    Generated,
+    LabelFile,
+    Levels,
+    MediaInfo,
+    RawData,
+    Scene,
+)
 from shardgen.labels.timecode import iso_date, length_s
 
 MAX_ID_CHARS, MAX_FIELD_CHARS = 64, 200
@@ -71,90 +82,16 @@ class Label(msgspec.Struct, frozen=True, array_like=True):
     height_px: int | None
     duration_s: float | None
     fps: float | None
+    # the text in the picture, which no rule uses; None in a catalog that was written without it
+    ocr: list[str] | None = None
 
 
-class _Scene(msgspec.Struct, rename={"text": "description"}):
-    text: str | None = None
-    tc_in: str | None = None
-    tc_out: str | None = None
-
-
-class _Caption(msgspec.Struct):
-    text: str | None = None
-    tc_in: str | None = None
-    tc_out: str | None = None
-
-
-# What stands in a list of captions: an object, a bare sentence, or what says nothing.
-_Bare = str | float | bool | None
-
-
-class _Generated(msgspec.Struct):
-    stt_script: str | None = None
-    keyword: str | None = None
-    mid_category: str | None = None
-    scene_description_auto: list[_Scene | _Bare] | None = None
-
-
-class _Source(msgspec.Struct):
-    clip_id: str
-    source_mbc: str | None = None
-    broadcast_date: str | None = None
-    clip_proxy_url: str | None = None
-    clip_proxy_thumbnail_url: list[str | None] | None = None
-    ai_generated_info: _Generated | None = None
-
-
-class _Levels(msgspec.Struct):
-    object_level: list[_Caption | _Bare] | None = None
-    semantic_level: list[_Caption | _Bare] | None = None
-    application_level: list[_Caption | _Bare] | None = None
-
-
-class _Captions(msgspec.Struct):
-    caption_info: _Levels | None = None
-
-
-# What the label declares about the media is of any type, for the probe knows better: what can't
-# be read is unknown, and no reason to lose the label.
-class _Details(msgspec.Struct):
-    length: Any = None
-    frame_rate: Any = None
-    resolution: Any = None
-
-
-class _MediaInfo(msgspec.Struct):
-    media_type: str | None = None
-    details: _Details | None = None
-    resolution: Any = None
-
-
-class _Basic(msgspec.Struct):
-    resolution: Any = None
-
-
-class _InnerRaw(msgspec.Struct):
-    basic_info: _Basic | None = None
-
-
-class _Raw(msgspec.Struct):
-    source_media_info: _MediaInfo | None = None
-    basic_info: _Basic | None = None
-    raw_data_info: _InnerRaw | None = None
-
-
-class _File(msgspec.Struct):
-    source_data_info: _Source
-    labeling_data_info: _Captions | None = None
-    raw_data_info: _Raw | None = None
-
-
-_decoder = msgspec.json.Decoder(_File)
+_decoder = msgspec.json.Decoder(LabelFile)
 _NO_MEDIA, _NO_DETAILS, _NO_GENERATED, _NO_LEVELS = (
-    _MediaInfo(),
-    _Details(),
-    _Generated(),
-    _Levels(),
+    MediaInfo(),
+    Details(),
+    Generated(),
+    Levels(),
 )
 
 
@@ -206,10 +143,11 @@ def parse_label(data: bytes) -> Label:
         height_px,
         _length(details.length),
         _number(details.frame_rate),
+        _ocr(generated.auto_tags),
     )
 
 
-def _decode(data: bytes) -> _File:
+def _decode(data: bytes) -> LabelFile:
     """The label's JSON; NaN and Infinity, which JSON does not have, count as null."""
     try:
         return _decoder.decode(data)
@@ -223,7 +161,7 @@ def _decode(data: bytes) -> _File:
         )
 
 
-def _timed(entries: Sequence[_Scene | _Caption | _Bare] | None) -> list[Timed]:
+def _timed(entries: Sequence[Scene | Caption | Bare] | None) -> list[Timed]:
     """The sentences of a list, in order. A bare string is one without timecodes; a number or a
     null says nothing.
     """
@@ -238,14 +176,26 @@ def _timed(entries: Sequence[_Scene | _Caption | _Bare] | None) -> list[Timed]:
         return _timed([_as_caption(entry) for entry in entries or ()])
 
 
-def _as_caption(entry: _Scene | _Caption | _Bare) -> _Scene | _Caption:
-    if isinstance(entry, _Scene | _Caption):
+def _ocr(tags: Any) -> list[str]:
+    """The text that was read in the picture: `auto_tags.ocr`, a list of sentences or one. Other
+    things in its place are skipped: no label is lost for what no rule uses.
+    """
+    found = tags.get("ocr") if isinstance(tags, dict) else None
+    return [
+        text
+        for text in (found if isinstance(found, list) else [found])
+        if isinstance(text, str) and text
+    ]
+
+
+def _as_caption(entry: Scene | Caption | Bare) -> Scene | Caption:
+    if isinstance(entry, Scene | Caption):
         return entry
-    return _Caption(text=entry if isinstance(entry, str) else None)
+    return Caption(text=entry if isinstance(entry, str) else None)
 
 
 def _declared_size(
-    raw: _Raw | None, media: _MediaInfo, details: _Details
+    raw: RawData | None, media: MediaInfo, details: Details
 ) -> tuple[int | None, int | None]:
     """The first readable one of the four places where the labels keep a resolution."""
     inner = raw and raw.raw_data_info and raw.raw_data_info.basic_info

@@ -211,7 +211,7 @@ def texts_of(label: Label) -> tuple[str, str, str]:
     captions = [each.text for each in label.scenes] + [each.text for each in label.objects]
     captions += [*label.semantic, *label.application, label.keyword]
     # a catalog whose labels were read without the text in the picture has none to search
-    ocr: Sequence[str] = getattr(label, "ocr", ())
+    ocr = label.ocr or ()
     return bigrams("\n".join(captions)), bigrams(label.stt_script), bigrams("\n".join(ocr))
 
 

@@ -11,17 +11,25 @@ from shardgen.catalog.tables import INDEXES, SCHEMA
 from shardgen.labels.parse import Label, Timed
 
 
-def write_catalog(folder: Path, captions: list[str], speech: str = "") -> None:
+def write_catalog(
+    folder: Path, captions: list[str], speech: str = "", ocr: list[str] | None = None
+) -> None:
     """A catalog with a row per caption; every third one is rejected."""
     folder.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(folder / "catalog.sqlite")) as db, db:
         db.execute("PRAGMA journal_mode = WAL")
         db.executescript(SCHEMA + INDEXES)
         for number, caption in enumerate(captions, start=1):
-            add_row(db, number, caption, speech)
+            add_row(db, number, caption, speech, ocr)
 
 
-def add_row(db: sqlite3.Connection, number: int, caption: str, speech: str = "") -> None:
+def add_row(
+    db: sqlite3.Connection,
+    number: int,
+    caption: str,
+    speech: str = "",
+    ocr: list[str] | None = None,
+) -> None:
     rejected = number % 3 == 0
     db.execute(
         "INSERT INTO clips (id, label, size_bytes, mtime_ns, label_xxh3, generation, status, "
@@ -56,5 +64,6 @@ def add_row(db: sqlite3.Connection, number: int, caption: str, speech: str = "")
         height_px=None,
         duration_s=None,
         fps=None,
+        ocr=ocr,
     )
     db.execute("INSERT INTO bodies VALUES (?, ?)", (number, msgspec.msgpack.encode(label)))

@@ -188,7 +188,7 @@ def _page(view: View, clip: int, message: str = "", status: int = 200) -> Respon
         shots=shots,
         unplaced=[window for window in windows if window.key not in placed],
         length_s=clip_length_s(row, probe, shots),
-        ocr=ocr_of(view.chosen, row),
+        ocr=ocr_of(view.chosen, row) if label is None or label.ocr is None else label.ocr,
         near=near,
         near_decisions=_standing(view, near),
         shown=media.shown(view.state, view.chosen, row, probe),
