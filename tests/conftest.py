@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-from trainer_runs import finish, small_run, start
+from trainer_runs import finish, small_run, start, with_validation
 
 from shardgen.cli import main as shardgen
 from tools.fake.checkpoint import write_tiny_checkpoint
@@ -89,3 +89,9 @@ def one_rank(run_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) 
     output = tmp_path_factory.mktemp("one_rank")
     finish(start(run_config, output, 1))
     return output
+
+
+@pytest.fixture(scope="session")
+def validated_run(run_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """The small run with four clips to train on and others to validate on."""
+    return with_validation(run_config, tmp_path_factory.mktemp("both_splits"))

@@ -59,6 +59,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"diagnose", "progress", "status"},
         {"tally"},
         {
+            "average",
             "checkpoint",
             "contact_sheet",
             "denoise",

@@ -6,31 +6,15 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from trainer_runs import train_here, write_both_splits
+from trainer_runs import train_here
 
-from loader.feed_config import FeedConfig
 from train import checkpoint
 from train.checkpoint import CheckpointError
 from train.config import TrainConfig
-from train.optim import OptimConfig
 from train.records import VALIDATION_FILE, ValidationRecord, read_records
-from train.sampling import SamplesConfig
 from train.validate import ValidationConfig
 
 OFF = ValidationConfig(every=0, num_windows=2, num_train_windows=0)
-
-
-@pytest.fixture(scope="session")
-def validated_run(run_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """Four clips to train on, others to validate on, no samples."""
-    folder = tmp_path_factory.mktemp("both_splits")
-    write_both_splits(folder, train={"96x64x9": 4}, val={"96x64x9": 12})
-    return msgspec.structs.replace(
-        run_config,
-        data=FeedConfig(datasets=[str(folder)], num_threads=1),
-        samples=SamplesConfig(every=0),
-        optim=OptimConfig(lr=1e-3),
-    )
 
 
 def validations(output: Path) -> list[ValidationRecord]:

@@ -154,7 +154,7 @@ def test_loss_after_five_adamw_steps_equals_peft(pair: tuple[Any, Wan]) -> None:
     adapters, theirs = attach_both(reference, model)
     flat = optim.flatten(adapters.parameters())
     ours_optimizer = optim.make_optimizer(
-        flat.vector, optim.OptimConfig(lr=1e-2, beta2=0.99, weight_decay=0.05)
+        flat.groups, optim.OptimConfig(lr=1e-2, beta2=0.99, weight_decay=0.05)
     )
     their_optimizer = torch.optim.AdamW(
         theirs.values(), lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05

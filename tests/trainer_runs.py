@@ -28,6 +28,7 @@ from train.model.config import ModelConfig
 from train.optim import OptimConfig
 from train.parallel.mesh import World
 from train.records import METRICS_FILE, StepRecord, read_records
+from train.sampling import SamplesConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 6
@@ -50,12 +51,18 @@ def small_run(checkpoint: Path, dataset: Path) -> TrainConfig:
     )
 
 
-def write_both_splits(folder: Path, train: dict[str, int], val: dict[str, int]) -> None:
-    """A synthetic dataset with so many samples of each bucket in each split."""
-    first = write_synthetic_dataset(folder, train, split="train")
-    second = write_synthetic_dataset(folder, val, split="val", seed=1)
-    manifest = make_manifest(first.recipe, {**first.splits, **second.splits})
+def with_validation(run: TrainConfig, folder: Path) -> TrainConfig:
+    """Trained on four clips, validated on twelve others, without samples."""
+    train = write_synthetic_dataset(folder, {"96x64x9": 4}, split="train")
+    val = write_synthetic_dataset(folder, {"96x64x9": 12}, split="val", seed=1)
+    manifest = make_manifest(train.recipe, {**train.splits, **val.splits})
     (folder / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
+    return msgspec.structs.replace(
+        run,
+        data=FeedConfig(datasets=[str(folder)], num_threads=1),
+        samples=SamplesConfig(every=0),
+        optim=OptimConfig(lr=1e-3),
+    )
 
 
 class Rank:

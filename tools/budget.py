@@ -152,9 +152,12 @@ def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:
         base -= num_weights * (dtype_bytes - 0.516)
         # each [W | B] is unpacked while in use: q, k and v are one
         base += max(3 * (layer.width + rank) * layer.num_out for layer in adapted) * dtype_bytes
+    # of one more copy of the adapters, and of a second one while they are shown
+    average = {"average of the LoRA": num_adapter * 8.0} if config.optim.ema else {}
     return {
         "base model": base,
         "LoRA, its gradient, its copies": num_adapter * (8.0 + dtype_bytes),
+        **average,
         "optimizer": num_adapter * (2.0 if config.optim.name == "adamw8bit" else 8.0),
         "CUDA (an allowance)": CONTEXT_BYTES,
     }

@@ -74,7 +74,7 @@ class Evaluation:
             if self.validates(step):
                 self._validate(step, feed_state, progress, watch)
             if self._sampler and self.samples(step):
-                with watch.busy("makes samples"):
+                with watch.busy("makes samples"), self._run.exported():
                     event = self._sampler.sample(step)
                 if progress:
                     progress.show_samples(event, self._sampler.folder_of(step))
@@ -84,13 +84,14 @@ class Evaluation:
     ) -> None:
         assert self._validator is not None
         with watch.busy("validates"):
-            record = self._validator.validate(step)
-            if progress:
-                progress.write_validation(record)
-                if record.best_step == step:
-                    folder = self._run.config.output_dir / BEST_FOLDER
-                    folder.mkdir(exist_ok=True)
-                    lora_files.save_both(self._run.adapters, folder)
+            with self._run.exported():
+                record = self._validator.validate(step)
+                if progress:
+                    progress.write_validation(record)
+                    if record.best_step == step:
+                        folder = self._run.config.output_dir / BEST_FOLDER
+                        folder.mkdir(exist_ok=True)
+                        lora_files.save_both(self._run.adapters, folder)
             if step > 0:
                 # once more, with what validation has found
                 self._run.save_checkpoint(step, feed_state, *self.of_checkpoint())

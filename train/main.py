@@ -133,13 +133,15 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         stopwatch.lap("sync_s")
         # clip, step, and renew the copies of the adapters that GEMMs read
         lr = optim.learning_rate(step, config.num_steps, config.optim)
-        optimizer.param_groups[0]["lr"] = lr
+        optim.set_learning_rate(optimizer, lr, config.optim)
         scaler.unscale_(optimizer)
         grad_norm = optim.clip_gradient(flat.gradient, config.optim.clip_norm)
         # leaves the step out where the gradient is not finite
         scaler.step(optimizer)
         optim.update_scale(scaler, run.scales_loss)
         run.adapters.refresh()
+        if run.average:
+            run.average.update(flat.vector, step + 1)
         run.tally.step(flat, grad_norm, run.loss_scale(), batch.index)
         resume_feed = feed_state
         stopwatch.lap("optimizer_s")
@@ -176,7 +178,8 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
 
     mesh.barrier(world)
     if progress:
-        lora_files.save_both(run.adapters, output)
+        with run.exported():
+            lora_files.save_both(run.adapters, output)
         diffusers, comfyui = lora_files.DIFFUSERS_FILE, lora_files.COMFYUI_FILE
         progress.say(
             f"{done} steps done: {output / diffusers} (diffusers), {output / comfyui} (ComfyUI)"

@@ -6,7 +6,7 @@ them, so that logging costs no second all-reduce.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -26,14 +26,21 @@ class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """The `[optim]` table: the optimizer, its learning rate, clipping and loss scaling."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    # after the warm-up; a cosine goes from there to 0 at num_steps
+    # after the warm-up, which is linear; "cosine" (SGDR, arXiv 1608.03983, without restarts) and
+    # "linear" go from there to 0 at num_steps
     lr: Annotated[float, Meta(gt=0.0)] = 1e-4
     beta1: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.999
     eps: Annotated[float, Meta(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Meta(ge=0.0)] = 0.01
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: Annotated[int, Meta(ge=0)] = 0
+    # B learns at this multiple of lr, A at lr (LoRA+, arXiv 2402.12354, which takes about 16 and a
+    # lower lr)
+    lora_plus_ratio: Annotated[float, Meta(gt=0.0)] = 1.0
+    # decay of an average of the adapters, such as 0.999, that is validated, sampled and exported in
+    # their place (train/average.py); 0: none
+    ema: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     # largest norm of the whole gradient; 0: no clipping
     clip_norm: Annotated[float, Meta(ge=0.0)] = 1.0
     # the first one, float16 only. Too high, it is halved in as many steps as it takes; too low,
@@ -43,20 +50,23 @@ class OptimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 class FlatParameters(NamedTuple):
     """`vector` [N] holds all parameters; `buffer` [N + NUM_LOSSES] their gradient (`gradient`,
-    also vector.grad) and `losses`, of which the first is `loss`.
+    also vector.grad) and `losses`, of which the first is `loss`. `groups`: what the optimizer gets,
+    `vector` itself or its parts, in order.
     """
 
     vector: nn.Parameter
+    groups: tuple[nn.Parameter, ...]
     buffer: Tensor
     gradient: Tensor
     losses: Tensor
     loss: Tensor
 
 
-def flatten(parameters: Sequence[AdapterParameter]) -> FlatParameters:
-    """Move float32 `parameters` into one vector, in place: each becomes a view of it, and so does
-    its gradient, which keeps its place (see AdapterParameter).
+def flatten(*groups: Sequence[AdapterParameter]) -> FlatParameters:
+    """Move float32 parameters into one vector, in place: each becomes a view of it, and so does
+    its gradient, which keeps its place (see AdapterParameter). Those of a group lie together.
     """
+    parameters = [parameter for group in groups for parameter in group]
     assert all(p.dtype == torch.float32 for p in parameters)
     total = sum(p.numel() for p in parameters)
     vector = nn.Parameter(torch.empty(total, device=parameters[0].device))
@@ -71,27 +81,56 @@ def flatten(parameters: Sequence[AdapterParameter]) -> FlatParameters:
         offset = end
     vector.grad = buffer[:total]
     return FlatParameters(
-        vector, buffer, gradient=buffer[:total], losses=buffer[total:], loss=buffer[total]
+        vector,
+        groups=(vector,) if len(groups) == 1 else tuple(_parts(vector, groups)),
+        buffer=buffer,
+        gradient=buffer[:total],
+        losses=buffer[total:],
+        loss=buffer[total],
     )
 
 
-def make_optimizer(vector: nn.Parameter, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW of torch (fused on the GPU), or bitsandbytes' with 8-bit states."""
+def _parts(
+    vector: nn.Parameter, groups: Sequence[Sequence[AdapterParameter]]
+) -> Iterator[nn.Parameter]:
+    assert vector.grad is not None
+    first = 0
+    for group in groups:
+        end = first + sum(parameter.numel() for parameter in group)
+        part = nn.Parameter(vector.data[first:end])
+        part.grad = vector.grad[first:end]
+        yield part
+        first = end
+
+
+def lr_ratios(config: OptimConfig) -> tuple[float, ...]:
+    """Of the learning rates of each parameter group to `lr`: of all adapters, or of A and of B."""
+    return (1.0,) if config.lora_plus_ratio == 1.0 else (1.0, config.lora_plus_ratio)
+
+
+def make_optimizer(groups: Sequence[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW of torch (fused on the GPU), or bitsandbytes' with 8-bit states, over as many groups
+    as `lr_ratios` has.
+    """
     betas = (config.beta1, config.beta2)
+    named = [
+        {"params": [group], "lr": config.lr * ratio}
+        for group, ratio in zip(groups, lr_ratios(config), strict=True)
+    ]
     if config.name == "adamw8bit":
         import bitsandbytes  # slow to import, and probes for CUDA as it loads
 
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            [vector], lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay
+            named, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay
         )
         return optimizer
     return torch.optim.AdamW(
-        [vector],
+        named,
         lr=config.lr,
         betas=betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=vector.is_cuda,
+        fused=groups[0].is_cuda,
     )
 
 
@@ -111,15 +150,23 @@ def update_scale(scaler: GradScaler, scaling: bool) -> None:
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """The rate of 0-based `step`: linear warm-up, then constant, or a cosine down to 0 at
-    `num_steps`.
+    """The rate of 0-based `step`: linear warm-up, then constant, or a cosine or a line down to 0
+    at `num_steps`.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
     progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, config: OptimConfig) -> None:
+    """Of all groups, before a step."""
+    for group, ratio in zip(optimizer.param_groups, lr_ratios(config), strict=True):
+        group["lr"] = lr * ratio
 
 
 def clip_gradient(gradient: Tensor, clip_norm: float) -> Tensor:

@@ -5,7 +5,8 @@ Left out: how they are made (train/setup.py) and the order of a step (train/main
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from loader.feed import Feed
 from loader.shape import Bucket
 from train import checkpoint, optim
 from train.activations import plan as activations
+from train.average import Average
 from train.config import TrainConfig, defaults, flat, resumable_changes
 from train.diagnose import find_non_finite
 from train.lora import adapters as lora
@@ -59,6 +61,8 @@ class Run:
     # all LoRA parameters, their gradient and the loss, each one vector
     flat: optim.FlatParameters
     optimizer: torch.optim.Optimizer
+    # what is validated, sampled and exported, unless that is what is trained
+    average: Average | None
     scaler: torch.amp.GradScaler
     # what each shape saves for the backward pass
     plans: dict[Bucket, activations.ShapePlan]
@@ -84,6 +88,8 @@ class Run:
                 read = start_from(self.adapters, Path(self.config.lora.init))
                 if self.world.is_main:
                     log.info("starts from %s", read)
+                if self.average:
+                    self.average.vector.copy_(self.flat.vector.detach())
             return Resumed(num_done=0, validation=None, is_evaluated=False)
         state = checkpoint.read_state(newest)
         # older versions had none, and a run without validation has none
@@ -109,6 +115,8 @@ class Run:
             )
         self.flat.vector.data.copy_(state["parameters"])
         self.adapters.refresh()
+        if self.average:
+            self.average.vector.copy_(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scales_loss:
             self.scaler.load_state_dict(state["scaler"])
@@ -144,6 +152,7 @@ class Run:
             "config": flat(self.config),
             "base_weights": self.base_weights,
             "parameters": self.flat.vector.detach(),
+            "average": self.average.vector if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "faults": self.tally.state(),
@@ -163,22 +172,33 @@ class Run:
         )
         checkpoint.prune(output, retention)
 
+    @contextmanager
+    def exported(self) -> Iterator[None]:
+        """As long as the block runs the adapters are those that are validated, sampled and
+        exported: their average, if the run has one. Nothing may be trained meanwhile.
+        """
+        with ExitStack() as stack:
+            if self.average:
+                shown = self.average.shown(self.flat.vector, self.adapters.refresh)
+                stack.enter_context(shown)
+            yield
+
     def _save_lora(self, num_done: int, folder: Path) -> None:
-        lora_files.save_step(
-            self.adapters,
-            folder,
-            num_done,
-            run=self.name,
-            dtype=getattr(torch, self.config.checkpoint.lora_dtype),
-            training={
-                "step": num_done,
-                "base_weights": self.base_weights,
-                # paths tell nothing to whoever gets the file, and too much about where it is from
-                "config": {
-                    key: value for key, value in flat(self.config).items() if key not in PATHS
+        # paths tell nothing to whoever gets the file, and too much about where it is from
+        config = {key: value for key, value in flat(self.config).items() if key not in PATHS}
+        with self.exported():
+            lora_files.save_step(
+                self.adapters,
+                folder,
+                num_done,
+                run=self.name,
+                dtype=getattr(torch, self.config.checkpoint.lora_dtype),
+                training={
+                    "step": num_done,
+                    "base_weights": self.base_weights,
+                    "config": config,
                 },
-            },
-        )
+            )
 
     @property
     def name(self) -> str:

@@ -29,6 +29,7 @@ from train.activations.budget import (
     room_bytes,
 )
 from train.activations.runner import block_runner
+from train.average import Average
 from train.choices import attention_kernels, attention_shapes, batching, micro_shapes
 from train.config import TrainConfig
 from train.flow import check_shifts
@@ -187,8 +188,12 @@ def build(
         tensor_cores=tensor_cores,
         blocks=blocks,
     )
-    flat_parameters = optim.flatten(adapters.parameters())
-    optimizer = optim.make_optimizer(flat_parameters.vector, config.optim)
+    # with one learning rate A and B lie as they ever did: checkpoints hold them in this order
+    two_rates = len(optim.lr_ratios(config.optim)) == 2
+    groups = adapters.parameters_apart() if two_rates else (adapters.parameters(),)
+    flat_parameters = optim.flatten(*groups)
+    optimizer = optim.make_optimizer(flat_parameters.groups, config.optim)
+    average = Average(flat_parameters.vector, config.optim.ema) if config.optim.ema else None
     scaling = dtype == torch.float16
     scaler = optim.make_scaler(device, scaling, config.optim)
 
@@ -225,6 +230,7 @@ def build(
         adapters=adapters,
         flat=flat_parameters,
         optimizer=optimizer,
+        average=average,
         scaler=scaler,
         plans={bucket: plans[shape] for bucket, shape in shapes.items()},
         micro_step=micro_step,

@@ -186,6 +186,10 @@ class LoRA:
     def parameters(self) -> list[AdapterParameter]:
         return [parameter for module in self._all for parameter in (module.a_RK, module.b_NR)]
 
+    def parameters_apart(self) -> tuple[list[AdapterParameter], list[AdapterParameter]]:
+        """All A, and all B."""
+        return [module.a_RK for module in self._all], [module.b_NR for module in self._all]
+
     def copies(self) -> list[Copy]:
         return [copy for module in self._all for copy in module.copies()]
 
