@@ -8,15 +8,21 @@ from itertools import product
 
 import pytest
 import torch
+from attention_gemm_runs import (
+    expected,
+    gemm,
+    gradients,
+    inputs,
+    relative,
+    shift_from,
+    through_kernels,
+)
 from torch import Tensor
 
-from train.kernels import attention_gemm, attention_gemm_triton
-from train.kernels.attention_chunks import Chunk, allocated_bytes, chunk, row_stride
+from train.kernels import attention_gemm
+from train.kernels.attention_chunks import Chunk, chunk, row_stride, scores_bytes
 from train.kernels.attention_gemm import (
-    DS_SCALE,
-    P_SCALE,
     attention_eager,
-    gemm_attention_forward,
     row_dots_eager,
     softmax_backward_eager_,
     softmax_eager_,
@@ -25,80 +31,17 @@ from train.kernels.attention_gemm import (
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}  # of a relative L2 distance
 
 
-def relative(ours: Tensor, expected: Tensor) -> float:
-    return ((ours.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
-def through_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, in the interpreter, in several blocks of columns."""
-    monkeypatch.setattr(attention_gemm_triton, "MAX_BLOCK", 64)
-
-    def softmax_(s_NLS: Tensor, lse_NL: Tensor) -> Tensor:
-        attention_gemm_triton.softmax_(s_NLS, lse_NL, P_SCALE)
-        return s_NLS
-
-    def softmax_backward_(
-        s_NLS: Tensor, dp_NLS: Tensor, lse_NL: Tensor, delta_NL: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        attention_gemm_triton.softmax_backward_(s_NLS, dp_NLS, lse_NL, delta_NL, P_SCALE, DS_SCALE)
-        return s_NLS, dp_NLS
-
-    monkeypatch.setattr(attention_gemm, "softmax_", softmax_)
-    monkeypatch.setattr(attention_gemm, "softmax_backward_", softmax_backward_)
-    monkeypatch.setattr(attention_gemm, "row_dots", attention_gemm_triton.row_dots)
-
-
-def inputs(
-    dtype: torch.dtype,
-    num_queries: int,
-    num_keys: int,
-    deviation: float = 1.0,
-    width: int = 128,
-    batch: int = 2,
-    num_heads: int = 3,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and the output's gradient as the model makes them: [B, L, H * E] with rows apart,
-    seen as [B, H, L, E]. `deviation`: of the logits.
-    """
-    torch.manual_seed(0)
-    lengths = (num_queries, num_keys, num_keys, num_queries)
-    q, k, v, dout = (
-        torch.randn(batch, length, num_heads * width + 64)[..., : num_heads * width]
-        .to(dtype)
-        .unflatten(2, (num_heads, width))
-        .transpose(1, 2)
-        for length in lengths
-    )
-    return (q.float() * deviation).to(dtype), k, v, dout
-
-
-def gradients(
-    attention: object, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
-) -> tuple[Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    assert callable(attention)
-    out = attention(*leaves)
-    return (out.detach(), *torch.autograd.grad(out, leaves, dout))
-
-
-def gemm(q: Tensor, k: Tensor, v: Tensor, num_padding: int = 0) -> Tensor:
-    out: Tensor = gemm_attention_forward(q, k, v, num_padding)[0]
-    return out
-
-
-def expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-    return gradients(attention_eager, *(x.float() for x in (q, k, v, dout)))
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("num_queries", "num_keys", "width", "deviation", "kernels"),
+    ("num_queries", "num_keys", "width", "deviation", "kernels", "shifted"),
     [
-        (150, 150, 128, 1.0, False),
-        (150, 150, 128, 4.0, False),
-        (1, 5, 16, 1.0, False),
-        (13, 131, 96, 1.0, True),
-        (13, 131, 128, 4.0, True),
+        (150, 150, 128, 1.0, False, False),
+        (150, 150, 128, 4.0, False, False),
+        (150, 150, 128, 4.0, False, True),
+        (1, 5, 16, 1.0, False, False),
+        (1, 5, 16, 1.0, False, True),
+        (13, 131, 96, 1.0, True, False),
+        (13, 131, 128, 4.0, True, True),
     ],
 )
 def test_outputs_and_gradients_are_those_of_float32_attention(
@@ -108,8 +51,10 @@ def test_outputs_and_gradients_are_those_of_float32_attention(
     deviation: float,
     dtype: torch.dtype,
     kernels: bool,
+    shifted: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    shift_from(1 if shifted else 2**30, monkeypatch)
     if kernels:
         through_kernels(monkeypatch)
     tensors = inputs(dtype, num_queries, num_keys, deviation, width)
@@ -118,10 +63,15 @@ def test_outputs_and_gradients_are_those_of_float32_attention(
         assert relative(ours, reference) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["eager", "triton"])
+@pytest.mark.parametrize(
+    ("kernels", "shifted"),
+    [(False, False), (True, False), (False, True)],
+    ids=["eager", "triton", "shifted"],
+)
 def test_logits_of_200_and_minus_200_give_finite_outputs_and_gradients(
-    kernels: bool, monkeypatch: pytest.MonkeyPatch
+    kernels: bool, shifted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shift_from(1 if shifted else 2**30, monkeypatch)
     if kernels:
         through_kernels(monkeypatch)
     q, k, v, dout = inputs(torch.float16, 17, 150)
@@ -150,14 +100,16 @@ def test_small_probabilities_and_gradients_keep_their_precision(scale: float) ->
         assert relative(ours, reference) < max(1e-3, 2 * relative(reference.half(), reference))
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["as is", "shifted"])
 @pytest.mark.parametrize("heads", [1, 2, 3])
-def test_chunks_change_nothing(heads: int) -> None:
+def test_chunks_change_nothing(heads: int, shifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither their rows nor their columns divide the lengths."""
+    shift_from(1 if shifted else 2**30, monkeypatch)
     q, k, v, dout = inputs(torch.float32, 300, 280)
     reference = expected(q, k, v, dout)
-    out, lse = attention_gemm.forward(q, k, v, 0, Chunk(heads, 128, 280))
-    grads = attention_gemm.backward(q, k, v, out, lse, dout, Chunk(heads, 300, 128))
-    for ours, theirs in zip((out, *grads), reference, strict=True):
+    saved = attention_gemm.forward(q, k, v, 0, Chunk(heads, 128, 280))
+    grads = attention_gemm.backward(q, k, v, *saved, dout, Chunk(heads, 300, 128))
+    for ours, theirs in zip((saved[0], *grads), reference, strict=True):
         assert relative(ours, theirs) < TOLERANCE[torch.float32]
 
 
@@ -233,7 +185,7 @@ def test_chunks_stay_within_the_scratch() -> None:
         part = chunk(24, num_tokens, keys, 2, backward, limit_bytes)
         assert 1 <= part.heads <= 24
         assert part.queries == num_tokens if backward else part.keys == keys
-        assert allocated_bytes(part, 2, backward) <= limit_bytes
+        assert scores_bytes(part, 2, backward) <= limit_bytes
         all_bytes = (4 if backward else 2) * num_tokens * keys
         num_chunks = -(-num_tokens // part.queries) * -(-keys // part.keys)
         if part.queries > 128 and part.keys > 128:

@@ -48,7 +48,8 @@ def gemm_attention_flops(gemm_flops: float, copy_bytes: float) -> float:
 
     For each score the seven GEMMs do 2 * 128 operations each, and each writes or reads the score,
     2 bytes: the slower of both counts. The row-wise kernels between them move it seven times more:
-    softmax reads twice and writes once, its gradient reads two and writes two.
+    softmax reads twice and writes once, its gradient reads two and writes two. What the shift of
+    logits takes (train/kernels/attention_shift.py) isn't counted: two of the GEMMs are 136 wide.
     """
     flops, score_bytes = 2 * 128, 2
     copy_s = score_bytes / copy_bytes

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from loader.registered import registered_bytes
-from train.kernels import attention_chunks
+from train.kernels.attention_chunks import chunk, copies_bytes, has_shift, scores_bytes
 from train.model.attention import Choice
 from train.model.wan import WanConfig
 
@@ -98,17 +98,27 @@ def block_bytes(
 
 
 def output_bytes(
-    config: WanConfig, num_tokens: int, num_text_tokens: int, dtype_bytes: int
+    config: WanConfig,
+    num_tokens: int,
+    num_text_tokens: int,
+    dtype_bytes: int,
+    attention: Choice = NO_KERNELS,
 ) -> dict[str, int]:
     """Per sample, what each expensive operation of one block puts out, by tag."""
     row = config.dim * dtype_bytes
-    # attention saves the logarithm of its sums as well, a float32 per head and row
-    attention_row = row + _FLOAT32_BYTES * config.num_attention_heads
+
+    def attention_row(num_keys: int) -> int:
+        # attention saves the logarithm of its sums as well, a float32 per head and row, and GEMMs
+        # the shift of the row
+        has_column = attention.kernel_for(num_tokens, num_keys) == "gemm" and has_shift(num_keys)
+        per_head = _FLOAT32_BYTES + (dtype_bytes if has_column else 0)
+        return row + per_head * config.num_attention_heads
+
     return {
-        "attn1": num_tokens * attention_row,
+        "attn1": num_tokens * attention_row(num_tokens),
         "attn1.qkv": num_tokens * 3 * row,
         "attn1.out": num_tokens * row,
-        "attn2": num_tokens * attention_row,
+        "attn2": num_tokens * attention_row(num_text_tokens),
         "attn2.q": num_tokens * row,
         "attn2.kv": num_text_tokens * 2 * row,
         "attn2.out": num_tokens * row,
@@ -131,7 +141,7 @@ def autograd_bytes(
     # q and k of self-attention and q of cross-attention, after their norms
     total += 3 * video
     # the outputs, but those of the output projections only pass through
-    outputs = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
+    outputs = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes, attention)
     total += sum(size for name, size in outputs.items() if not name.endswith(".out"))
     # the input of each adapted GEMM, where it is not one of the above: ffn.down saves what GELU
     # reads, and some attention kernels put out the layout that their projection needs
@@ -164,21 +174,18 @@ def transient_bytes(
 def scratch_bytes(
     config: WanConfig, shape: Shape, dtype_bytes: int, attention: Choice = NO_KERNELS
 ) -> int:
-    """What the attention kernels of a block allocate for themselves at a time: scores, if they are
-    GEMMs.
+    """What the attention kernels of a block allocate for themselves at a time: scores and copies
+    of q and k, if they are GEMMs.
     """
     lengths = {"attn1": shape.num_tokens, "attn2": shape.num_text_tokens}
+    num_heads, width = config.num_attention_heads, config.attention_head_dim
     sizes = [0]
     for name, kernel in kernels_by_tag(shape, attention).items():
         if kernel == "gemm":
-            part = attention_chunks.chunk(
-                config.num_attention_heads,
-                shape.num_tokens,
-                lengths[name],
-                dtype_bytes,
-                backward=True,
-            )
-            sizes.append(attention_chunks.allocated_bytes(part, dtype_bytes, backward=True))
+            num_keys = lengths[name]
+            part = chunk(num_heads, shape.num_tokens, num_keys, dtype_bytes, backward=True)
+            size = scores_bytes(part, dtype_bytes, backward=True)
+            sizes.append(size + copies_bytes(part, num_keys, width, dtype_bytes))
     return max(sizes)
 
 
@@ -252,7 +259,7 @@ def plan_shape(
     if budget_bytes is None:
         budget_bytes = max(room_bytes - least_bytes, 0.0)
 
-    sizes = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes)
+    sizes = output_bytes(config, shape.num_tokens, shape.num_text_tokens, dtype_bytes, attention)
     saved = choose_saved(
         sizes,
         num_blocks,

@@ -8,7 +8,7 @@ cuBLAS's. Between them run the kernels of train/kernels/attention_gemm_triton.py
 implementations stand here.
 
 S, P, dP and dS lie in a scratch of bounded size (train/kernels/attention_chunks.py), in the dtype
-of the inputs. Three things follow from what float16 can hold:
+of the inputs. Four things follow from what float16 can hold:
 
 - The scale is applied inside the GEMM, in float32: S holds logits up to 65504.
 - A probability is about 1 / S. From 16,000 keys on that is below float16's normal numbers (6e-5),
@@ -16,6 +16,8 @@ of the inputs. Three things follow from what float16 can hold:
   in float32. P is at most 1, so P_SCALE takes all the room; dS may be as large as dP, so DS_SCALE
   takes half of the room, in binary orders of magnitude.
 - Row statistics (the log-sum-exp and delta) are float32.
+- Large logits are too far apart. In long sequences, which this kernel is for, each row of S is less
+  by a shift, the same backward as forward (train/kernels/attention_shift.py).
 
 Shapes: B samples, H heads, L queries, S keys, E width of a head; N heads of one chunk.
 """
@@ -27,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels.attention_chunks import Chunk, chunk, row_stride
+from train.kernels.attention_chunks import Chunk, chunk, has_shift, row_stride
+from train.kernels.attention_shift import Operands, sample_of_keys, shift_column
 from train.kernels.layout import empty_padded
 
 P_SCALE, DS_SCALE = 2.0**15, 2.0**8
@@ -41,9 +44,10 @@ def attention_eager(q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
 
 def forward(
     q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, num_padding: int, part: Chunk
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out [B, H, L, E], a view of rows [B, L, H * E] with `num_padding` columns of padding
-    behind each, and the log-sum-exp of each row of S, float32 [B, H, L].
+    behind each; the log-sum-exp of each row of S, less its shift, float32 [B, H, L]; and what makes
+    that shift, q's additional column [B, H, L], in short sequences empty.
     """
     num_samples, num_heads, num_queries, width = q_BHLE.shape
     out_BLD = empty_padded(
@@ -52,17 +56,32 @@ def forward(
     out_BHLE = out_BLD.unflatten(2, (num_heads, -1)).transpose(1, 2)
     lse_BHL = q_BHLE.new_empty(q_BHLE.shape[:3], dtype=torch.float32)
     scratch_NLS = _scratch(part, q_BHLE)
-    for sample, heads, queries in product(
-        range(num_samples), _slices(num_heads, part.heads), _slices(num_queries, part.queries)
-    ):
-        q_NLE, lse_NL, out_NLE = (x[sample, heads, queries] for x in (q_BHLE, lse_BHL, out_BHLE))
-        k_NSE, v_NSE = k_BHSE[sample, heads], v_BHSE[sample, heads]
-        num, height = q_NLE.shape[:2]
+    chunks = list(
+        product(
+            range(num_samples), _slices(num_heads, part.heads), _slices(num_queries, part.queries)
+        )
+    )
+    column_BHL = q_BHLE.new_empty(0)
+    if has_shift(k_BHSE.shape[2]):
+        # the log-sum-exp over some of the keys first, in the same places
+        some_BHSE = sample_of_keys(k_BHSE)
+        num_keys = some_BHSE.shape[2]
+        for sample, heads, queries in chunks:
+            q_NLE, lse_NL = (x[sample, heads, queries] for x in (q_BHLE, lse_BHL))
+            s_NLS = scratch_NLS[: q_NLE.shape[0], : q_NLE.shape[1], :num_keys]
+            s_NLS.baddbmm_(q_NLE, some_BHSE[sample, heads].mT, beta=0, alpha=width**-0.5)
+            softmax_(s_NLS, lse_NL)
+        column_BHL = shift_column(lse_BHL, num_keys, k_BHSE.shape[2], width, q_BHLE.dtype)
+    operands = Operands(q_BHLE, k_BHSE, column_BHL, part)
+    for sample, heads, queries in chunks:
+        lse_NL, out_NLE = (x[sample, heads, queries] for x in (lse_BHL, out_BHLE))
+        num, height = lse_NL.shape
         s_NLS = scratch_NLS[:num, :height]
+        q_NLE, k_NSE = operands.of(sample, heads, queries, slice(None))
         s_NLS.baddbmm_(q_NLE, k_NSE.mT, beta=0, alpha=width**-0.5)
         p_NLS = softmax_(s_NLS, lse_NL)
-        out_NLE.baddbmm_(p_NLS, v_NSE, beta=0, alpha=1 / P_SCALE)
-    return out_BHLE, lse_BHL
+        out_NLE.baddbmm_(p_NLS, v_BHSE[sample, heads], beta=0, alpha=1 / P_SCALE)
+    return out_BHLE, lse_BHL, column_BHL
 
 
 def backward(
@@ -71,6 +90,7 @@ def backward(
     v_BHSE: Tensor,
     out_BHLE: Tensor,
     lse_BHL: Tensor,
+    column_BHL: Tensor,
     dout_BHLE: Tensor,
     part: Chunk,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +102,7 @@ def backward(
     delta_BHL = row_dots(out_BHLE, dout_BHLE)
     s_scratch_NLS, dp_scratch_NLS = _scratch(part, q_BHLE), _scratch(part, q_BHLE)
     scale, ds_scale = width**-0.5, width**-0.5 / DS_SCALE
+    operands = Operands(q_BHLE, k_BHSE, column_BHL, part)
     for sample, heads, keys in product(
         range(num_samples), _slices(num_heads, part.heads), _slices(k_BHSE.shape[2], part.keys)
     ):
@@ -93,7 +114,8 @@ def backward(
         )
         num, num_keys = k_NSE.shape[:2]
         s_NLS, dp_NLS = (x[:num, :, :num_keys] for x in (s_scratch_NLS, dp_scratch_NLS))
-        s_NLS.baddbmm_(q_NLE, k_NSE.mT, beta=0, alpha=scale)
+        q_wide_NLE, k_wide_NSE = operands.of(sample, heads, slice(None), keys)
+        s_NLS.baddbmm_(q_wide_NLE, k_wide_NSE.mT, beta=0, alpha=scale)
         dp_NLS.baddbmm_(dout_NLE, v_NSE.mT, beta=0)
         p_NLS, ds_NLS = softmax_backward_(s_NLS, dp_NLS, lse_NL, delta_NL)
         dv_NSE.baddbmm_(p_NLS.mT, dout_NLE, beta=0, alpha=1 / P_SCALE)
@@ -173,7 +195,7 @@ def row_dots_eager(x_BHLE: Tensor, y_BHLE: Tensor) -> Tensor:
 @torch.library.custom_op("newsreel::gemm_attention_forward", mutates_args=())
 def gemm_attention_forward(
     q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, num_padding: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `forward`."""
     return forward(q_BHLE, k_BHSE, v_BHSE, num_padding, _chunk(q_BHLE, k_BHSE, backward=False))
 
@@ -185,11 +207,12 @@ def gemm_attention_backward(
     v_BHSE: Tensor,
     out_BHLE: Tensor,
     lse_BHL: Tensor,
+    column_BHL: Tensor,
     dout_BHLE: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `backward`."""
     part = _chunk(q_BHLE, k_BHSE, backward=True)
-    return backward(q_BHLE, k_BHSE, v_BHSE, out_BHLE, lse_BHL, dout_BHLE, part)
+    return backward(q_BHLE, k_BHSE, v_BHSE, out_BHLE, lse_BHL, column_BHL, dout_BHLE, part)
 
 
 def _chunk(q_BHLE: Tensor, k_BHSE: Tensor, backward: bool) -> Chunk:
@@ -198,13 +221,13 @@ def _chunk(q_BHLE: Tensor, k_BHSE: Tensor, backward: bool) -> Chunk:
 
 
 def _save_for_backward(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     ctx.save_for_backward(*inputs[:3], *output)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, dout_BHLE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout_BHLE: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return *gemm_attention_backward(*ctx.saved_tensors, dout_BHLE), None
 
 
