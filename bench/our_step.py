@@ -96,7 +96,7 @@ def add_gradients(run: Run, batches: Sequence[Batch]) -> Tensor:
     """Zero the gradient, then forward and backward of each batch; returns the last one's loss."""
     run.flat.buffer.zero_()
     for batch in batches:
-        losses_B = run.micro_step.forward(prepare(batch, run.config.flow))
+        losses_B = run.micro_step.forward(prepare(batch, run.laws))
         run.micro_step.backward()
     return losses_B.mean()
 

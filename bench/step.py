@@ -106,7 +106,7 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
     adapters = ADAPTERS[adapters_name]
     step = step_of(
         bench.config,
-        bench.bucket,
+        WAN22.num_tokens(bench.bucket),
         list(adapters.targets),
         adapters.rank,
         dtype_bytes=2,

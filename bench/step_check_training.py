@@ -91,7 +91,7 @@ def gradients_agree(
     model = subjects.our_model(reference, config, dtype)
     run = our_run(our_config(adapters, dtype, attention), bucket, model, tensor_cores=tensor_cores)
     batch = random_batch(bucket, device, is_i2v=[i2v])
-    loss = run.micro_step.loss(prepare(batch, run.config.flow))
+    loss = run.micro_step.loss(prepare(batch, run.laws))
     scale = settled_scale(loss, run) if dtype == torch.float16 else 1.0
     if dtype != torch.float16:
         loss.backward()

@@ -22,7 +22,7 @@ from loader.shape import WAN22
 from train import flow
 from train.activations import plan as remat
 from train.activations.runner import block_runner
-from train.flow import FlowConfig
+from train.flow import NoiseLaws
 from train.kernels import lowrank
 from train.lora import adapters as lora
 from train.model.attention import Attention
@@ -104,7 +104,7 @@ def frozen_step(
     )
 
     def step(batch: Batch) -> Tensor:
-        losses_B = micro_step.forward(prepare(batch, FlowConfig()))
+        losses_B = micro_step.forward(prepare(batch, NoiseLaws()))
         micro_step.backward()
         return losses_B.mean()
 
@@ -147,7 +147,7 @@ def peer_loss(reference: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
     """The same noise and timestep as `prepare` gives; I2V as diffusers takes it, with a timestep
     per token.
     """
-    inputs = prepare(batch, FlowConfig())
+    inputs = prepare(batch, NoiseLaws())
     timestep = inputs.t_BR[:, 1]
     if batch.is_i2v[0]:
         timestep = timestep[:, None].repeat(1, WAN22.num_tokens(batch.bucket))

@@ -25,6 +25,7 @@ from loader.manifest import DatasetError
 from loader.pinned import HostMemory
 from loader.read import Reader
 from loader.sample import (
+    CONDITION,
     EMPTY_PROMPT_FILE,
     LATENT,
     MAX_TEXT_TOKENS,
@@ -32,6 +33,7 @@ from loader.sample import (
     SampleError,
     SampleMeta,
     TensorInfo,
+    condition_info,
     decode_planes_into,
     without_checksum,
 )
@@ -54,9 +56,10 @@ class Batch:
     latent_BCTHW: float16, normalised. text_BSD: float16 [B, 512, D], zeros after each caption's
     last row. condition_BC1HW: float16 latent of frame 0 as the raw path made it (for samples that
     are not I2V the stored one), or None with condition="latent", where it is `latent_BCTHW[:, :,
-    :1]`. seeds: 63 bits from (seed, epoch, key). epoch: the dataset's own. index: the number of
-    the global batch, of which this is micro-step `micro_step` of `num_micro` on each rank. wait_s:
-    how long `next()` waited for it.
+    :1]`. given_BCTHW: float16 [B, Cc, T, H, W], KEY.condition.zst, for a model that takes it.
+    seeds: 63 bits from (seed, epoch, key). epoch: the dataset's own. index: the number of the
+    global batch, of which this is micro-step `micro_step` of `num_micro` on each rank. wait_s: how
+    long `next()` waited for it.
     """
 
     latent_BCTHW: Tensor
@@ -73,6 +76,7 @@ class Batch:
     wait_s: float
     micro_step: int = 0
     num_micro: int = 1
+    given_BCTHW: Tensor | None = None
 
 
 class Choice(NamedTuple):
@@ -100,8 +104,9 @@ class _Placed(NamedTuple):
 class BatchMaker:
     """Makes batches of the samples of some datasets; safe to use from several threads.
 
-    `condition="raw"` needs `vae`, on `device`. What can't be used is replaced by the reader of
-    its dataset (read.py). Raises ValueError or DatasetError for what can never work.
+    `condition="raw"` needs `vae`, on `device`. reads_given: KEY.condition.zst is part of a batch.
+    What can't be used is replaced by the reader of its dataset (read.py). Raises ValueError or
+    DatasetError for what can never work.
     """
 
     def __init__(
@@ -112,10 +117,11 @@ class BatchMaker:
         condition: Literal["latent", "raw"],
         device: torch.device,
         vae: VAEEncoder | None,
+        reads_given: bool = False,
     ):
         if condition == "raw" and vae is None:
             raise ValueError('condition "raw" encodes first frames with the VAE: pass one')
-        self._readers, self._device = readers, device
+        self._readers, self._device, self._reads_given = readers, device, reads_given
         self._layouts = [dataset.manifest.layout for dataset in datasets]
         self._empty_texts = [_empty_text(dataset) for dataset in datasets]
         self._memory = HostMemory(device)
@@ -131,6 +137,7 @@ class BatchMaker:
         latent_shape = self._layouts[dataset].latent_shape(bucket)
         latent_BCTHW = self._memory.for_batch(len(places), *latent_shape)
         text_BSD: Tensor | None = None
+        given_BCTHW: Tensor | None = None
         placed: list[_Placed] = []
         for i, (shard, position) in enumerate(places):
             sample, made_CTHW = self._read(dataset, bucket, shard, position)
@@ -148,6 +155,11 @@ class BatchMaker:
                     self._place(sample.members[LATENT], latent_info, latent_BCTHW[i])
                 else:
                     latent_BCTHW[i] = made_CTHW
+                if self._reads_given:
+                    given_info = condition_info(sample.members[CONDITION], sample.meta.latent)
+                    if given_BCTHW is None:
+                        given_BCTHW = self._memory.for_batch(len(places), *given_info.shape)
+                    self._place(sample.members[CONDITION], given_info, given_BCTHW[i])
                 if choice.caption_dropped:
                     self._place_empty_text(dataset, text_BSD[i])
                 else:
@@ -173,6 +185,7 @@ class BatchMaker:
             epoch=0,
             index=0,
             wait_s=0.0,
+            given_BCTHW=given_BCTHW,
         )
 
     def _read(
@@ -197,6 +210,8 @@ class BatchMaker:
         """The same members every time, needed or not, so that a cache of samples has one kind of
         entry.
         """
+        if self._reads_given:
+            return [LATENT, CONDITION, TEXT]
         if self._first_frames is None:
             return [LATENT, TEXT]
         if LATENT not in extensions:

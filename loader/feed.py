@@ -44,9 +44,10 @@ class Feed:
     `data` says which datasets and what is done with their samples, `batching` how they are cut up
     and which part is this rank's. Of global batch n, rank r gets in micro-step m the samples
     [(m*world_size + r)*micro_batch : +micro_batch]. `condition = "raw"` needs `vae`, on `device`;
-    an index of foreign tars, whose latents are made on the way, needs "raw". More than
-    `max_damaged` damaged samples of a dataset, on this rank, raise TooManyDamagedError. Raises
-    ValueError for sizes that don't divide and datasets that can't be used.
+    an index of foreign tars, whose latents are made on the way, needs "raw". reads_given: for a
+    model that takes KEY.condition.zst. More than `max_damaged` damaged samples of a dataset, on
+    this rank, raise TooManyDamagedError. Raises ValueError for sizes that don't divide and datasets
+    that can't be used.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Feed:
         batching: Batching,
         device: torch.device | str,
         vae: VAEEncoder | None = None,
+        reads_given: bool = False,
     ):
         batching.check()
         self._data, self._batching = data, batching
@@ -82,6 +84,7 @@ class Feed:
             condition=data.condition,
             device=self._device,
             vae=vae,
+            reads_given=reads_given,
         )
         if batching.rank == 0:
             self._log_counts()
@@ -147,7 +150,12 @@ class Feed:
         if ready.copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(ready.copied)
-            for tensor in (batch.latent_BCTHW, batch.text_BSD, batch.condition_BC1HW):
+            for tensor in (
+                batch.latent_BCTHW,
+                batch.text_BSD,
+                batch.condition_BC1HW,
+                batch.given_BCTHW,
+            ):
                 if tensor is not None:
                     tensor.record_stream(stream)
         if batch.micro_step + 1 == batch.num_micro:

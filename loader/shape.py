@@ -94,4 +94,4 @@ class LatentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 WAN22 = LatentLayout(channels=48, stride_t=4, stride_px=16, patch_px=32)  # Wan2.2-TI2V-5B
 WAN21 = LatentLayout(channels=16, stride_t=4, stride_px=8, patch_px=16)  # Wan2.2-A14B, Wan2.1
-_MODELS = {WAN22: "Wan2.2-TI2V-5B", WAN21: "Wan2.2-A14B"}
+_MODELS = {WAN22: "Wan2.2-TI2V-5B", WAN21: "Wan2.2-A14B (Wan2.1 too)"}

@@ -49,6 +49,7 @@ class Walk:
         split: Split,
         device: torch.device | str,
         vae: VAEEncoder | None = None,
+        reads_given: bool = False,
     ):
         self.datasets = open_datasets(data, split)
         # no damage is tolerated: another sample in its place would be another measurement
@@ -61,6 +62,7 @@ class Walk:
             condition=data.condition,
             device=torch.device(device),
             vae=vae,
+            reads_given=reads_given,
         )
         places = []
         for number, (dataset, reader) in enumerate(zip(self.datasets, self._readers, strict=True)):

@@ -31,6 +31,7 @@ from loader.manifest import (
     recipe_id,
 )
 from loader.sample import EMPTY_PROMPT_FILE
+from loader.shape import LatentLayout
 from shardgen.catalog.adopt import adopt_exclusions, adopt_media, adopt_recipe, forgets_plan
 from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.rows import StatusCount
@@ -80,6 +81,7 @@ class BuildInputs(msgspec.Struct, frozen=True, kw_only=True):
     executor: ExecutorConfig
     targets: TargetsConfig
     manifest_version: Literal[1, 2]
+    layout: LatentLayout  # of the latents that encode.model's VAE makes
     recipe: dict[str, Any]  # what of the configuration decides bytes
     config_toml: str  # the whole of it, resolved, to be echoed into the output
 
@@ -110,7 +112,8 @@ def build(inputs: BuildInputs, last_stage: str = STAGES[-1], dry_run: bool = Fal
         for name in run_stages(catalog, inputs, recipe, excluded, failures):
             counts = catalog.status_counts()
             if dry_run and name == "filter":
-                print(estimate(catalog, inputs.rules))
+                has_condition = bool(inputs.encode.condition)
+                print(estimate(catalog, inputs.rules, inputs.layout, has_condition))
                 return True
             if name != STAGES[-1]:  # the report has told more
                 print(f"{name}: {status_line(counts)}")
@@ -235,7 +238,13 @@ def run_stages(
             "train": [info for split, info in finished if split == "train"],
             "val": [info for split, info in finished if split == "val"],
         }
-        manifest = make_manifest(recipe, splits, version=inputs.manifest_version)
+        manifest = make_manifest(
+            recipe,
+            splits,
+            layout=inputs.layout,
+            condition=inputs.encode.condition,
+            version=inputs.manifest_version,
+        )
         write_atomic(output / MANIFEST_FILE, encode_manifest(manifest))
     yield "report"
 

@@ -14,6 +14,8 @@ import msgspec
 from msgspec.structs import replace
 
 from loader.config import ConfigError, dump_toml
+from loader.models import FIRST_FRAME_AND_GREY, KINDS, ModelError, read_kind, read_layout
+from loader.shape import WAN22, Bucket, LatentLayout
 from shardgen.build import BuildInputs
 from shardgen.encode.config import EncodeConfig, ExecutorConfig, encode_recipe
 from shardgen.media.pictures import choose_mp4_encoder
@@ -71,10 +73,12 @@ def recipe_of(config: ShardgenConfig) -> dict[str, Any]:
 
 
 def take_apart(config: ShardgenConfig) -> BuildInputs:
-    """What `build` is told. Raises ConfigError for impossible paths, Mp4Error if the H.264
+    """What `build` is told. Raises ConfigError for impossible paths and for windows that the model
+    does not take, ModelError for a folder without one, Mp4Error if the H.264
     encoder that was asked for does not work here.
     """
     check_paths(config)
+    layout = check_model(config)
     # From here on the encoder has its name, because it is part of the recipe.
     wanted = config.encode.mp4_encoder if config.encode.mp4 else "libx264"
     encode = replace(config.encode, mp4_encoder=choose_mp4_encoder(wanted))
@@ -90,6 +94,7 @@ def take_apart(config: ShardgenConfig) -> BuildInputs:
         executor=config.executor,
         targets=config.report.targets,
         manifest_version=config.manifest_version,
+        layout=layout,
         recipe=recipe_of(config),
         config_toml=dump_toml(config),
     )
@@ -107,3 +112,42 @@ def check_paths(config: ShardgenConfig) -> None:
             f"output = {output} lies inside labels.root = {root}: choose a folder outside, the "
             f"label tree is never written"
         )
+
+
+def check_model(config: ShardgenConfig) -> LatentLayout:
+    """Do the windows fit the model that will be trained? Returns its latent layout. What the
+    transformer says is compared where it is there: encoding needs the VAE and the text encoder
+    alone. Raises ConfigError, ModelError.
+    """
+    windows, condition, model = config.windows, config.encode.condition, Path(config.encode.model)
+    layout = read_layout(model)
+    names = " and ".join(kind.name for kind in KINDS if kind.layout == layout)
+    fps = next(kind.fps for kind in KINDS if kind.layout == layout)
+    for shape in windows.buckets:
+        layout.parse(shape)
+        if condition and Bucket.parse(shape).num_frames == 1:
+            raise ConfigError(
+                f"windows.buckets has {shape}, a shape of images: with encode.condition = "
+                f'"{condition}" samples are for image to video, which an image can\'t be; leave '
+                f"it out"
+            )
+    if windows.fps != fps:
+        raise ConfigError(
+            f"windows.fps = {windows.fps:g}, where {names} learn at {fps:g} frames a second; set "
+            f"windows.fps = {fps:.1f}"
+        )
+    if condition and layout == WAN22:
+        raise ConfigError(
+            f'encode.condition = "{condition}" is for Wan2.2-I2V-A14B; {model} is {names}, which '
+            f"takes its first frame from the latent: leave the key out"
+        )
+    try:
+        wanted = read_kind(model).condition
+    except ModelError:
+        wanted = ""
+    if wanted and not condition:
+        raise ConfigError(
+            f"encode.condition is not set: {model} is Wan2.2-I2V-A14B, whose samples need one; set "
+            f'encode.condition = "{FIRST_FRAME_AND_GREY}"'
+        )
+    return layout

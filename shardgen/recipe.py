@@ -47,7 +47,7 @@ def full_recipe(
         models[part] = folder_xxh3(folder, recalled_xxh3)
         if not models[part]:
             raise ConfigError(
-                f"encode.model: {folder} is missing or empty; give the folder of Wan2.2-TI2V-5B in "
+                f"encode.model: {folder} is missing or empty; give the folder of a Wan model in "
                 f"diffusers layout, with {', '.join(MODEL_PARTS)}"
             )
     packages = {name: version(name) for name in PACKAGES}

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
+from msgspec import UNSET
 from PIL import Image
 
 from loader.files import file_xxh3
@@ -75,10 +76,13 @@ Opened = tuple[mmap.mmap, list[list[Member]], dict[str, str]]
 
 
 def check_shard(
-    shard: tuple[str, ShardInfo, ShardInfo | None], dataset: Path, layout: LatentLayout = WAN22
+    shard: tuple[str, ShardInfo, ShardInfo | None],
+    dataset: Path,
+    layout: LatentLayout = WAN22,
+    has_condition: bool = False,
 ) -> Checked:
     """Check one (split, shard, shard of foreign media) of `dataset` completely. Faults are
-    returned, not raised.
+    returned, not raised. has_condition: each sample must hold one.
     """
     split, info, media = shard
     checked = Checked([], [], set(), set())
@@ -90,6 +94,9 @@ def check_shard(
                 checked.faults.extend(
                     _sample_faults(data, members, split, info, layout, checked, media is not None)
                 )
+                key, extensions = split_member_name(members[0].name)[0], _extensions(members)
+                if has_condition and CONDITION not in extensions:
+                    checked.faults.append(f"{info.name}.tar: {key}: has no member {CONDITION}")
         if media is not None:
             stem = stem.with_name(media.name)
             with _opened(stem, media, checked.faults) as (data, index, hashes):
@@ -106,6 +113,10 @@ def check_shard(
         )
         checked.faults.append(f"{stem}: {error}{advice}")
     return checked
+
+
+def _extensions(members: list[Member]) -> list[str]:
+    return [split_member_name(member.name)[1] for member in members]
 
 
 @contextmanager
@@ -279,7 +290,14 @@ def verify_dataset(
     ]
     checked: dict[str, Checked] = {}
     for (_, info, _), result in run_local(
-        partial(check_shard, dataset=dataset, layout=manifest.layout), shards, num_workers
+        partial(
+            check_shard,
+            dataset=dataset,
+            layout=manifest.layout,
+            has_condition=manifest.condition is not UNSET,
+        ),
+        shards,
+        num_workers,
     ):
         if isinstance(result, Failure):
             yield f"{info.name}: {result}"

@@ -3,6 +3,8 @@ read-only by agreement.
 """
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # kernels run on the CPU; triton reads this once, when it is first imported
@@ -23,6 +25,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_checkpoint")
     write_tiny_checkpoint(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of the other tiny models, by kind (tools.fake.checkpoint.KINDS), each made once."""
+
+    @cache
+    def folder_of(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        write_tiny_checkpoint(folder, kind=kind)
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ def spec_for(tiny_checkpoint: Path, output: Path, **changes: object) -> EncodeSp
     spec = EncodeSpec(
         output=str(output),
         model=str(tiny_checkpoint),
+        condition="",
         device="cpu",
         dtype="float32",
         threads=1,

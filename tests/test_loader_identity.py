@@ -8,17 +8,22 @@ from typing import Any
 import pytest
 
 from loader.identity import check_identity, folder_xxh3
-from loader.manifest import DatasetError, make_manifest
+from loader.manifest import DatasetError, ShardInfo, make_manifest
+from loader.models import FIRST_FRAME_AND_GREY, I2V_A14B, T2V_A14B, TI2V_5B, ModelKind
 from loader.shape import WAN21, WAN22, LatentLayout
 
 RECIPE = {"windows": {"fps": 24.0}, "models": {"vae": "abc"}}
 
 
 def check(
-    recipe: dict[str, Any], layout: LatentLayout = WAN22, fps: float = 24.0, vae_xxh3: str = "abc"
+    recipe: dict[str, Any],
+    model: ModelKind = TI2V_5B,
+    vae_xxh3: str = "abc",
+    layout: LatentLayout = WAN22,
+    condition: str = "",
 ) -> list[str]:
-    manifest = make_manifest(recipe, {})
-    return check_identity("D", manifest, layout=layout, fps=fps, vae_xxh3=vae_xxh3)
+    manifest = make_manifest(recipe, {}, layout=layout, condition=condition)
+    return check_identity("D", manifest, model=model, vae_xxh3=vae_xxh3)
 
 
 def test_the_models_own_dataset_passes_without_a_word() -> None:
@@ -27,13 +32,30 @@ def test_the_models_own_dataset_passes_without_a_word() -> None:
 
 def test_another_layout_frame_rate_or_vae_is_refused_by_name() -> None:
     with pytest.raises(
-        DatasetError, match=r"D: its latents have 48 channels.*the model's 16 chann"
+        DatasetError, match=r"D: its latents have 48 channels.*those of Wan2.2-T2V-A14B 16 chann"
     ):
-        check(RECIPE, layout=WAN21)
-    with pytest.raises(DatasetError, match=r"D: its clips have 24 frames a second.*takes 16"):
-        check(RECIPE, fps=16.0)
+        check(RECIPE, T2V_A14B)
+    with pytest.raises(
+        DatasetError, match=r"D: its clips have 24 frames a second, Wan2.2-T2V-A14B takes 16"
+    ):
+        check(RECIPE, T2V_A14B, layout=WAN21)
     with pytest.raises(DatasetError, match=r"D: its latents are of another VAE.*abc.*def"):
         check(RECIPE, vae_xxh3="def")
+
+
+def test_image_to_video_of_a14b_needs_its_condition_and_no_images() -> None:
+    recipe = RECIPE | {"windows": {"fps": 16.0}}
+    with pytest.raises(DatasetError, match=r"no condition, and Wan2.2-I2V-A14B learns from first"):
+        check(recipe, I2V_A14B, layout=WAN21)
+    assert check(recipe, I2V_A14B, layout=WAN21, condition=FIRST_FRAME_AND_GREY) == []
+    # what a text-to-video model does not read does not harm it
+    assert check(recipe, T2V_A14B, layout=WAN21, condition=FIRST_FRAME_AND_GREY) == []
+    image = ShardInfo("train-64x48x1-000000", "64x48x1", 1, 1, "", "", "")
+    manifest = make_manifest(
+        recipe, {"train": [image]}, layout=WAN21, condition=FIRST_FRAME_AND_GREY
+    )
+    with pytest.raises(DatasetError, match=r"000000 holds images, and Wan2.2-I2V-A14B learns"):
+        check_identity("D", manifest, model=I2V_A14B, vae_xxh3="abc")
 
 
 def test_what_can_not_be_compared_is_said() -> None:

@@ -20,6 +20,7 @@ from stage_runs import (
 
 from bench.label_tree import defective_labels, label_bytes, label_files, make_label
 from loader.config import load_toml
+from loader.shape import WAN22
 from shardgen.catalog.database import CatalogError
 from shardgen.config import ShardgenConfig, rules_of
 from shardgen.report.estimate import estimate
@@ -195,7 +196,7 @@ def test_score_only_has_no_shape_for_an_image_where_all_are_for_video(root: Path
     assert run(config) == {label: ("rejected", "media_type_unwanted")}
     with open_catalog(config) as catalog:
         catalog.db.execute("UPDATE clips SET status = 'wanted'")
-        assert "samples:     0 at most" in estimate(catalog, rules_of(config))
+        assert "samples:     0 at most" in estimate(catalog, rules_of(config), WAN22)
 
 
 def test_limit_and_fraction_select_and_widening_them_adds(root: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from loader.feed_config import FeedConfig
 from loader.order import describe_counts
-from loader.shape import Bucket
+from loader.shape import WAN22, Bucket
 from tools import budget, plan
 from tools.cards import CARDS, gemm_attention_flops
 from tools.counts import step_of
@@ -123,7 +123,7 @@ def test_a_time_is_for_the_kernel_that_runs_or_there_is_none(
 
 
 def test_slower_attention_takes_longer_by_what_it_is_slower() -> None:
-    step = step_of(TI2V_5B, LARGE, QKV, 16, 2, ShapePlan(None, 0.0))
+    step = step_of(TI2V_5B, WAN22.num_tokens(LARGE), QKV, 16, 2, ShapePlan(None, 0.0))
     rates = CARDS[-1].slow
     times = {
         name: budget.seconds(step, rates, {"attn1": name, "attn2": name})

@@ -43,7 +43,7 @@ def test_operations_are_those_that_torch_counts(
     plans = plan_run(model.config, [shape], targets, 4, budget_bytes, 0.0, 0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*inputs, attention, block_runner(model, plans)).square().mean().backward()
-    step = counts.step_of(model.config, BUCKET, targets, 8, 4, plans[shape])
+    step = counts.step_of(model.config, shape.num_tokens, targets, 8, 4, plans[shape])
     # torch's plain attention does 2 x its forward work backward, the fused kernels that the plan
     # is about 2.5 x; the output projection's gradient is not in the plan
     blocks_count, dim, attention_once = (

@@ -54,7 +54,8 @@ def _run(checkpoint: Path, lora: Path, output: Path, image: Image.Image | None =
     options = Options(
         Bucket(64, 64, 5), num_steps=2, guidance=5.0, seed=0, negative_prompt="", image=image
     )
-    compare(checkpoint, lora, output, [PROMPT], options, "cpu", torch.float32)
+    loras = {"transformer": lora}
+    compare(checkpoint, loras, output, [PROMPT], options, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("image", [None, Image.new("RGB", (80, 50), "grey")], ids=["t2v", "i2v"])
@@ -146,11 +147,11 @@ def test_contact_sheet_has_base_above_lora() -> None:
 
 
 def test_a_wrong_shape_ends_with_advice_and_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     arguments = [
         "--model",
-        "m",
+        str(tiny_checkpoint),
         "--lora",
         "l",
         "--output",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loader.feed_config import FeedConfig
-from loader.shape import Bucket
+from loader.shape import WAN22, Bucket
 from tools.fake.batch import write_synthetic_dataset
 from train import choices, setup
 from train.config import TrainConfig
@@ -47,7 +47,7 @@ def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
 def test_a_micro_batch_has_as_many_samples_as_its_tokens_allow(config: TrainConfig) -> None:
     by_tokens = changed(config, micro_tokens=40)
     for num_ranks, expected in ((1, (4, 2)), (2, (2, 2)), (4, (1, 1))):
-        shapes = choices.micro_shapes(by_tokens, num_ranks, [SMALL, LARGE])
+        shapes = choices.micro_shapes(by_tokens, num_ranks, [SMALL, LARGE], WAN22)
         assert (shapes[SMALL].batch, shapes[LARGE].batch) == expected
     with pytest.raises(ValueError, match="micro_batch = 2 and micro_tokens = 40: set one"):
         choices.batching(changed(by_tokens, micro_batch=2), 0, 1)
@@ -67,7 +67,7 @@ def steps(config: TrainConfig) -> list[tuple[set[int], Tensor, Tensor]]:
             while sum(sizes) < config.global_batch:
                 batch, _ = next(feed)
                 sizes.append(len(batch.keys))
-                losses_B = run.micro_step.forward(prepare(batch, config.flow))
+                losses_B = run.micro_step.forward(prepare(batch, run.laws))
                 add_losses(run.flat, losses_B, batch, config.global_batch)
                 run.micro_step.backward()
             found.append((set(sizes), run.flat.loss.clone(), run.flat.gradient.clone()))
@@ -86,7 +86,7 @@ def test_micro_batches_by_tokens_give_the_losses_and_gradients_of_single_samples
 
 
 def test_both_attentions_of_every_shape_are_chosen_for(config: TrainConfig) -> None:
-    shapes = choices.micro_shapes(changed(config, micro_tokens=40), 1, [SMALL, LARGE])
+    shapes = choices.micro_shapes(changed(config, micro_tokens=40), 1, [SMALL, LARGE], WAN22)
     assert choices.attention_shapes(TI2V_5B, shapes.values()) == [
         AttentionShape(4, 24, 4, 4, 128),
         AttentionShape(4, 24, 4, 512, 128),

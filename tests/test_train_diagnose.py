@@ -26,7 +26,7 @@ def run(run_config: TrainConfig) -> Run:
 
 def inputs(run: Run) -> Inputs:
     width = run.model.config.text_dim
-    return prepare(random_batch(BUCKET, CPU, is_i2v=[False], text_dim=width), run.config.flow)
+    return prepare(random_batch(BUCKET, CPU, is_i2v=[False], text_dim=width), run.laws)
 
 
 def find(run: Run, inputs_: Inputs) -> str | None:

@@ -24,7 +24,8 @@ def test_sigmas_follow_their_distribution(
     draws.
     """
     bound = 0.1 if distribution == "uniform" else 0.26894
-    sigmas = [flow.sample_sigma(seed, flow.NoiseLaw(1.0, distribution)) for seed in range(20_000)]
+    law = flow.NoiseLaw(1.0, distribution)
+    sigmas = [flow.sample_sigma(seed, law) for seed in range(20_000)]
     share = sum(sigma < bound for sigma in sigmas) / len(sigmas)
     assert abs(share - median_share) < 5 * (median_share * (1 - median_share) / 20_000) ** 0.5
     assert all(0 < sigma < 1 for sigma in sigmas)
@@ -35,8 +36,8 @@ SMALL, LARGE = Bucket(832, 480, 9), Bucket(1280, 704, 49)
 
 def test_a_shape_can_have_a_shift_of_its_own() -> None:
     config = FlowConfig(shift=5.0, shifts={"832x480x9": 3.0}, timesteps="logit_normal")
-    assert flow.law_of(config, SMALL) == flow.NoiseLaw(3.0, "logit_normal")
-    assert flow.law_of(config, LARGE) == flow.NoiseLaw(5.0, "logit_normal")
+    assert flow.NoiseLaws(config).of(SMALL) == flow.NoiseLaw(3.0, "logit_normal")
+    assert flow.NoiseLaws(config).of(LARGE) == flow.NoiseLaw(5.0, "logit_normal")
     flow.check_shifts(config, [SMALL, LARGE])
     with pytest.raises(ValueError, match=r"832x480x9 is no shape .* which are 1280x704x49; name"):
         flow.check_shifts(config, [LARGE])
@@ -107,3 +108,64 @@ def test_the_loss_of_a_sample_is_its_own_mean() -> None:
     velocity, target = torch.zeros(2, 48, 3, 4, 4), torch.ones(2, 48, 3, 4, 4)
     target[1] *= 2
     assert flow.sample_losses(velocity, target, torch.tensor([1, 0])).tolist() == [1.0, 4.0]
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+@pytest.mark.parametrize(("boundary", "shift"), [(0.875, 12.0), (0.9, 5.0), (0.875, 3.0)])
+def test_each_expert_draws_from_its_side_of_the_boundary_and_the_law_inside_is_the_whole_ones(
+    distribution: flow.TimestepDistribution, boundary: float, shift: float
+) -> None:
+    whole = flow.NoiseLaw(shift, distribution)
+    high = flow.NoiseLaw(shift, distribution, expert="high", boundary=boundary)
+    low = high._replace(expert="low")
+    quantiles = [(i + 0.5) / 4000 for i in range(4000)]
+    sigmas = [flow.sigma_at(q, whole) for q in quantiles]
+    below = [sigma for sigma in sigmas if sigma < boundary]
+    share = flow.boundary_quantile(high)
+    assert abs(len(below) / len(sigmas) - share) < 1e-3
+    for law, part in ((low, below), (high, sigmas[len(below) :])):
+        drawn = [flow.sigma_at(q, law) for q in quantiles]
+        assert all((sigma >= boundary) == (law is high) for sigma in drawn)
+        # quantiles of the part's draws are those of the whole law inside of it
+        for q in (0.1, 0.5, 0.9):
+            expected = part[int(q * len(part))]
+            assert flow.sigma_at(q, law) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "shift", "high_share"),
+    [(0.875, 12.0, 0.632), (0.875, 5.0, 0.417), (0.9, 5.0, 0.357), (0.9, 3.0, 0.25)],
+)
+def test_the_share_of_u_above_the_boundary_follows_the_shift(
+    boundary: float, shift: float, high_share: float
+) -> None:
+    law = flow.NoiseLaw(shift, expert="high", boundary=boundary)
+    assert 1 - flow.boundary_quantile(law) == pytest.approx(high_share, abs=5e-4)
+    assert flow.shifted_sigma(flow.unshifted(0.3, shift), shift) == pytest.approx(0.3)
+
+
+def test_both_experts_see_the_same_draws() -> None:
+    """One seed is as far into either part of the law."""
+    high = flow.NoiseLaw(12.0, expert="high", boundary=0.875)
+    low = high._replace(expert="low")
+    u_b = flow.boundary_quantile(high)
+    for seed in range(50):
+        into_high = (flow.unshifted(flow.sample_sigma(seed, high), 12.0) - u_b) / (1 - u_b)
+        into_low = flow.unshifted(flow.sample_sigma(seed, low), 12.0) / u_b
+        assert into_high == pytest.approx(into_low, abs=1e-9)
+
+
+def test_what_is_given_follows_the_mask_of_the_first_latent_frame() -> None:
+    noised, given = torch.randn(2, 16, 3, 4, 6), torch.randn(2, 16, 3, 4, 6).half()
+    latent = flow.with_given(noised, given)
+    assert latent.shape == (2, 36, 3, 4, 6) and latent.dtype == torch.float32
+    assert torch.equal(latent[:, :16], noised) and torch.equal(latent[:, 20:], given.float())
+    assert bool((latent[:, 16:20, 0] == 1).all()) and not latent[:, 16:20, 1:].any()
+
+
+def test_the_experts_part_of_u_follows_the_shift_of_each_shape() -> None:
+    config = FlowConfig(shift=12.0, shifts={str(SMALL): 3.0})
+    laws = flow.NoiseLaws(config, expert="high", boundary=0.875)
+    assert 1 - flow.boundary_quantile(laws.of(LARGE)) == pytest.approx(0.632, abs=5e-4)
+    assert 1 - flow.boundary_quantile(laws.of(SMALL)) == pytest.approx(0.300, abs=5e-4)
+    assert flow.sigma_at(0.0, laws.of(SMALL)) == pytest.approx(0.875)

@@ -85,7 +85,7 @@ def numbers(run: Run, text_dim: int = TINY.text_dim) -> list[Tensor]:
     samples = [
         prepare(
             random_batch(BUCKET, CPU, is_i2v=[bool(seed % 2)], text_dim=text_dim, seed=seed),
-            run.config.flow,
+            run.laws,
         )
         for seed in range(3)
     ]
@@ -237,9 +237,7 @@ def fills(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_the_blocks_that_end_a_pass_are_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     run = build()
-    sample = prepare(
-        random_batch(BUCKET, CPU, is_i2v=[False], text_dim=TINY.text_dim), run.config.flow
-    )
+    sample = prepare(random_batch(BUCKET, CPU, is_i2v=[False], text_dim=TINY.text_dim), run.laws)
     noted = fills(run, monkeypatch)
     for expected in ([0, 1, 2, 3, 4, 2, 1, 0], [2, 3, 4, 2, 1, 0]):
         noted.clear()

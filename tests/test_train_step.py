@@ -12,7 +12,7 @@ from loader.shape import Bucket
 from tools.fake.step import random_batch, random_transformer
 from train import setup
 from train.config import TrainConfig
-from train.flow import FlowConfig, law_of, loss_weight, sample_sigma
+from train.flow import FlowConfig, NoiseLaws, loss_weight, sample_sigma
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.model.wan import TI2V_5B
@@ -52,7 +52,7 @@ def build(memory: str = "block", global_batch: int = 1, dropout: float = 0.0) ->
 
 def inputs(run: Run, bucket: Bucket = BUCKET, is_i2v: bool = False, seed: int = 0) -> Inputs:
     batch = random_batch(bucket, CPU, is_i2v=[is_i2v], text_dim=TINY.text_dim, seed=seed)
-    return prepare(batch, run.config.flow)
+    return prepare(batch, run.laws)
 
 
 def gradient(run: Run, *samples: Inputs) -> Tensor:
@@ -92,13 +92,13 @@ def test_a_weight_multiplies_the_loss_and_the_gradient_of_its_sample() -> None:
 
 def test_level_and_weight_follow_the_shape_of_the_batch() -> None:
     batch = random_batch(BUCKET, CPU, is_i2v=[False], text_dim=TINY.text_dim, seed=0)
-    config = FlowConfig(shifts={str(BUCKET): 2.0}, weighting="bell")
-    law = law_of(config, BUCKET)
+    laws = NoiseLaws(FlowConfig(shift=5.0, shifts={str(BUCKET): 2.0}, weighting="bell"))
+    law = laws.of(BUCKET)
     (sigma,) = (sample_sigma(seed, law) for seed in batch.seeds)
-    found = prepare(batch, config)
+    found = prepare(batch, laws)
     assert found.t_BR[0, 1] == pytest.approx(1000 * sigma, rel=1e-6)
     assert found.weight_B.tolist() == pytest.approx([loss_weight(sigma, law)], rel=1e-6)
-    assert prepare(batch, FlowConfig()).t_BR[0, 1] != found.t_BR[0, 1]
+    assert prepare(batch, NoiseLaws()).t_BR[0, 1] != found.t_BR[0, 1]
 
 
 def test_backward_twice_is_an_error_and_not_silence() -> None:

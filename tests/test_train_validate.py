@@ -11,7 +11,7 @@ from loader.feed_config import FeedConfig
 from loader.shape import Bucket
 from loader.walk import Walk, WalkPlace
 from train import early_stop
-from train.flow import FlowConfig
+from train.flow import NoiseLaws
 from train.parallel.mesh import World
 from train.step import Inputs
 from train.validate import (
@@ -71,7 +71,7 @@ def measured(dataset: Path, world_size: int) -> tuple[list[str], Tensor]:
                 walk=walk,
                 windows=windows,
                 i2v_share=0.5,
-                flow_config=FlowConfig(),
+                laws=NoiseLaws(),
                 seed=0,
                 # a rank of `world_size`, that adds up nothing by itself
                 world=_Alone(rank, world_size, CPU),

@@ -10,11 +10,10 @@ import msgspec
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from peft import LoraConfig
 from torch import Tensor, nn
+from wan_pairs import attach_both, check_gradients
 
 from train import flow, optim
-from train.lora import adapters as lora
 from train.model.attention import choose_attention
 from train.model.load import load_transformer
 from train.model.wan import Wan, WanConfig
@@ -35,7 +34,6 @@ WIDER = {
     "ffn_dim": 160,
     "freq_dim": 32,
 }
-RANK, ALPHA = 4, 12.0
 
 
 class Inputs(NamedTuple):
@@ -105,30 +103,6 @@ def test_forward_equals_diffusers(pair: tuple[Any, Wan]) -> None:
         torch.testing.assert_close(ours_forward(model, inputs), theirs, atol=1e-5, rtol=0)
 
 
-def attach_both(reference: Any, model: Wan) -> tuple[lora.LoRA, dict[str, nn.Parameter]]:
-    """The same adapters, with B other than zero, on both models; returns ours and PEFT's
-    parameters by name.
-    """
-    reference.requires_grad_(False)
-    reference.add_adapter(
-        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(lora.TARGETS), lora_dropout=0.0)
-    )
-    adapters = lora.attach(model, lora.TARGETS, RANK, ALPHA, dropout=0.0, seed=1)
-    theirs = {
-        name.replace(".default.weight", ""): parameter
-        for name, parameter in reference.named_parameters()
-        if parameter.requires_grad
-    }
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, (a, b) in adapters.tensors().items():
-            b.copy_(0.1 * torch.randn(b.shape, generator=generator))
-            theirs[f"{name}.lora_A"].copy_(a)
-            theirs[f"{name}.lora_B"].copy_(b)
-    adapters.refresh()
-    return adapters, theirs
-
-
 def test_every_lora_gradient_equals_peft(pair: tuple[Any, Wan]) -> None:
     reference, model = pair
     adapters, theirs = attach_both(reference, model)
@@ -138,15 +112,7 @@ def test_every_lora_gradient_equals_peft(pair: tuple[Any, Wan]) -> None:
         inputs,
     ).backward()
     loss_of(ours_forward(model, inputs), inputs).backward()
-    for parameter in adapters.parameters():  # so that `tensors()` shows gradients instead of values
-        assert parameter.grad is not None
-        parameter.data = parameter.grad
-    assert len(adapters.tensors()) * 2 == len(theirs)
-    for name, gradients in adapters.tensors().items():
-        for kind, gradient in zip("AB", gradients, strict=True):
-            expected = theirs[f"{name}.lora_{kind}"].grad
-            assert expected is not None and expected.norm() > 0
-            assert (gradient - expected).norm() / expected.norm() < 1e-5, f"{name}.lora_{kind}"
+    check_gradients(adapters, theirs)
 
 
 def test_loss_after_five_adamw_steps_equals_peft(pair: tuple[Any, Wan]) -> None:

@@ -13,6 +13,7 @@ from tools.cards import CARDS, Card, Rates
 from tools.counts import Step, layers, num_adapter_parameters, num_parameters, step_of
 from train.activations.budget import parse_activation_memory, peak_bytes
 from train.activations.plan import Shape, ShapePlan, kernels_by_tag, plan_run, scratch_bytes
+from train.base import layout_of
 from train.choices import attention_shapes, micro_shapes
 from train.config import TrainConfig
 from train.lora.config import parse_blocks
@@ -62,7 +63,7 @@ def budget(
     """
     if num_gpus < 1:
         raise ValueError(f"--gpus {num_gpus}: use at least 1")
-    shapes = micro_shapes(config, num_gpus, shares)
+    shapes = micro_shapes(config, num_gpus, shares, layout_of(wan))
     resident = resident_parts(config, wan)
     samples_per_gpu = config.global_batch / num_gpus
     cards = [
@@ -107,7 +108,7 @@ def _on_card(
         steps = {
             bucket: step_of(
                 wan,
-                bucket,
+                shapes[bucket].num_tokens,
                 config.lora.targets,
                 config.lora.rank,
                 dtype_bytes,

@@ -8,7 +8,6 @@ do it. A GEMM of [M, K] by [K, N] counts 2 M K N.
 from typing import NamedTuple
 
 from loader.sample import MAX_TEXT_TOKENS
-from loader.shape import WAN22, Bucket
 from train.activations.plan import GROUPS, ShapePlan
 from train.model.wan import WanConfig
 
@@ -128,18 +127,18 @@ def attention_flops(config: WanConfig, num_tokens: int) -> dict[str, float]:
 
 def step_of(
     config: WanConfig,
-    bucket: Bucket,
+    num_tokens: int,
     targets: list[str],
     rank: int,
     dtype_bytes: int,
     activations: ShapePlan,
     first_block: int = 0,
 ) -> Step:
-    """Count one sample: forward, the backward pass with respect to activations and adapters, and
-    what is recomputed. Blocks before `first_block` have no adapters and run forward only; those
-    after it count as adapted.
+    """Count one sample of `num_tokens` video tokens: forward, the backward pass with respect to
+    activations and adapters, and what is recomputed. Blocks before `first_block` have no adapters
+    and run forward only; those after it count as adapted.
     """
-    num_tokens, num_blocks = WAN22.num_tokens(bucket), config.num_layers - first_block
+    num_blocks = config.num_layers - first_block
     attention_once = attention_flops(config, num_tokens)
     frozen = gemm_flops(config, num_tokens, [], rank, is_first_block=True)
     first = gemm_flops(config, num_tokens, targets, rank, is_first_block=True)

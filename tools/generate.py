@@ -4,11 +4,13 @@ LoRA would run it:
     python -m tools.generate --model MODEL --lora RUN/lora.safetensors --output OUT \
         --shape 832x480x49 --prompt "..."
 
+A14B has a LoRA for each of its transformers: --lora-high and --lora-low, or one of them.
+
 A LoRA that did not load gives pictures too: the base model's. So nothing is written before the
-proofs: the file's tensors are finite and not all zero, each of them sits in the transformer, and
-the pictures are finite and differ. OUT gets an MP4 of each clip, contact_sheet.png with base
-above LoRA, and samples.json with what was measured. With --image every clip starts from that
-picture (I2V).
+proofs: the file's tensors are finite and not all zero, each of them sits in its transformer, of
+A14B each changes what its transformer answers and that one has run, and the pictures are finite and
+differ. OUT gets an MP4 of each clip, contact_sheet.png with base above LoRA, and samples.json with
+what was measured. With --image every clip starts from that picture (I2V).
 
 For other programs: `check_lora`, `load_pipeline`, `apply_lora`, `generate`, `contact_sheet`.
 """
@@ -16,6 +18,7 @@ For other programs: `check_lora`, `load_pipeline`, `apply_lora`, `generate`, `co
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +36,12 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
+from loader.models import ModelKind, read_kind
 from loader.mp4 import encode_mp4
-from loader.shape import WAN22, Bucket
+from loader.shape import Bucket
 from shardgen.media.images import load_image
+from tools.experts import EXPERT_OF, counting_passes, files_by_transformer, output_change
 from train.contact_sheet import Frames, contact_sheet
-
-FPS = 24.0
 
 
 class NotAppliedError(ValueError):
@@ -48,7 +51,7 @@ class NotAppliedError(ValueError):
 @dataclass(frozen=True)
 class Options:
     """How to generate; equal for base and LoRA. shift: of the noise schedule, 5 at 720p and 3 at
-    480p; None: what the model folder's scheduler says.
+    480p; None: what the model folder's scheduler says. guidance_low: of A14B's low-noise expert.
     """
 
     shape: Bucket
@@ -58,6 +61,7 @@ class Options:
     negative_prompt: str
     image: Image.Image | None
     shift: float | None = None
+    guidance_low: float | None = None
 
 
 def check_lora(path: Path) -> int:
@@ -116,11 +120,11 @@ def generate(pipeline: Any, prompt: str, options: Options, subject: str) -> Fram
     look like a black clip.
     """
     shape = options.shape
-    image = (
-        {}
-        if options.image is None
-        else {"image": ImageOps.pad(options.image, (shape.width_px, shape.height_px))}
-    )
+    more: dict[str, Any] = {}
+    if options.image is not None:
+        more["image"] = ImageOps.pad(options.image, (shape.width_px, shape.height_px))
+    if options.guidance_low is not None:
+        more["guidance_scale_2"] = options.guidance_low
     frames = pipeline(
         prompt=prompt,
         negative_prompt=options.negative_prompt,
@@ -131,7 +135,7 @@ def generate(pipeline: Any, prompt: str, options: Options, subject: str) -> Fram
         guidance_scale=options.guidance,
         generator=torch.Generator().manual_seed(options.seed),
         output_type="np",
-        **image,
+        **more,
     ).frames[0]
     if not np.isfinite(frames).all():
         raise ValueError(
@@ -141,29 +145,50 @@ def generate(pipeline: Any, prompt: str, options: Options, subject: str) -> Fram
     return np.asarray(np.clip(np.rint(frames * 255), 0, 255), np.uint8)
 
 
-def apply_lora(pipeline: Any, path: Path, num_tensors: int) -> list[float]:
-    """Load a LoRA file of `num_tensors` tensors (diffusers or ComfyUI keys); returns the scales
-    alpha/r in effect.
+def apply_lora(
+    pipeline: Any, path: Path, num_tensors: int, transformer: str = "transformer"
+) -> list[float]:
+    """Load a LoRA file of `num_tensors` tensors (diffusers or ComfyUI keys) into this transformer
+    of the pipeline; returns the scales alpha/r in effect.
 
     Raises NotAppliedError unless exactly the file's tensors are in the transformer.
     """
-    pipeline.load_lora_weights(str(path))
+    is_second = {"load_into_transformer_2": True} if transformer == "transformer_2" else {}
+    pipeline.load_lora_weights(str(path), **is_second)
+    module = getattr(pipeline, transformer)
     loaded = [
-        name
-        for name, _ in pipeline.transformer.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
+        name for name, _ in module.named_parameters() if ".lora_A." in name or ".lora_B." in name
     ]
     if len(loaded) != num_tensors:
         raise NotAppliedError(
             f"{path}: the file has {num_tensors} LoRA tensors, {len(loaded)} are in the "
-            f"transformer; its keys do not fit this model"
+            f"{transformer}; its keys do not fit this model"
         )
-    scales = {
-        scale
-        for module in pipeline.transformer.modules()
-        for scale in getattr(module, "scaling", {}).values()
-    }
+    scales = {scale for part in module.modules() for scale in getattr(part, "scaling", {}).values()}
     return sorted(scales)
+
+
+def check_experts(
+    pipeline: Any, loras: Mapping[str, Path], passes: Mapping[str, int]
+) -> dict[str, dict[str, float]]:
+    """Of each transformer of A14B with a LoRA: how much that changes its answer, and how often it
+    ran. Raises NotAppliedError where one of them is 0.
+    """
+    found = {}
+    for name, path in loras.items():
+        change = output_change(pipeline, name)
+        if change == 0.0:
+            raise NotAppliedError(
+                f"{path}: its tensors are loaded, but the {EXPERT_OF[name]}-noise transformer "
+                f"answers as without them"
+            )
+        if passes[name] == 0:
+            raise NotAppliedError(
+                f"{path}: the {EXPERT_OF[name]}-noise transformer did not run once, because no "
+                f"step was on its side of the boundary; raise --steps"
+            )
+        found[EXPERT_OF[name]] = {"output_change": change, "num_passes": passes[name]}
+    return found
 
 
 def mean_difference(base: Frames, lora: Frames) -> float:
@@ -179,7 +204,7 @@ def mean_difference(base: Frames, lora: Frames) -> float:
 
 def compare(
     model: Path,
-    lora: Path,
+    loras: Mapping[str, Path],
     output: Path,
     prompts: list[str],
     options: Options,
@@ -187,53 +212,85 @@ def compare(
     dtype: torch.dtype,
 ) -> None:
     """Generate every prompt with the base and with the LoRA, prove the difference, then write all
-    files.
+    files. loras: see tools.experts.files_by_transformer.
     """
-    num_tensors = check_lora(lora)
+    num_tensors = {name: check_lora(path) for name, path in loras.items()}
+    kind = read_kind(model)
     pipeline = load_pipeline(model, device, dtype, options.image is not None, options.shift)
     base = [generate(pipeline, prompt, options, "the base model") for prompt in prompts]
-    scales = apply_lora(pipeline, lora, num_tensors)
-    tuned = [generate(pipeline, prompt, options, str(lora)) for prompt in prompts]
+    scales = {
+        name: apply_lora(pipeline, path, num_tensors[name], name) for name, path in loras.items()
+    }
+    subject = " and ".join(map(str, loras.values()))
+    with counting_passes(pipeline) as passes:
+        tuned = [generate(pipeline, prompt, options, subject) for prompt in prompts]
+    experts = check_experts(pipeline, loras, passes) if kind.boundary is not None else {}
     differences = [mean_difference(*pair) for pair in zip(base, tuned, strict=True)]
 
     output.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, Frames]] = []
     for number, pair in enumerate(zip(base, tuned, strict=True), start=1):
         for name, frames in zip(("base", "LoRA"), pair, strict=True):
-            (output / f"{number:02d}-{name.lower()}.mp4").write_bytes(encode_mp4(frames, FPS))
+            path = output / f"{number:02d}-{name.lower()}.mp4"
+            path.write_bytes(encode_mp4(frames, kind.fps))
             rows.append((f"{number}\n{name}", frames))
     contact_sheet(rows).save(output / "contact_sheet.png")
-    (output / "samples.json").write_text(
-        json.dumps(
-            {
-                "model": str(model),
-                "lora": str(lora),
-                "num_lora_tensors": num_tensors,
-                "scales": scales,
-                "shape": str(options.shape),
-                "num_steps": options.num_steps,
-                "guidance": options.guidance,
-                "shift": pipeline.scheduler.config.flow_shift,
-                "seed": options.seed,
-                "image_to_video": options.image is not None,
-                "clips": [
-                    {"prompt": prompt, "mean_difference_levels": round(difference, 3)}
-                    for prompt, difference in zip(prompts, differences, strict=True)
-                ],
-            },
-            ensure_ascii=False,
-            indent=1,
+    report = {
+        "model": str(model),
+        "lora": subject,
+        "num_lora_tensors": sum(num_tensors.values()),
+        "scales": sorted({scale for found in scales.values() for scale in found}),
+        "shape": str(options.shape),
+        "num_steps": options.num_steps,
+        "guidance": options.guidance,
+        "shift": pipeline.scheduler.config.flow_shift,
+        "seed": options.seed,
+        "image_to_video": options.image is not None,
+        "clips": [
+            {"prompt": prompt, "mean_difference_levels": round(difference, 3)}
+            for prompt, difference in zip(prompts, differences, strict=True)
+        ],
+    }
+    if experts:
+        report |= {"guidance_low": options.guidance_low, "experts": experts}
+    text = json.dumps(report, ensure_ascii=False, indent=1)
+    (output / "samples.json").write_text(text + "\n", encoding="utf-8")
+    for name, path in loras.items():
+        print(
+            f"{path}: all {num_tensors[name]} tensors are in the {name}, scale {scales[name]} "
+            f"(alpha / rank; in a ComfyUI file it is part of the tensors)"
         )
-        + "\n",
-        encoding="utf-8",
-    )
-    print(
-        f"{lora}: all {num_tensors} tensors are in the transformer, scale {scales} (alpha / rank; "
-        f"in a ComfyUI file it is part of the tensors)"
-    )
+    for expert, found in experts.items():
+        print(
+            f"{expert}-noise expert: ran {found['num_passes']} times, its LoRA changes its answer "
+            f"by {found['output_change']:.1%}"
+        )
     for number, (prompt, difference) in enumerate(zip(prompts, differences, strict=True), start=1):
         print(f"{number}: differs from base by {difference:.2f} of 255 levels on average: {prompt}")
     print(f"{output / 'contact_sheet.png'}: base above LoRA, seed {options.seed}")
+
+
+def options_of(arguments: argparse.Namespace, kind: ModelKind) -> Options:
+    """What the model takes, where an option is not given, is its official configuration's. Raises
+    ValueError for a shape, or a first frame, that it does not take.
+    """
+    if arguments.image is None and kind.i2v_share == 1.0:
+        raise ValueError(f"{kind.name} starts each clip from a picture: give one, --image FILE")
+    if arguments.image is not None and kind.i2v_share == 0.0:
+        raise ValueError(f"{kind.name} does text to video alone: leave --image out")
+    image = Image.fromarray(load_image(arguments.image).upright) if arguments.image else None
+    has_experts = kind.boundary is not None
+    guidance = arguments.guidance or kind.guidance.high
+    return Options(
+        shape=kind.layout.parse(arguments.shape),
+        num_steps=arguments.steps or (40 if has_experts else 50),
+        guidance=guidance,
+        seed=arguments.seed,
+        negative_prompt=arguments.negative_prompt,
+        image=image,
+        shift=arguments.shift or kind.shift,
+        guidance_low=(arguments.guidance_low or kind.guidance.low) if has_experts else None,
+    )
 
 
 def main() -> None:
@@ -241,18 +298,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True, help="folder in diffusers layout")
-    parser.add_argument(
-        "--lora", type=Path, required=True, help="a LoRA file, diffusers or ComfyUI keys"
-    )
+    parser.add_argument("--lora", type=Path, help="a LoRA file, diffusers or ComfyUI keys")
+    parser.add_argument("--lora-high", type=Path, help="of A14B: for the high-noise transformer")
+    parser.add_argument("--lora-low", type=Path, help="of A14B: for the low-noise transformer")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT")
     parser.add_argument("--shape", default="832x480x49", metavar="WIDTHxHEIGHTxFRAMES")
     parser.add_argument("--image", type=Path, help="first frame: image-to-video")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, help="default: 50, of A14B 40")
+    parser.add_argument("--guidance", type=float, help="default: the model's official one")
+    parser.add_argument("--guidance-low", type=float, help="of A14B's low-noise transformer")
     parser.add_argument(
-        "--shift", type=float, help="of the noise schedule: that of training (5 at 720p, 3 at 480p)"
+        "--shift",
+        type=float,
+        help="of the noise schedule: that of training (default: the model's official one)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -268,19 +328,12 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "float16")
     try:
-        image = Image.fromarray(load_image(arguments.image).upright) if arguments.image else None
-        options = Options(
-            WAN22.parse(arguments.shape),
-            arguments.steps,
-            arguments.guidance,
-            arguments.seed,
-            arguments.negative_prompt,
-            image,
-            arguments.shift,
-        )
+        kind = read_kind(arguments.model)
+        options = options_of(arguments, kind)
+        loras = files_by_transformer(kind, arguments.lora, arguments.lora_high, arguments.lora_low)
         compare(
             arguments.model,
-            arguments.lora,
+            loras,
             arguments.output,
             arguments.prompt,
             options,

@@ -1,5 +1,4 @@
-"""Train on plain webdataset tars as they are: `python -m tools.index TAR... --output DIR --model
-MODEL`.
+"""Train on webdataset tars as they are: `python -m tools.index TAR... --output DIR --model MODEL`.
 
 A sample of such a tar is a `json` with a caption beside an `mp4` or a `jpg`; there are no
 latents. The tars are read once and stay untouched. DIR becomes a dataset: its shards hold what
@@ -9,10 +8,11 @@ link to its tar, a .idx with the place of every clip, and a .xxh3. In training (
 does both once and better, so this is for trying out a set.
 
 A clip gives its first `--frames` frames at its own frame rate, an image one. What does not have a
-multiple of 32 as width or height loses up to 31 pixels at the edges; nothing is resized. What
-can't be used is refused, by the rules of a build and what else DALI can't show rightly, and counted
-by reason. Each clip is decoded once for that. Links hold absolute paths: after moving the tars,
-index them again; for another machine, copy DIR with links followed (`cp -rL`, `rsync -L`).
+multiple of 32 (A14B, Wan2.1: 16) as width or height loses pixels at the edges; nothing is resized.
+Not for I2V-A14B, which takes what a build has encoded. What can't be used is refused, by the rules
+of a build and what else DALI can't show rightly, and counted by reason; each clip is decoded once
+for that. Links hold absolute paths: after moving the tars, index them again; for another machine,
+copy DIR with links followed (`cp -rL`, `rsync -L`).
 """
 
 import argparse
@@ -45,6 +45,7 @@ from loader.manifest import (
     make_manifest,
     shard_name,
 )
+from loader.models import read_kind
 from loader.sample import (
     EMPTY_PROMPT_FILE,
     JPG,
@@ -58,7 +59,7 @@ from loader.sample import (
     is_bt709,
     sample_key,
 )
-from loader.shape import WAN22, Bucket
+from loader.shape import WAN22, Bucket, LatentLayout
 from shardgen.encode.text import TextEncoder
 from shardgen.encode.write import write_shard
 from shardgen.media.containers import open_video
@@ -67,8 +68,6 @@ from shardgen.media.geometry import Orientation
 from shardgen.media.images import load_image
 from shardgen.media.probe import probe_video
 from shardgen.rules.prompt import prompt_clean
-
-SIDE = 32  # TI2V-5B takes multiples of this
 
 
 class RefusedError(ValueError):
@@ -117,6 +116,7 @@ def examine(
     split: Split,
     caption_field: str,
     num_frames: int,
+    layout: LatentLayout,
 ) -> Found:
     """Metadata of one sample. Raises RefusedError."""
     kind = next((kind for kind in (MP4, JPG) if kind in members), None)
@@ -134,12 +134,14 @@ def examine(
     prompt = prompt_clean(caption) if isinstance(caption, str) else ""
     if not prompt:
         raise RefusedError(f'no text under "{caption_field}" in its json')
+    side_px = layout.patch_px
     width, height, fps = (
-        examine_clip(data, num_frames) if kind == MP4 else (*examine_image(data), 0.0)
+        examine_clip(data, num_frames, side_px) if kind == MP4 else (*examine_image(data), 0.0)
     )
-    if min(width, height) < SIDE:
-        raise RefusedError(f"smaller than {SIDE}x{SIDE}")
-    bucket = Bucket(width - width % SIDE, height - height % SIDE, num_frames if kind == MP4 else 1)
+    if min(width, height) < side_px:
+        raise RefusedError(f"smaller than {side_px}x{side_px}")
+    num_shown = num_frames if kind == MP4 else 1
+    bucket = Bucket(width - width % side_px, height - height % side_px, num_shown)
     media_xxh3 = xxhash.xxh3_128_hexdigest(data)
     key = sample_key(media_xxh3, name, 0, 0, bucket, fps)
     meta = SampleMeta(
@@ -158,14 +160,14 @@ def examine(
         num_frames=bucket.num_frames,
         shot=0,
         media_xxh3=media_xxh3,
-        latent=TensorInfo("float16", WAN22.latent_shape(bucket)),
+        latent=TensorInfo("float16", layout.latent_shape(bucket)),
         text=TensorInfo("float16", (0, 0)),
     )
     media = Member(f"{key}.{kind}", members[kind].offset, members[kind].size)
     return Found(meta, media, xxhash.xxh3_64_hexdigest(data))
 
 
-def examine_clip(data: bytes, num_frames: int) -> tuple[int, int, float]:
+def examine_clip(data: bytes, num_frames: int, side_px: int = 32) -> tuple[int, int, float]:
     """Width and height in pixels, and frames per second. Raises RefusedError.
 
     The rules are those of `shardgen build`, and decoding is as whole. Beyond them a clip is refused
@@ -190,7 +192,7 @@ def examine_clip(data: bytes, num_frames: int) -> tuple[int, int, float]:
     if not is_square or found.orientation != Orientation() or found.interlaced:
         raise RefusedError("its mp4 is rotated, interlaced or has pixels that aren't square")
     width, height = found.width_px, found.height_px
-    matrix = "bt709" if is_bt709(width - width % SIDE, height - height % SIDE) else "bt601"
+    matrix = "bt709" if is_bt709(width - width % side_px, height - height % side_px) else "bt601"
     if found.color_matrix not in ("unspecified", matrix):
         raise RefusedError(
             "the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)"
@@ -226,6 +228,7 @@ def write_index(
     split: Split = "train",
     caption_field: str = "caption",
     num_frames: int = 49,
+    layout: LatentLayout = WAN22,
 ) -> tuple[Manifest, Counter[str]]:
     """Write the dataset `output`; returns its manifest and how many samples were refused, by
     reason.
@@ -235,7 +238,7 @@ def write_index(
     """
     if (output / MANIFEST_FILE).exists():
         raise ValueError(f"{output} is a dataset already; take another folder")
-    WAN22.parse(f"{SIDE}x{SIDE}x{num_frames}")
+    layout.check(Bucket(layout.patch_px, layout.patch_px, num_frames))
     refused: Counter[str] = Counter()
     shards: list[ShardInfo] = []
     media: dict[str, ShardInfo] = {}
@@ -244,7 +247,7 @@ def write_index(
         by_bucket: defaultdict[Bucket, list[Found]] = defaultdict(list)
         for name, members in tar_samples(tar):
             try:
-                found = examine(name, members, tar, split, caption_field, num_frames)
+                found = examine(name, members, tar, split, caption_field, num_frames, layout)
             except RefusedError as error:
                 refused[error.reason] += 1
                 continue
@@ -282,7 +285,7 @@ def write_index(
         "num_frames": num_frames,
         MEDIA: {name: msgspec.to_builtins(info) for name, info in media.items()},
     }
-    manifest = make_manifest(recipe, {split: shards})
+    manifest = make_manifest(recipe, {split: shards}, layout=layout)
     if shards:
         write_atomic(
             output / EMPTY_PROMPT_FILE, encode_tensor(encoder.encode([""], 1).texts[""].rows)
@@ -319,6 +322,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     arguments = parser.parse_args()
     try:
+        kind = read_kind(arguments.model)
+        if kind.condition:
+            raise ValueError(f"{kind.name} takes what `shardgen build` alone stores; use that")
         encoder = TextEncoder(arguments.model, arguments.device, getattr(torch, arguments.dtype))
         encoder.model.to(arguments.device)
         manifest, refused = write_index(
@@ -328,6 +334,7 @@ def main() -> None:
             split=arguments.split,
             caption_field=arguments.caption,
             num_frames=arguments.frames,
+            layout=kind.layout,
         )
     except (ValueError, OSError) as error:
         raise SystemExit(f"tools.index: {error}") from error

@@ -24,10 +24,11 @@ import msgspec
 
 from loader.config import load_toml
 from loader.order import describe_counts
-from loader.shape import WAN22, Bucket
+from loader.shape import Bucket
 from tools.budget import GIB, Budget, CardBudget, Span, buckets_of, budget, order_of
 from tools.table import table
 from train.activations.plan import describe
+from train.base import base_kind, layout_of, transformer_folder
 from train.config import TrainConfig, in_steps
 from train.model.load import read_config
 from train.model.wan import WanConfig
@@ -63,7 +64,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
     """The whole answer as text. Raises ValueError where the trainer would refuse the batch."""
     found = budget(config, wan, shares, num_gpus)
     shapes = ", ".join(f"{bucket} ({share:.0%})" for bucket, share in shares.items())
-    largest = max(shares, key=WAN22.num_tokens)
+    largest = max(shares, key=layout_of(wan).num_tokens)
     lines = [
         f"memory of one GPU, {_micro(config)}, activation_memory = {config.activation_memory}",
         table(
@@ -162,10 +163,11 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         config = load_toml(arguments.config, TrainConfig, arguments.set)
-        wan = read_config(Path(config.model.path) / "transformer" / "config.json")
+        kind = base_kind(config)
+        wan = read_config(Path(config.model.path) / transformer_folder(config) / "config.json")
         if arguments.shape:
             config = in_steps(config, _batches_per_epoch(config))
-            shares = {WAN22.parse(arguments.shape): 1.0}
+            shares = {kind.layout.parse(arguments.shape): 1.0}
         else:
             order = order_of(config)
             config = in_steps(config, sum(order.batches_per_epoch))

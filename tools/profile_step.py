@@ -22,13 +22,15 @@ import msgspec
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from loader import models
 from loader.config import load_toml
-from loader.shape import WAN22, Bucket
+from loader.shape import Bucket
 from tools.cards import CARDS, Card
 from tools.fake.step import random_batch, random_transformer
 from tools.table import table
 from train import setup
 from train.activations.plan import describe
+from train.base import base_kind
 from train.choices import micro_shapes
 from train.config import TrainConfig
 from train.model.load import read_config
@@ -153,23 +155,26 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     """Profile NUM_STEPS micro-batches; writes the trace and returns the table."""
     device, dtype = torch.device("cuda", 0), getattr(torch, config.model.dtype)
     # one micro-batch on one GPU, and not as CUDA graphs, in which the profiler sees no operations
-    num_samples = micro_shapes(config, 1, [bucket])[bucket].batch
+    found = Path(config.model.path) / "transformer" / "config.json"
+    kind = base_kind(config) if found.exists() else models.TI2V_5B
+    kind.layout.check(bucket)
+    num_samples = micro_shapes(config, 1, [bucket], kind.layout)[bucket].batch
     alone = msgspec.structs.replace(config, global_batch=num_samples, cuda_graph_tokens=0)
     model = None
     if random:
-        found = Path(config.model.path) / "transformer" / "config.json"
         wan = read_config(found) if found.exists() else TI2V_5B
         model = random_transformer(wan, device, dtype)
     run = setup.build(alone, World(0, 1, device), [bucket], model=model)
     batch = random_batch(
         bucket,
         device,
-        is_i2v=[bool(i % 2) for i in range(num_samples)],
+        is_i2v=[bool(i % 2) and kind.i2v_share != 0 for i in range(num_samples)],
         text_dim=run.model.config.text_dim,
+        kind=kind,
     )
 
     def micro_batch() -> None:
-        run.micro_step.forward(prepare(batch, config.flow))
+        run.micro_step.forward(prepare(batch, run.laws))
         run.micro_step.backward()
 
     for _ in range(2):
@@ -187,7 +192,7 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
     rows = rows_of(
         profiler.key_averages(group_by_input_shape=True),
         run.model.config,
-        num_samples * WAN22.num_tokens(bucket),
+        num_samples * kind.layout.num_tokens(bucket),
         dtype.itemsize,
         card=next((card for card in CARDS if card.name.split("-")[0] in card_name), None),
     )
@@ -225,7 +230,7 @@ def main() -> None:
         print(
             profile_step(
                 config,
-                WAN22.parse(arguments.shape),
+                Bucket.parse(arguments.shape),
                 arguments.output or config.output_dir,
                 arguments.random,
             )

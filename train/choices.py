@@ -13,7 +13,7 @@ import torch
 
 from loader.batching import Batching
 from loader.sample import MAX_TEXT_TOKENS
-from loader.shape import WAN22, Bucket
+from loader.shape import Bucket, LatentLayout
 from train import checkpoint
 from train.activations.plan import Shape
 from train.config import TrainConfig
@@ -56,13 +56,13 @@ def batching(config: TrainConfig, rank: int, world_size: int) -> Batching:
 
 
 def micro_shapes(
-    config: TrainConfig, world_size: int, buckets: Iterable[Bucket]
+    config: TrainConfig, world_size: int, buckets: Iterable[Bucket], layout: LatentLayout
 ) -> dict[Bucket, Shape]:
-    """A micro-batch of each bucket. Raises ValueError as `batching` does."""
+    """A micro-batch of each bucket, of the model's layout. Raises ValueError as `batching` does."""
     cut = batching(config, rank=0, world_size=world_size)
     shapes = {}
     for bucket in buckets:
-        num_tokens = WAN22.num_tokens(bucket)
+        num_tokens = layout.num_tokens(bucket)
         shapes[bucket] = Shape(cut.micro_batch_of(num_tokens), num_tokens, MAX_TEXT_TOKENS)
     return shapes
 

@@ -91,7 +91,8 @@ class Evaluation:
                     if record.best_step == step:
                         folder = self._run.config.output_dir / BEST_FOLDER
                         folder.mkdir(exist_ok=True)
-                        lora_files.save_both(self._run.adapters, folder)
+                        expert = self._run.config.model.expert
+                        lora_files.save_both(self._run.adapters, folder, expert)
             if step > 0:
                 # once more, with what validation has found
                 self._run.save_checkpoint(step, feed_state, *self.of_checkpoint())

@@ -4,9 +4,14 @@
     s = shift u / (1 + (shift - 1) u)                     t = 1000 s
     loss = weight(s) |v - model|^2                        weight 1, or a bell
 
-Image-to-video: latent frame 0 is the clean one, its tokens have t = 0, and it is left out of the
-loss. Everything that is random about a sample follows from its seed, so a run on another number
-of GPUs sees the same noise.
+Image-to-video of TI2V-5B: latent frame 0 is the clean one, its tokens have t = 0, and it is left
+out of the loss. Everything that is random about a sample follows from its seed, so a run on another
+number of GPUs sees the same noise.
+
+A model of two experts has one for the high noise levels, s >= boundary, and one for the low ones. A
+run that trains one of them draws from its part of the law: the draws of a sample are mapped onto
+that part of u, so the law inside of it is the same as before, and runs of both experts see the same
+draws.
 
 Shapes: B samples, C latent channels, T/h/w latent frames, rows and columns, R = 2 modulation rows.
 """
@@ -22,6 +27,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from loader.models import Expert
 from loader.shape import Bucket
 
 TimestepDistribution = Literal["uniform", "logit_normal"]
@@ -33,8 +39,9 @@ class FlowConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The `[flow]` table: from which noise levels the model learns."""
 
     # More noise for larger pictures, because neighbours tell more of each other there (SD3, arXiv
-    # 2403.03206, section 5.3.2). 5 at 720p, 3 at 480p: the sample_shift of Wan2.2's repository.
-    shift: Positive = 5.0
+    # 2403.03206, section 5.3.2). Unset: the model's own, the sample_shift of its repository, 5 for
+    # TI2V-5B (at 480p it has 3), 12 and 5 for T2V-A14B and I2V-A14B, 5 for Wan2.1.
+    shift: Positive | None = None
     # of single shapes, where a run has small and large ones: {"832x480x9" = 3.0}
     shifts: dict[str, Positive] = {}
     # of u, before the shift: "uniform", or "logit_normal", u = sigmoid of a standard normal, more
@@ -47,11 +54,34 @@ class FlowConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class NoiseLaw(NamedTuple):
-    """From which noise levels samples of one shape are drawn, and what their losses weigh."""
+    """From which noise levels samples of one shape are drawn, and what their losses weigh. Of a
+    model of two experts the part of one of them, on its side of the sigma `boundary`.
+    """
 
     shift: float = 5.0
     timesteps: TimestepDistribution = "uniform"
     weighting: Weighting = "none"
+    expert: Expert | None = None
+    boundary: float = 0.0
+
+
+class NoiseLaws(NamedTuple):
+    """Of a run: `config` with its shift set, and the expert that is trained, if there are two."""
+
+    config: FlowConfig = FlowConfig(shift=5.0)
+    expert: Expert | None = None
+    boundary: float = 0.0
+
+    def of(self, bucket: Bucket) -> NoiseLaw:
+        """Of samples of this shape. The boundary is a sigma, so the part of u that an expert has
+        follows the shape's shift.
+        """
+        config = self.config
+        shift = config.shifts.get(str(bucket), config.shift)
+        assert shift is not None, "the run's configuration is resolved"
+        return NoiseLaw(
+            shift, config.timesteps, config.weighting, expert=self.expert, boundary=self.boundary
+        )
 
 
 class Noised(NamedTuple):
@@ -70,6 +100,11 @@ def shifted_sigma(u: float, shift: float) -> float:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def unshifted(sigma: float, shift: float) -> float:
+    """The u of which `shifted_sigma` makes `sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
 def sample_sigma(seed: int, law: NoiseLaw) -> float:
     """The noise level of the sample with this 63-bit seed, in Python floats: the same on every
     device.
@@ -79,16 +114,22 @@ def sample_sigma(seed: int, law: NoiseLaw) -> float:
 
 def sigma_at(quantile: float, law: NoiseLaw) -> float:
     """The noise level at a quantile of the law that levels are drawn from."""
+    if law.expert is not None:
+        below = boundary_quantile(law)
+        high = law.expert == "high"
+        quantile = below + (1 - below) * quantile if high else below * quantile
     u = quantile
     if law.timesteps == "logit_normal":
         u = 1 / (1 + math.exp(-statistics.NormalDist().inv_cdf(quantile)))
     return shifted_sigma(u, law.shift)
 
 
-def law_of(config: FlowConfig, bucket: Bucket) -> NoiseLaw:
-    """Of samples of this shape."""
-    shift = config.shifts.get(str(bucket), config.shift)
-    return NoiseLaw(shift, config.timesteps, config.weighting)
+def boundary_quantile(law: NoiseLaw) -> float:
+    """The share of the whole law that lies below the boundary."""
+    u = unshifted(law.boundary, law.shift)
+    if law.timesteps == "logit_normal":
+        return statistics.NormalDist().cdf(math.log(u / (1 - u)))
+    return u
 
 
 def check_shifts(config: FlowConfig, buckets: Iterable[Bucket]) -> None:
@@ -183,6 +224,17 @@ def noise_latent(
         num_clean_frames_B=i2v_B.long(),
         target_BCThw=noise_BCThw - x0_BCThw,
     )
+
+
+def with_given(noised_BCThw: Tensor, given_BCThw: Tensor, stride_t: int = 4) -> Tensor:
+    """What I2V-A14B takes: the noised latent, a mask and what is given, as float32 [B, C + 4 + Cc,
+    T, h, w]. The mask says which of the `stride_t` frames of each latent frame are known: those of
+    the first latent frame, as diffusers repeats its single frame.
+    """
+    batch, _, num_frames, height, width = noised_BCThw.shape
+    mask_BCThw = noised_BCThw.new_zeros(batch, stride_t, num_frames, height, width)
+    mask_BCThw[:, :, 0] = 1
+    return torch.cat([noised_BCThw, mask_BCThw, given_BCThw.float()], dim=1)
 
 
 def sample_losses(

@@ -25,7 +25,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from loader.config import dump_toml, load_toml
 from loader.files import sole_writer
-from loader.shape import WAN22
 from train import checkpoint, optim, setup, watch
 from train.cards import NOT_MEASURED, CardReader
 from train.config import TrainConfig, in_steps
@@ -72,7 +71,7 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         )
         # what was chosen of "auto" follows as comments
         chosen = "".join(f"# {line}\n" for line in describe(run.kernels))
-        (output / "config.toml").write_text(dump_toml(config) + chosen, encoding="utf-8")
+        (output / "config.toml").write_text(dump_toml(run.config) + chosen, encoding="utf-8")
         for line in run.describe():
             progress.say(line)
     status.num_steps = config.num_steps
@@ -119,14 +118,16 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
             num_samples += len(batch.keys)
             watched.start_micro_batch(step, batch.keys)
             stopwatch.lap("data_wait_s")
-            losses_B = micro_step.forward(prepare(batch, config.flow))
+            losses_B = micro_step.forward(prepare(batch, run.laws))
             add_losses(flat, losses_B, batch, config.global_batch)
             stopwatch.lap("forward_s")
             micro_step.backward()
             stopwatch.lap("backward_s")
             run_ahead.wait()
             watched.end_micro_batch()
-            num_tokens += WAN22.num_tokens(batch.bucket) * len(batch.keys) * world.data_size
+            num_tokens += (
+                run.kind.layout.num_tokens(batch.bucket) * len(batch.keys) * world.data_size
+            )
         # gradient and losses of all processes, summed as one vector
         watched.mark("sums the gradient with the other processes")
         mesh.all_reduce_sum(flat.buffer, world)
@@ -179,8 +180,8 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
     mesh.barrier(world)
     if progress:
         with run.exported():
-            lora_files.save_both(run.adapters, output)
-        diffusers, comfyui = lora_files.DIFFUSERS_FILE, lora_files.COMFYUI_FILE
+            lora_files.save_both(run.adapters, output, config.model.expert)
+        diffusers, comfyui = lora_files.result_files(config.model.expert)
         progress.say(
             f"{done} steps done: {output / diffusers} (diffusers), {output / comfyui} (ComfyUI)"
         )

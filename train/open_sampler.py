@@ -5,12 +5,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from loader.shape import WAN22
 from loader.walk import Walk
-from train.denoise import Decoder
+from train.denoise import Decoder, schedule_steps
 from train.run import Run
-from train.sampling import Sampler
-from train.setup import FPS
+from train.sampling import Sampler, schedule_of
 from train.subjects import Subjects, subjects_of_file, subjects_of_split
 
 log = logging.getLogger(__name__)
@@ -33,6 +31,9 @@ def open_sampler(run: Run) -> Sampler | None:
         if run.world.is_main:
             log.warning("samples: none are made, because %s", missing)
         return None
+    for subject in subjects.subjects:
+        # raises where no step is left for an expert
+        schedule_steps(schedule_of(config.samples, run.laws, subject.bucket))
     return Sampler(
         model=run.model,
         adapters=run.adapters,
@@ -40,9 +41,9 @@ def open_sampler(run: Run) -> Sampler | None:
         decoder=Decoder(model_dir, run.world.device),
         subjects=subjects.subjects,
         empty_SD=subjects.empty_SD,
-        layout=WAN22,
-        flow=config.flow,
-        fps=FPS,
+        layout=run.kind.layout,
+        laws=run.laws,
+        fps=run.kind.fps,
         config=config.samples,
         output=config.output_dir,
         world=run.world,
@@ -50,15 +51,37 @@ def open_sampler(run: Run) -> Sampler | None:
 
 
 def _subjects(run: Run) -> Subjects | None:
-    config, device = run.config, run.world.device
+    config, device, layout = run.config, run.world.device, run.kind.layout
+    starts_from_clips = run.laws.expert == "low"
+    if run.kind.condition or starts_from_clips:
+        _refuse_other_shapes(run)
     if config.samples.prompts:
-        found = subjects_of_file(Path(config.samples.prompts), config.samples, WAN22)
+        found = subjects_of_file(Path(config.samples.prompts), config.samples, layout)
         on_device = [
             subject._replace(text_SD=subject.text_SD.to(device)) for subject in found.subjects
         ]
         return Subjects(on_device, found.empty_SD.to(device))
-    with Walk(replace(config.data, condition="latent"), "val", device) as walk:
+    data, reads_given = replace(config.data, condition="latent"), bool(run.kind.condition)
+    with Walk(data, "val", device, reads_given=reads_given) as walk:
         if not walk.places:
             return None
-        image_to_video = config.data.i2v_share > 0
-        return subjects_of_split(walk, config.samples, WAN22, image_to_video=image_to_video)
+        return subjects_of_split(
+            walk,
+            config.samples,
+            layout,
+            image_to_video=config.data.i2v_share > 0,
+            starts_from_clips=starts_from_clips,
+        )
+
+
+def _refuse_other_shapes(run: Run) -> None:
+    """What a clip starts from is stored in the dataset, for the clip's own shape."""
+    why = f"{run.kind.name} starts from a clip's first frame"
+    if run.laws.expert == "low":
+        why = "the low-noise expert starts from a clip with noise"
+    for key in ("prompts", "shape"):
+        if value := getattr(run.config.samples, key):
+            raise ValueError(
+                f'samples.{key} = "{value}": {why}, as the val split holds it; leave the key out, '
+                f"or set samples.every = 0"
+            )

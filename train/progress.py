@@ -91,6 +91,14 @@ class Report(NamedTuple):
         return record, sums.faults
 
 
+def _interval(record: ValidationRecord) -> str:
+    """Where an expert was measured; empty for a whole model."""
+    if record.interval is None:
+        return ""
+    low, high = record.interval
+    return f"; at the expert's own noise levels, sigma {low:g} to {high:g}"
+
+
 def status_line(record: StepRecord, num_steps: int, validation: float | None = None) -> str:
     """A record for people. `validation` is the newest relative validation loss."""
     parts = [f"step {record.step}/{num_steps}"]
@@ -184,7 +192,7 @@ class Progress:
         self.say(
             f"step {record.step}: validation loss {record.relative_loss:.4f} of the base's, "
             f"{record.difference:+.4f} (error {error}) to step {record.reference_step}{better}; "
-            f"{record.num_windows} windows, {record.elapsed_s:.0f} s"
+            f"{record.num_windows} windows, {record.elapsed_s:.0f} s{_interval(record)}"
         )
 
     def show_samples(self, event: SampleEvent, folder: Path) -> None:
@@ -193,7 +201,8 @@ class Progress:
             self._writer.add_image(
                 "samples/sheet", np.asarray(sheet), event.step, dataformats="HWC"
             )
-        self.say(f"step {event.step}: {len(event.clips)} clips in {folder}")
+        shows = f" ({event.shows})" if event.shows else ""
+        self.say(f"step {event.step}: {len(event.clips)} clips in {folder}{shows}")
         same = [clip.file for clip in event.clips if clip.mean_difference_levels == 0.0]
         if same and event.step > 0:
             self.say(

@@ -141,6 +141,9 @@ class ValidationRecord(msgspec.Struct, frozen=True, kw_only=True):
     # validations in a row without an improvement
     num_without_gain: int
     num_windows: int
+    # lowest and highest sigma of the expert that is trained, which is measured there alone; None:
+    # a whole model, 0 to 1
+    interval: tuple[float, float] | None = None
     elapsed_s: float | None = None
 
 
@@ -172,6 +175,8 @@ class SampleEvent(msgspec.Struct, frozen=True, kw_only=True):
     shift: float
     # tiles give another picture: never compare tiled with untiled
     tiled: bool
+    # what the clips show where one expert made them without the other; empty: the whole model
+    shows: str = ""
     # xxh3_128 of all factors
     lora_xxh3: str
     # Frobenius norm of scale * B A by kind of layer

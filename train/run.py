@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from loader.feed import Feed
+from loader.models import ModelKind
 from loader.shape import Bucket
 from train import checkpoint, optim
 from train.activations import plan as activations
 from train.average import Average
 from train.config import TrainConfig, defaults, flat, resumable_changes
 from train.diagnose import find_non_finite
+from train.flow import NoiseLaws
 from train.lora import adapters as lora
 from train.lora import files as lora_files
 from train.lora.start import start_from
@@ -52,7 +54,11 @@ class Resumed(NamedTuple):
 class Run:
     """The parts of one training run on one process."""
 
+    # with the model's own values where keys were unset
     config: TrainConfig
+    kind: ModelKind
+    # from which noise levels it learns
+    laws: NoiseLaws
     world: World
     model: Wan
     # which attention kernel runs where
@@ -85,7 +91,9 @@ class Run:
                 log.warning("%s; going on from the checkpoint before it", line)
         if newest is None:
             if self.config.lora.init:
-                read = start_from(self.adapters, Path(self.config.lora.init))
+                read = start_from(
+                    self.adapters, Path(self.config.lora.init), self.config.model.expert
+                )
                 if self.world.is_main:
                     log.info("starts from %s", read)
                 if self.average:
@@ -185,13 +193,18 @@ class Run:
 
     def _save_lora(self, num_done: int, folder: Path) -> None:
         # paths tell nothing to whoever gets the file, and too much about where it is from
-        config = {key: value for key, value in flat(self.config).items() if key not in PATHS}
+        config = {
+            key: value
+            for key, value in flat(self.config).items()
+            if key not in PATHS and value is not None
+        }
         with self.exported():
             lora_files.save_step(
                 self.adapters,
                 folder,
                 num_done,
                 run=self.name,
+                expert=self.config.model.expert,
                 dtype=getattr(torch, self.config.checkpoint.lora_dtype),
                 training={
                     "step": num_done,
@@ -228,7 +241,8 @@ class Run:
         newest = checkpoint.latest(self.config.output_dir)
         if newest is None:
             return "Start again with a lower optim.lr"
-        file = lora_files.step_file(checkpoint.step_of(newest), run=self.name)
+        step, expert = checkpoint.step_of(newest), self.config.model.expert
+        file = lora_files.step_file(step, run=self.name, expert=expert)
         return f"Start a new output with a lower optim.lr, from lora.init = {newest / file}"
 
     def trace(self, feed: Feed, index: int) -> str:
@@ -238,7 +252,7 @@ class Run:
         for number in range(feed.batch_again(index, 0).num_micro):
             batch = feed.batch_again(index, number)
             found = find_non_finite(
-                prepare(batch, self.config.flow),
+                prepare(batch, self.laws),
                 self.model,
                 self.adapters,
                 self.flat,

@@ -29,7 +29,7 @@ from loader.order import sample_seed
 from loader.shape import Bucket, LatentLayout
 from train.contact_sheet import contact_sheet
 from train.denoise import Decoder, Frames, Schedule, denoise
-from train.flow import FlowConfig, law_of
+from train.flow import NoiseLaws
 from train.lora.adapters import LoRA
 from train.model.attention import Attention
 from train.model.wan import Wan
@@ -50,27 +50,58 @@ class SamplesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # WIDTHxHEIGHTxFRAMES; empty: each caption's own bucket, which a file of prompts does not have
     shape: str = ""
     num_steps: Annotated[int, Meta(ge=1)] = 25
-    # 1: without; else two passes for each step
-    guidance: Annotated[float, Meta(ge=1.0)] = 5.0
+    # 1: without; else two passes for each step. Unset: the model's own
+    guidance: Annotated[float, Meta(ge=1.0)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 
+# under a row's name in the sheet
+_MARKS = {"high": "x0 at\nboundary", "low": "from a\nclip"}
+
+
+def schedule_of(config: SamplesConfig, laws: NoiseLaws, bucket: Bucket) -> Schedule:
+    """How clips of this shape are denoised."""
+    assert config.guidance is not None, "the run's configuration is resolved"
+    shift = laws.of(bucket).shift
+    return Schedule(config.num_steps, shift, config.guidance, laws.expert, laws.boundary)
+
+
+def describe_part(laws: NoiseLaws) -> str:
+    """What clips show that one expert made without the other; empty for a whole model."""
+    if laws.expert is None:
+        return ""
+    if laws.expert == "high":
+        return (
+            f"the high-noise expert alone: its estimate of the clip at sigma {laws.boundary:g}, "
+            f"so blurred"
+        )
+    return (
+        f"the low-noise expert alone: clips of the val split, noised to sigma {laws.boundary:g} "
+        f"and denoised"
+    )
+
+
 class Subject(NamedTuple):
-    """What a clip is made of. text_SD: UMT5 rows on the device. first_frame_C1hw: of I2V."""
+    """What a clip is made of. text_SD: UMT5 rows on the device. first_frame_C1hw, or of A14B
+    given_CThw: of I2V. start_CThw: the clip's latent, where sampling starts from it.
+    """
 
     key: str
     prompt: str
     bucket: Bucket
     text_SD: Tensor
-    first_frame_C1hw: Tensor | None
+    first_frame_C1hw: Tensor | None = None
+    given_CThw: Tensor | None = None
+    start_CThw: Tensor | None = None
 
     @property
     def task(self) -> str:
-        return "t2v" if self.first_frame_C1hw is None else "i2v"
+        is_t2v = self.first_frame_C1hw is None and self.given_CThw is None
+        return "t2v" if is_t2v else "i2v"
 
 
 class Sampler:
-    """One per process. `layout` is the model's, `flow` the run's, `fps` the dataset's."""
+    """One per process. `layout` and `fps` are the model's, `laws` are the run's."""
 
     def __init__(
         self,
@@ -82,7 +113,7 @@ class Sampler:
         subjects: list[Subject],
         empty_SD: Tensor,
         layout: LatentLayout,
-        flow: FlowConfig,
+        laws: NoiseLaws,
         fps: float,
         config: SamplesConfig,
         output: Path,
@@ -91,7 +122,7 @@ class Sampler:
         self._model, self._adapters, self._attention = model, adapters, attention
         self._decoder, self._subjects, self._empty_SD = decoder, subjects, empty_SD
         self._layout, self._fps, self._config, self._world = layout, fps, config, world
-        self._flow = flow
+        self._laws = laws
         self._folder = output / SAMPLES_FOLDER
 
     def folder_of(self, step: int) -> Path:
@@ -114,7 +145,9 @@ class Sampler:
                 subject, name = self._subjects[number], self._name(number)
                 base = self._base(subject)
                 tuned = self._frames(subject)
-                rows = [(f"{number + 1}\nbase", base), (f"{number + 1}\nstep {step}", tuned)]
+                mark = f"\n{_MARKS[self._laws.expert]}" if self._laws.expert else ""
+                names = (f"{number + 1}\nbase{mark}", f"{number + 1}\nstep {step}{mark}")
+                rows = list(zip(names, (base, tuned), strict=True))
                 (folder / f"{name}.mp4").write_bytes(encode_mp4(tuned, self._fps))
                 contact_sheet(rows).save(folder / f"{name}.png")
                 differences[number] = np.abs(base.astype(np.int16) - tuned).mean()
@@ -140,8 +173,10 @@ class Sampler:
             text_SD=subject.text_SD,
             empty_SD=self._empty_SD,
             noise_CThw=torch.randn(*shape, generator=generator).to(self._world.device),
-            schedule=self._schedule(subject),
+            schedule=schedule_of(self._config, self._laws, subject.bucket),
             first_frame_C1hw=subject.first_frame_C1hw,
+            given_CThw=subject.given_CThw,
+            start_CThw=subject.start_CThw,
         )
         return self._decoder.decode(latent_CThw)
 
@@ -161,12 +196,10 @@ class Sampler:
         write_atomic(path, zstandard.ZstdCompressor(write_checksum=True).compress(frames.tobytes()))
         return frames
 
-    def _schedule(self, subject: Subject) -> Schedule:
-        shift = law_of(self._flow, subject.bucket).shift
-        return Schedule(self._config.num_steps, shift, self._config.guidance)
-
     def _settings_hash(self, subject: Subject) -> str:
-        settings = (self._schedule(subject), self._config.seed, str(subject.bucket), subject.prompt)
+        schedule = schedule_of(self._config, self._laws, subject.bucket)
+        num_fields = len(schedule) if schedule.expert else 3
+        settings = (schedule[:num_fields], self._config.seed, str(subject.bucket), subject.prompt)
         return xxhash.xxh3_64_hexdigest(msgspec.json.encode(settings))
 
     def _name(self, number: int) -> str:
@@ -200,17 +233,20 @@ class Sampler:
                 task=subject.task,
                 shape=str(subject.bucket),
                 seed=sample_seed(self._config.seed, 0, subject.key),
-                shift=self._schedule(subject).shift,
+                shift=self._laws.of(subject.bucket).shift,
                 mean_difference_levels=differences[number],
             )
             for number, subject in enumerate(self._subjects)
         ]
+        guidance, shift = self._config.guidance, self._laws.config.shift
+        assert guidance is not None and shift is not None, "the run's configuration is resolved"
         return SampleEvent(
             step=step,
             num_steps=self._config.num_steps,
-            guidance=self._config.guidance,
-            shift=self._flow.shift,
+            guidance=guidance,
+            shift=shift,
             tiled=False,
+            shows=describe_part(self._laws),
             lora_xxh3=lora_hash(self._adapters),
             update_norms=update_norms(self._adapters),
             clips=clips,

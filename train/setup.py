@@ -17,8 +17,9 @@ import torch
 
 from loader.feed import Feed
 from loader.identity import check_identity, folder_xxh3
+from loader.models import ModelKind
 from loader.registered import available_bytes, check_available, processes_here
-from loader.shape import WAN22, Bucket
+from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
 from train import optim
 from train.activations import plan as activations
@@ -30,6 +31,7 @@ from train.activations.budget import (
 )
 from train.activations.runner import block_runner
 from train.average import Average
+from train.base import base_kind, laws_of, resolve, transformer_folder
 from train.choices import attention_kernels, attention_shapes, batching, micro_shapes
 from train.config import TrainConfig
 from train.flow import check_shifts
@@ -55,19 +57,19 @@ from train.step import MicroStep
 from train.tally import Tally
 
 log = logging.getLogger(__name__)
-FPS = 24.0  # of Wan2.2-TI2V-5B
 
 
 def open_feed(config: TrainConfig, world: World) -> Feed:
     """The training batches of this process. Raises ValueError for datasets that can't be used."""
     vae = None
     cut = batching(config, world.data_rank, world.data_size)
+    kind = base_kind(config)
     if config.data.condition == "raw":
         dtype = getattr(torch, config.model.dtype)
         vae = load_vae_encoder(Path(config.model.path), world.device, dtype)
-    feed = Feed(config.data, cut, world.device, vae)
+    feed = Feed(config.data, cut, world.device, vae, reads_given=bool(kind.condition))
     try:
-        check_datasets(config, world, feed)
+        check_datasets(config, world, feed, kind)
         check_shifts(config.flow, _shapes(config, feed))
     except ValueError:
         feed.close()
@@ -78,20 +80,23 @@ def open_feed(config: TrainConfig, world: World) -> Feed:
 def _shapes(config: TrainConfig, feed: Feed) -> set[Bucket]:
     """All shapes that a run may train, validate or sample."""
     shapes = {
-        WAN22.parse(shard.bucket)
+        Bucket.parse(shard.bucket)
         for dataset in feed.datasets
         for shards in dataset.manifest.splits.values()
         for shard in shards
     }
-    return shapes | ({WAN22.parse(config.samples.shape)} if config.samples.shape else set())
+    return shapes | ({Bucket.parse(config.samples.shape)} if config.samples.shape else set())
 
 
-def check_datasets(config: TrainConfig, world: World, feed: Feed) -> None:
+def check_datasets(config: TrainConfig, world: World, feed: Feed, kind: ModelKind) -> None:
     """Are the datasets of this model? Rank 0 logs what can't be compared. Raises DatasetError."""
     vae_xxh3 = folder_xxh3(Path(config.model.path) / "vae")
     for dataset in feed.datasets:
         not_compared = check_identity(
-            dataset.name, dataset.manifest, layout=WAN22, fps=FPS, vae_xxh3=vae_xxh3
+            dataset.name,
+            dataset.manifest,
+            model=kind,
+            vae_xxh3=vae_xxh3,
         )
         if world.is_main:
             for line in not_compared:
@@ -128,14 +133,16 @@ def build(
     Raises ValueError for a configuration that can't run here, WeightsError, LoRAError.
     """
     device, dtype = world.device, getattr(torch, config.model.dtype)
-    shapes = micro_shapes(config, world.data_size, buckets)
+    kind = base_kind(config, model)
+    config = resolve(config, kind)
+    shapes = micro_shapes(config, world.data_size, buckets, kind.layout)
     budget_bytes = parse_activation_memory(config.activation_memory)
     check_placement(config.model, config.lora, config.activation_memory)
     _set_precision(config)
 
     # -- attention kernels, timed while the card is empty ------------------------------------
     if model is None:
-        wan = read_config(Path(config.model.path) / "transformer" / "config.json")
+        wan = read_config(Path(config.model.path) / transformer_folder(config) / "config.json")
     else:
         wan = model.config
     choice = attention_kernels(config, world, attention_shapes(wan, shapes.values()), kernels)
@@ -173,8 +180,9 @@ def build(
     # -- the frozen base and its adapters ----------------------------------------------------
     base_weights = ""
     if model is None:
-        model = load_transformer(Path(config.model.path), device, dtype, weights)
-        base_weights = weights_xxh3(Path(config.model.path))
+        model_dir, folder = Path(config.model.path), transformer_folder(config)
+        model = load_transformer(model_dir, device, dtype, folder, elsewhere=weights)
+        base_weights = weights_xxh3(model_dir, folder)
     elif weights is not None:
         weights.take(model)
     adapters = lora.attach(
@@ -224,6 +232,8 @@ def build(
     )
     return Run(
         config=config,
+        kind=kind,
+        laws=laws_of(config, kind),
         world=world,
         model=model,
         kernels=choice,

@@ -13,7 +13,7 @@ Shapes: B samples, C latent channels, T/h/w latent frames, rows, columns, S = 51
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loader.batch import Batch
 from train import flow
-from train.flow import FlowConfig
+from train.flow import NoiseLaws
 from train.model.attention import Attention
 from train.model.wan import RunBlock, Wan
 
@@ -40,23 +40,43 @@ class Inputs(NamedTuple):
     weight_B: Tensor
 
 
-def prepare(batch: Batch, config: FlowConfig) -> Inputs:
+def prepare(batch: Batch, laws: NoiseLaws) -> Inputs:
     """Noise a batch: timesteps and noise follow from each sample's seed."""
     device = batch.latent_BCTHW.device
-    noise = flow.sample_noise(batch.seeds, batch.latent_BCTHW.shape[1:], device)
-    law = flow.law_of(config, batch.bucket)
+    noise_BCThw = flow.sample_noise(batch.seeds, batch.latent_BCTHW.shape[1:], device)
+    law = laws.of(batch.bucket)
     sigmas = [flow.sample_sigma(seed, law) for seed in batch.seeds]
     weights = [flow.loss_weight(sigma, law) for sigma in sigmas]
+    return noised_inputs(batch, noise_BCThw, sigmas, batch.seeds, weights)
+
+
+def noised_inputs(
+    batch: Batch,
+    noise_BCThw: Tensor,
+    sigmas: Sequence[float],
+    seeds: Sequence[int],
+    weights: Sequence[float],
+) -> Inputs:
+    """A batch with this noise at these levels; `seeds` decide LoRA dropout, `weights` multiply the
+    losses.
+    """
+    device = batch.latent_BCTHW.device
+    # a model that is given its first frame beside the latent learns all of the latent's frames
+    is_given = batch.given_BCTHW is not None
+    has_clean_frame = [False] * len(batch.is_i2v) if is_given else batch.is_i2v
     noised = flow.noise_latent(
-        batch.latent_BCTHW, noise, sigmas, batch.is_i2v, batch.condition_BC1HW
+        batch.latent_BCTHW, noise_BCThw, sigmas, has_clean_frame, batch.condition_BC1HW
     )
+    latent_BCThw = noised.latent_BCThw
+    if batch.given_BCTHW is not None:
+        latent_BCThw = flow.with_given(latent_BCThw, batch.given_BCTHW)
     return Inputs(
-        latent_BCThw=noised.latent_BCThw,
+        latent_BCThw=latent_BCThw,
         t_BR=noised.t_BR,
         num_clean_frames_B=noised.num_clean_frames_B,
         text_BSD=batch.text_BSD,
         target_BCThw=noised.target_BCThw,
-        seeds_B=flow.to_device(batch.seeds, torch.int64, device),
+        seeds_B=flow.to_device(seeds, torch.int64, device),
         weight_B=flow.to_device(weights, torch.float32, device),
     )
 

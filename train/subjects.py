@@ -24,10 +24,17 @@ class Subjects(NamedTuple):
 
 
 def subjects_of_split(
-    walk: Walk, config: SamplesConfig, layout: LatentLayout, *, image_to_video: bool
+    walk: Walk,
+    config: SamplesConfig,
+    layout: LatentLayout,
+    *,
+    image_to_video: bool,
+    starts_from_clips: bool = False,
 ) -> Subjects:
     """Captions of a split, of videos where it has any. With `image_to_video` every second clip
-    starts from its first frame, unless that has another shape than `samples.shape`.
+    starts from its first frame, unless that has another shape than `samples.shape`. A walk that
+    reads what I2V-A14B is given makes all of them image to video. starts_from_clips: for the
+    low-noise expert.
     """
     shape = layout.parse(config.shape) if config.shape else None
     subjects = []
@@ -38,11 +45,18 @@ def subjects_of_split(
         bucket = shape or batch.bucket
         from_frame = image_to_video and number % 2 == 1 and bucket.num_frames > 1
         first_frame_C1hw = None
-        if from_frame and bucket == batch.bucket:
+        if from_frame and bucket == batch.bucket and batch.given_BCTHW is None:
             first_frame_C1hw = batch.latent_BCTHW[0, :, :1].float()
-        subjects.append(
-            Subject(window.key, window.prompt, bucket, batch.text_BSD[0], first_frame_C1hw)
+        subject = Subject(
+            key=window.key,
+            prompt=window.prompt,
+            bucket=bucket,
+            text_SD=batch.text_BSD[0],
+            first_frame_C1hw=first_frame_C1hw,
+            given_CThw=None if batch.given_BCTHW is None else batch.given_BCTHW[0],
+            start_CThw=batch.latent_BCTHW[0] if starts_from_clips else None,
         )
+        subjects.append(subject)
     empty = walk.batch(windows[0].place, is_i2v=False, seed=0, drop_caption=True)
     return Subjects(subjects, empty.text_BSD[0])
 
@@ -69,5 +83,5 @@ def subjects_of_file(path: Path, config: SamplesConfig, layout: LatentLayout) ->
         ) from error
     named: list[Subject] = []
     for number, (text, rows_SD) in enumerate(zip(texts, rows, strict=True), start=1):
-        named.append(Subject(f"prompt{number:02d}", text, bucket, rows_SD, None))
+        named.append(Subject(f"prompt{number:02d}", text, bucket, rows_SD))
     return Subjects(named, empty_SD)

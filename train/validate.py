@@ -29,10 +29,10 @@ from loader.batch import Batch
 from loader.order import is_i2v, sample_seed
 from loader.walk import Walk
 from train import flow
-from train.flow import FlowConfig
+from train.flow import NoiseLaws
 from train.parallel import mesh
 from train.parallel.mesh import World
-from train.step import Inputs
+from train.step import Inputs, noised_inputs
 from train.windows import Window
 
 Task = Literal["t2v", "i2v"]
@@ -72,13 +72,14 @@ def measure(
     walk: Walk,
     windows: Sequence[Window],
     i2v_share: float,
-    flow_config: FlowConfig,
+    laws: NoiseLaws,
     seed: int,
     world: World,
 ) -> Losses:
     """Losses of `windows`, shared out to the ranks and gathered on all of them.
 
-    loss(inputs): the model's, without gradients and without dropout. `windows` are of `walk`.
+    loss(inputs): the model's, without gradients and without dropout. `windows` are of `walk`. laws:
+    the run's own, of an expert its part alone.
     """
     tasks = [_task(window, i2v_share, seed) for window in windows]
     num_columns = len(LEVELS_U) + NUM_PSNR_LEVELS
@@ -87,7 +88,7 @@ def measure(
     for row in range(world.data_rank, len(windows), world.data_size):
         window, task = windows[row], tasks[row]
         batch = walk.batch(window.place, is_i2v=task == "i2v", seed=seed)
-        law = flow.law_of(flow_config, batch.bucket)
+        law = laws.of(batch.bucket)
         sigmas_U = [flow.sigma_at(u, law) for u in LEVELS_U]
         for level, sigma in enumerate(sigmas_U):
             inputs = _inputs(batch, sigma, sample_seed(seed, level, window.key))
@@ -120,17 +121,8 @@ def _inputs(batch: Batch, sigma: float, seed: int) -> Inputs:
     shape = batch.latent_BCTHW.shape[1:]
     # on the CPU: a GPU draws other numbers from the same seed
     noise_BCThw = flow.sample_noise([seed], shape, torch.device("cpu")).to(device)
-    noised = flow.noise_latent(batch.latent_BCTHW, noise_BCThw, [sigma], batch.is_i2v)
-    return Inputs(
-        latent_BCThw=noised.latent_BCThw,
-        t_BR=noised.t_BR,
-        num_clean_frames_B=noised.num_clean_frames_B,
-        text_BSD=batch.text_BSD,
-        target_BCThw=noised.target_BCThw,
-        seeds_B=flow.to_device([seed], torch.int64, device),
-        # what one loss is worth in training has no part in how far the model is off
-        weight_B=torch.ones(1, device=device),
-    )
+    # what one loss is worth in training has no part in how far the model is off
+    return noised_inputs(batch, noise_BCThw, [sigma], [seed], weights=[1.0])
 
 
 def relative_losses(losses: Losses, base: Losses) -> Tensor:

@@ -58,7 +58,7 @@ class _Split:
                     walk=self.walk,
                     windows=self.windows,
                     i2v_share=config.data.i2v_share,
-                    flow_config=config.flow,
+                    laws=run.laws,
                     seed=config.validation.seed,
                     world=run.world,
                 )
@@ -112,6 +112,7 @@ class Validator:
             best_step=self._history.best_step,
             num_without_gain=self._history.num_without_gain,
             num_windows=len(losses.keys),
+            interval=_interval(self._run),
             elapsed_s=time.perf_counter() - begin_s,
         )
 
@@ -172,6 +173,14 @@ def _mean_at_train_levels(losses: Losses, base: Losses) -> float:
     return sum(values) / len(values)
 
 
+def _interval(run: Run) -> tuple[float, float] | None:
+    """Of sigma, where an expert is measured; None for a whole model."""
+    expert, boundary = run.laws.expert, run.laws.boundary
+    if expert is None:
+        return None
+    return (boundary, 1.0) if expert == "high" else (0.0, boundary)
+
+
 def _losses_state(losses: Losses | None) -> dict[str, Any] | None:
     return None if losses is None else losses._asdict()
 
@@ -196,7 +205,8 @@ def open_validator(run: Run) -> Validator | None:
 
 def _open_split(run: Run, split: Any, num_windows: int, device: torch.device) -> _Split | None:
     # stored latents, also where training makes its first frames anew: equal for every run
-    walk = Walk(replace(run.config.data, condition="latent"), split, device)
+    data, reads_given = replace(run.config.data, condition="latent"), bool(run.kind.condition)
+    walk = Walk(data, split, device, reads_given=reads_given)
     if not walk.places:
         walk.close()
         return None

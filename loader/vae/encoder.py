@@ -86,15 +86,21 @@ class VAEEncoder(nn.Module):
         return weight.shape[0] * weight.element_size() / self.patch_size**2
 
     @torch.inference_mode()
-    def encode(self, video_BCTHW: Tensor, chunk_frames: int = 16) -> Tensor:
+    def encode(
+        self, video_BCTHW: Tensor, chunk_frames: int = 16, num_grey_frames: int = 0
+    ) -> Tensor:
         """Encode pixels in [-1, 1], or uint8 ones, [B, 3, 4n+1, H, W], to the normalised posterior
         mean [B, z, n+1, H/f, W/f].
 
         Works and returns in the encoder's dtype, on its device. `chunk_frames`, a multiple of 4,
-        trades memory for speed and doesn't change the result beyond rounding. Raises VAEError for
-        another shape.
+        trades memory for speed and doesn't change the result beyond rounding. With
+        `num_grey_frames`, 4m, the video is a first frame alone and so many grey ones (0.0 in [-1,
+        1]) follow it: what I2V-A14B is given. Its latent frame 0 is that of the whole clip, because
+        both encode frame 0 by itself. Raises VAEError for another shape.
         """
+        assert num_grey_frames == 0 or video_BCTHW.shape[2] == 1
         _, _, frames, height, width = video_BCTHW.shape
+        frames += num_grey_frames
         if frames % 4 != 1 or height % self.space_factor or width % self.space_factor:
             raise VAEError(
                 f"a video of {width}x{height}x{frames} can't be encoded: it takes 4n+1 frames and "
@@ -106,7 +112,11 @@ class VAEEncoder(nn.Module):
         means = []
         for start in (0, *range(1, frames, chunk_frames)):
             end = min(start + chunk_frames, frames) if start else 1
-            pixels_BCTHW = video_BCTHW[:, :, start:end].to(weight.device)
+            if start and num_grey_frames:
+                grey_shape = (*video_BCTHW.shape[:2], end - start, height, width)
+                pixels_BCTHW = torch.zeros(grey_shape, dtype=weight.dtype, device=weight.device)
+            else:
+                pixels_BCTHW = video_BCTHW[:, :, start:end].to(weight.device)
             if pixels_BCTHW.dtype == torch.uint8:
                 pixels_BCTHW = pixels_BCTHW.float() / 127.5 - 1
             pixels_BCTHW = pixels_BCTHW.to(weight.dtype)

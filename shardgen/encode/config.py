@@ -16,7 +16,10 @@ CUDA_ENCODER = 2
 class EncodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The models and number formats that decide a shard's bytes."""
 
-    model: str  # folder of Wan2.2-TI2V-5B in diffusers layout
+    model: str  # folder of a Wan model in diffusers layout
+    # what a sample holds beside its latent: "first_frame_and_grey" for I2V-A14B, which takes the
+    # latent of the first frame with grey frames after it; empty for all others
+    condition: Literal["", "first_frame_and_grey"] = ""
     # with several GPUs the executor starts one process for each
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -38,6 +41,9 @@ def encode_recipe(encode: EncodeConfig) -> dict[str, Any]:
     """
     plain: dict[str, Any] = msgspec.to_builtins(encode)
     del plain["model"]
+    if not encode.condition:
+        # recipes are older than this key
+        del plain["condition"]
     if encode.device == "cuda":
         del plain["vae_batch"]
         return plain | {"encoder": CUDA_ENCODER}

@@ -108,9 +108,11 @@ class Encoders:
         return plan
 
     @torch.inference_mode()
-    def start_video(self, windows: list[Frames], chunk_frames: int) -> Callable[[], EncodedVideo]:
+    def start_video(
+        self, windows: list[Frames], chunk_frames: int, num_grey_frames: int = 0
+    ) -> Callable[[], EncodedVideo]:
         """Start to encode windows uint8 [F, H, W, 3]; the function that is returned waits for the
-        latents. The VAE must be on the device until then.
+        latents. The VAE must be on the device until then. num_grey_frames: see VAEEncoder.encode.
 
         That function raises VAEError if they aren't finite.
         """
@@ -121,7 +123,8 @@ class Encoders:
         video_BCFHW = host_BFHWC.movedim(-1, 1)
         if not is_cuda:
             begin_s = time.perf_counter()
-            latent_BCTHW = self.vae.encode(video_BCFHW, chunk_frames).to(torch.float16)
+            latent_BCTHW = self.vae.encode(video_BCFHW, chunk_frames, num_grey_frames)
+            latent_BCTHW = latent_BCTHW.to(torch.float16)
             took_s = time.perf_counter() - begin_s
             return lambda: EncodedVideo(self._finite(latent_BCTHW, video_BCFHW), took_s)
 
@@ -133,7 +136,8 @@ class Encoders:
         pixels_BFHWC.record_stream(compute)
         begin, end, arrived = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         begin.record()
-        latent_BCTHW = self.vae.encode(pixels_BFHWC.movedim(-1, 1), chunk_frames)
+        pixels_BCFHW = pixels_BFHWC.movedim(-1, 1)
+        latent_BCTHW = self.vae.encode(pixels_BCFHW, chunk_frames, num_grey_frames)
         latent_BCTHW = latent_BCTHW.to(torch.float16)
         end.record()
         self._download.wait_stream(compute)

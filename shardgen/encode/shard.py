@@ -19,6 +19,7 @@ from pathlib import Path
 
 from loader.files import write_atomic
 from loader.sample import (
+    CONDITION,
     EMPTY_PROMPT_FILE,
     JSON,
     LATENT,
@@ -38,13 +39,16 @@ from shardgen.rules.windows import Window
 
 
 class _Latents:
-    """The first half of a shard: windows in, packed latents and pictures out, batch by batch."""
+    """The first half of a shard: windows in, packed latents and pictures out, batch by batch. With
+    a condition each batch is encoded twice: its clips, and their first frames with grey after them.
+    """
 
-    def __init__(self, encoders: Encoders, bucket: Bucket, zstd_level: int) -> None:
+    def __init__(self, encoders: Encoders, bucket: Bucket, spec: EncodeSpec) -> None:
         self._encoders, self._plan = encoders, encoders.plan(bucket)
-        self._zstd_level = zstd_level
+        self._zstd_level = spec.zstd_level
+        self._num_grey_frames = bucket.num_frames - 1 if spec.condition else 0
         self._batch: list[Decoded] = []
-        self._running: tuple[list[Decoded], Callable[[], EncodedVideo]] | None = None
+        self._running: tuple[list[Decoded], dict[str, Callable[[], EncodedVideo]]] | None = None
         self.members: dict[str, dict[str, bytes]] = {}  # by key
         self.windows: list[tuple[Window, TensorInfo]] = []
         self.device_s = 0.0
@@ -63,22 +67,32 @@ class _Latents:
 
     def _start(self) -> None:
         frames = [decoded.frames for decoded in self._batch]
-        wait = self._encoders.start_video(frames, self._plan.chunk_frames)
+        chunk_frames = self._plan.chunk_frames
+        started = {LATENT: self._encoders.start_video(frames, chunk_frames)}
+        if self._num_grey_frames:
+            first_frames = [window[:1] for window in frames]
+            started[CONDITION] = self._encoders.start_video(
+                first_frames, chunk_frames, self._num_grey_frames
+            )
         # while that runs
         self._pack()
-        self._running, self._batch = (self._batch, wait), []
+        self._running, self._batch = (self._batch, started), []
 
     def _pack(self) -> None:
         """Compress the latents that the device has been at work on."""
         if self._running is None:
             return
-        (batch, wait), self._running = self._running, None
-        latents, device_s = wait()
-        self.device_s += device_s
-        for decoded, latent in zip(batch, latents, strict=True):
-            packed = encode_tensor(latent, self._zstd_level)
-            self.members[decoded.window.key] = {**decoded.pictures, LATENT: packed}
-            self.windows.append((decoded.window, TensorInfo("float16", latent.shape)))
+        (batch, started), self._running = self._running, None
+        for decoded in batch:
+            self.members[decoded.window.key] = {**decoded.pictures}
+        for member, wait in started.items():
+            tensors, device_s = wait()
+            self.device_s += device_s
+            for decoded, tensor in zip(batch, tensors, strict=True):
+                packed = encode_tensor(tensor, self._zstd_level)
+                self.members[decoded.window.key][member] = packed
+                if member == LATENT:
+                    self.windows.append((decoded.window, TensorInfo("float16", tensor.shape)))
 
 
 def encode_shard(
@@ -99,7 +113,7 @@ def encode_shard(
     waiting = _Waiting()
 
     # All latents first, then all texts: the device holds one model at a time.
-    latents = _Latents(encoders, bucket, spec.zstd_level)
+    latents = _Latents(encoders, bucket, spec)
     decoding = clip_reader(decode_threads).windows(job, spec, upcoming)
     with encoders.on_device(encoders.vae), closing(decoding):
         for decoded in waiting.timed(decoding):

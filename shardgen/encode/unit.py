@@ -21,6 +21,7 @@ class EncodeSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     output: str
     model: str
+    condition: str
     device: str
     dtype: str
     threads: int
@@ -71,6 +72,7 @@ def spec_of(encode: EncodeConfig, output: Path, fit: Fitting) -> EncodeSpec:
     return EncodeSpec(
         output=str(output.resolve()),
         model=str(Path(encode.model).resolve()),
+        condition=encode.condition,
         device=encode.device,
         dtype=encode.dtype,
         threads=encode.threads,

@@ -9,8 +9,9 @@ rate: it is taken from the last build in this output folder, and without one the
 
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 
-from loader.shape import WAN22, Bucket
+from loader.shape import Bucket, LatentLayout
 from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.rates import recall_rate
 from shardgen.catalog.tables import ACCEPTED, FETCHED, REJECTED, SKIPPED, SOUND, UNREADABLE, WANTED
@@ -56,11 +57,15 @@ def expected_samples(catalog: Catalog, rules: RulesConfig) -> Counter[Bucket]:
     return counts
 
 
-def estimate(catalog: Catalog, rules: RulesConfig) -> str:
-    """The answer as text."""
+def estimate(
+    catalog: Catalog, rules: RulesConfig, layout: LatentLayout, has_condition: bool = False
+) -> str:
+    """The answer as text. `layout` is the latents'; has_condition: a sample has two of them."""
     samples = expected_samples(catalog, rules)
     total = samples.total()
-    num_bytes = sum(count * bytes_per_sample(bucket) for bucket, count in samples.items())
+    num_bytes = sum(
+        count * bytes_per_sample(bucket, layout, has_condition) for bucket, count in samples.items()
+    )
     rate_s = recall_rate(catalog.database)
     if rate_s is None:
         hours = "not measured: build a part of it first (--limit 200), then ask again"
@@ -86,11 +91,13 @@ def estimate(catalog: Catalog, rules: RulesConfig) -> str:
     )
 
 
-def bytes_per_sample(bucket: Bucket) -> int:
-    """Latent and text as float16, and a first frame at a quarter of a byte per pixel for video."""
-    channels, frames, height, width = WAN22.latent_shape(bucket)
+def bytes_per_sample(bucket: Bucket, layout: LatentLayout, has_condition: bool = False) -> int:
+    """Latent, condition and text as float16, and of video a first frame at a quarter of a byte per
+    pixel.
+    """
+    num_values = (1 + has_condition) * prod(layout.latent_shape(bucket))
     picture = bucket.width_px * bucket.height_px // 4 if bucket.num_frames > 1 else 0
-    return 2 * channels * frames * height * width + 2 * TEXT_ROWS * TEXT_DIM + picture
+    return 2 * num_values + 2 * TEXT_ROWS * TEXT_DIM + picture
 
 
 def _listed(counts: Mapping[str, int]) -> str:

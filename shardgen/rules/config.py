@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from loader.shape import WAN22, Bucket
+from loader.shape import WAN21, Bucket
 
 # A limit that a rule compares with; 0 switches the rule off.
 CountLimit = Annotated[int, Meta(ge=0)]
@@ -74,7 +74,7 @@ class WindowsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     buckets: tuple[str, ...]  # WIDTHxHEIGHTxFRAMES; those of one frame are for images
-    fps: Rate = 24.0
+    fps: Rate = 24.0  # the model's: 24 for Wan2.2-TI2V-5B, 16 for A14B and Wan2.1
     per_shot: PositiveInt = 1  # at most this many windows, spread evenly and never overlapping
     samples_per_shard: PositiveInt = 128
     fit: Literal["letterbox", "crop"] = "letterbox"
@@ -82,7 +82,8 @@ class WindowsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         """Raises ValueError for a shape that no model takes, or if there is none."""
         for text in self.buckets:
-            WAN22.parse(text)
+            # the finest grid of all models; that of encode.model is checked once it is known
+            WAN21.parse(text)
         if not self.buckets:
             raise ValueError(
                 'windows.buckets is empty: name at least one shape, e.g. "1280x704x49"'

@@ -16,15 +16,15 @@ from loader.manifest import (
     decode_index,
     read_manifest,
 )
+from loader.models import TRANSFORMER_OF
 from tools.doctor.finding import Finding
 from train.config import TrainConfig
 
 NUM_HASHED = 3  # samples read and hashed per split
 WRITE_BYTES = 256 * 2**20
 SLOW_DISK_MB_S = 100.0
-# Parts of a diffusers folder. Training reads the first; the others are for what stands beside.
+# Parts of a diffusers folder beside the transformer that is trained, and what they are for.
 PARTS = {
-    "transformer": "training",
     "vae": 'samples, and data.condition = "raw"',
     "text_encoder": "prompts of one's own",
     "tokenizer": "prompts of one's own",
@@ -34,6 +34,7 @@ HUB_IDS = {
     36: "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
     16: "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
 }
+WAN21_ID = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
 def datasets(config: TrainConfig) -> Iterator[Finding]:
@@ -86,10 +87,13 @@ def _check_hashes(stem: Path) -> None:
 def model_files(config: TrainConfig) -> Iterator[Finding]:
     """Which files of the diffusers folder are missing, and the command that fetches them."""
     folder = Path(config.model.path)
-    hub_id = _hub_id(folder)
-    for part, purpose in PARTS.items():
+    expert, trained = config.model.expert, TRANSFORMER_OF[config.model.expert]
+    hub_id = _hub_id(folder, has_experts=expert is not None)
+    others = {"transformer", "transformer_2"} - {trained} if expert else set()
+    parts = {trained: "training", **dict.fromkeys(others, "clips with both experts"), **PARTS}
+    for part, purpose in parts.items():
         missing = _missing_files(folder / part)
-        required = part == "transformer" or (part == "vae" and config.data.condition == "raw")
+        required = part == trained or (part == "vae" and config.data.condition == "raw")
         fetch = f'hf download {hub_id} --include "{part}/*" --local-dir {folder}'
         yield Finding(
             f"model {part}",
@@ -101,12 +105,15 @@ def model_files(config: TrainConfig) -> Iterator[Finding]:
         )
 
 
-def _hub_id(folder: Path) -> str:
+def _hub_id(folder: Path, has_experts: bool) -> str:
+    default = HUB_IDS[16 if has_experts else 48]
     try:
         config = json.loads((folder / "transformer" / "config.json").read_text())
     except (OSError, ValueError):
-        return HUB_IDS[48]
-    return HUB_IDS.get(config.get("in_channels"), HUB_IDS[48])
+        return default
+    if config.get("in_channels") == 16 and not has_experts:
+        return WAN21_ID
+    return HUB_IDS.get(config.get("in_channels"), default)
 
 
 def _missing_files(folder: Path) -> list[str]:

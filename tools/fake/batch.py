@@ -28,6 +28,7 @@ from loader.manifest import (
     shard_name,
 )
 from loader.sample import (
+    CONDITION,
     EMPTY_PROMPT_FILE,
     JPG,
     JSON,
@@ -54,8 +55,10 @@ def write_synthetic_dataset(
     seed: int = 0,
     clips: Sequence[bytes] = (),
     layout: LatentLayout = WAN22,
+    condition: str = "",
 ) -> Manifest:
     """Write a dataset with so many samples of each bucket ("160x96x9": 24) and return its manifest.
+    condition: of the manifest, and then each sample holds one.
 
     Videos hold a KEY.jpg, or one of `clips` as KEY.mp4, whose size is the caller's to match.
     """
@@ -67,13 +70,19 @@ def write_synthetic_dataset(
         )
         for number, start in enumerate(range(0, num_samples, samples_per_shard)):
             samples = _samples(
-                keys[start : start + samples_per_shard], bucket, layout, text_dim, split, clips
+                keys[start : start + samples_per_shard],
+                bucket,
+                layout,
+                text_dim,
+                split,
+                clips,
+                bool(condition),
             )
             shards.append(
                 write_shard(folder / split, shard_name(split, bucket, number), name, samples)
             )
     recipe = {"synthetic": dict(buckets), "text_dim": text_dim, "seed": seed}
-    manifest = make_manifest(recipe, {split: shards}, layout=layout)
+    manifest = make_manifest(recipe, {split: shards}, layout=layout, condition=condition)
     write_atomic(folder / EMPTY_PROMPT_FILE, encode_tensor(np.full((1, text_dim), 0.5, np.float16)))
     write_atomic(folder / MANIFEST_FILE, encode_manifest(manifest))
     return manifest
@@ -86,6 +95,7 @@ def _samples(
     text_dim: int,
     split: Split,
     clips: Sequence[bytes],
+    has_condition: bool,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     for i, key in enumerate(keys):
         rng = np.random.default_rng(int(key, 16))
@@ -117,6 +127,9 @@ def _samples(
             LATENT: encode_tensor(latent),
             TEXT: encode_tensor(text),
         }
+        if has_condition:
+            given = rng.standard_normal(layout.latent_shape(bucket), np.float32)
+            members[CONDITION] = encode_tensor(given.astype(np.float16))
         if bucket.num_frames > 1:
             members |= {MP4: clips[i % len(clips)]} if clips else {JPG: synthetic_jpeg(rng, bucket)}
         yield key, members

@@ -1,11 +1,12 @@
-"""Write a Wan2.2-TI2V-5B of tiny dimensions: `python -m tools.fake.checkpoint DIR [--seed N]`.
+"""Write a Wan of tiny dimensions: `python -m tools.fake.checkpoint DIR [--kind KIND] [--seed N]`.
 
-The folder has the layout, the class names and the configuration keys of
-Wan-AI/Wan2.2-TI2V-5B-Diffusers, so whatever loads the one loads the other through the same code.
-What is the same as in the real one is what other code relies on: 48 latent channels with the
-published statistics, the VAE's 16x spatial and 4x temporal compression, patches of (1, 2, 2),
-flow prediction with shift 5, and the UMT5 tokenizer's conventions. What is smaller is width and
-depth.
+The folder has the layout, the class names and the configuration keys of the real one
+(Wan-AI/Wan2.2-TI2V-5B-Diffusers, unless another kind is asked for), so whatever loads the one loads
+the other through the same code. What is the same as in the real one is what other code relies on:
+the latent channels with the published statistics, the VAE's spatial and temporal compression,
+patches of (1, 2, 2), flow prediction, A14B's two transformers and their boundary, the scheduler's
+shift as diffusers' converter writes it, and the UMT5 tokenizer's conventions. What is smaller is
+width and depth.
 
 The weights are random: a picture from this model is coloured noise. They are drawn so that
 activations stay near unit variance through every layer, because a model whose attention
@@ -17,26 +18,58 @@ import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import sentencepiece
 import torch
 import transformers
-from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tools.fake.randomise import randomise
-from tools.fake.vae import WAN22, random_vae
+from tools.fake.vae import WAN21, WAN22, random_vae
 
 TEXT_DIM = 32
 # sentinels <extra_id_0..299> at the end of the vocabulary, as google/umt5-xxl has them
 NUM_EXTRA_IDS = 300
 
 
-def tiny_transformer(generator: torch.Generator) -> WanTransformer3DModel:
+class Kind(NamedTuple):
+    """What tells one Wan from another in its folder. boundary_ratio: of a model of two experts.
+    flow_shift: in scheduler/, where A14B's is not the official one.
+    """
+
+    vae: dict[str, Any]
+    in_channels: int
+    out_channels: int
+    flow_shift: float
+    boundary_ratio: float | None = None
+    expand_timesteps: bool = False
+    pipeline: type[WanPipeline] | type[WanImageToVideoPipeline] = WanPipeline
+
+
+KINDS = {
+    "ti2v-5b": Kind(WAN22, 48, 48, flow_shift=5.0, expand_timesteps=True),
+    "t2v-a14b": Kind(WAN21, 16, 16, flow_shift=3.0, boundary_ratio=0.875),
+    "i2v-a14b": Kind(
+        WAN21, 36, 16, flow_shift=3.0, boundary_ratio=0.9, pipeline=WanImageToVideoPipeline
+    ),
+    "wan2.1-t2v": Kind(WAN21, 16, 16, flow_shift=3.0),
+}
+
+
+def tiny_transformer(
+    generator: torch.Generator, in_channels: int = 48, out_channels: int = 48
+) -> WanTransformer3DModel:
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        in_channels=48,
-        out_channels=48,
+        in_channels=in_channels,
+        out_channels=out_channels,
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=16,
@@ -116,35 +149,39 @@ def flow_scheduler(shift: float) -> UniPCMultistepScheduler:
     )
 
 
-def write_tiny_checkpoint(folder: Path, seed: int = 0) -> None:
-    """Write model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and scheduler/ below
-    `folder`.
+def write_tiny_checkpoint(folder: Path, seed: int = 0, kind: str = "ti2v-5b") -> None:
+    """Write model_index.json, transformer/ (of a model of two experts transformer_2/ too), vae/,
+    text_encoder/, tokenizer/ and scheduler/ below `folder`. kind: a key of KINDS.
     """
+    chosen = KINDS[kind]
     generator = torch.Generator().manual_seed(seed)
     tokenizer = write_tokenizer(folder / "tokenizer")
-    pipeline = WanPipeline(
+    channels = chosen.in_channels, chosen.out_channels
+    has_two = chosen.boundary_ratio is not None
+    pipeline = chosen.pipeline(
         tokenizer=tokenizer,
         text_encoder=tiny_text_encoder(len(tokenizer), generator),
-        vae=random_vae(WAN22, 8, generator),
-        scheduler=flow_scheduler(5.0),
-        transformer=tiny_transformer(generator),
-        transformer_2=None,
-        boundary_ratio=None,
-        expand_timesteps=True,
+        vae=random_vae(chosen.vae, 8, generator),
+        scheduler=flow_scheduler(chosen.flow_shift),
+        transformer=tiny_transformer(generator, *channels),
+        transformer_2=tiny_transformer(generator, *channels) if has_two else None,
+        boundary_ratio=chosen.boundary_ratio,
+        expand_timesteps=chosen.expand_timesteps,
     )
     pipeline.save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Write a tiny Wan2.2-TI2V-5B with random weights, diffusers layout."
+        description="Write a tiny Wan with random weights, diffusers layout."
     )
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--kind", choices=sorted(KINDS), default="ti2v-5b")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
-    write_tiny_checkpoint(arguments.folder, arguments.seed)
-    print(f"{arguments.folder}: a tiny Wan2.2-TI2V-5B with random weights, seed {arguments.seed}")
+    write_tiny_checkpoint(arguments.folder, arguments.seed, arguments.kind)
+    print(f"{arguments.folder}: a tiny {arguments.kind} with random weights, seed {arguments.seed}")
 
 
 if __name__ == "__main__":

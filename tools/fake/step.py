@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from loader.batch import Batch
+from loader.models import TI2V_5B, ModelKind
 from loader.sample import MAX_TEXT_TOKENS
-from loader.shape import WAN22, Bucket
+from loader.shape import Bucket
 from train.model.load import build_transformer, tensor_sources
 from train.model.wan import Wan, WanConfig
 
@@ -37,15 +38,18 @@ def random_batch(
     text_dim: int = 4096,
     num_text_tokens: int = 200,
     seed: int = 0,
+    kind: ModelKind = TI2V_5B,
 ) -> Batch:
-    """One random sample for each of `is_i2v`, with captions of `num_text_tokens` tokens."""
+    """One random sample for each of `is_i2v`, with captions of `num_text_tokens` tokens, for a
+    model of `kind`.
+    """
     num_samples = len(is_i2v)
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(num_samples, *shape, generator=generator, device=device).half()
 
-    latent_BCTHW = normal(*WAN22.latent_shape(bucket))
+    latent_BCTHW = normal(*kind.layout.latent_shape(bucket))
     text_BSD = latent_BCTHW.new_zeros(num_samples, MAX_TEXT_TOKENS, text_dim)
     text_BSD[:, :num_text_tokens] = 0.2 * normal(num_text_tokens, text_dim)
     return Batch(
@@ -61,4 +65,5 @@ def random_batch(
         epoch=0,
         index=0,
         wait_s=0.0,
+        given_BCTHW=normal(*kind.layout.latent_shape(bucket)) if kind.condition else None,
     )

@@ -26,7 +26,8 @@ LATENTS_STD = [
 ]
 # fmt: on
 
-# what differs from diffusers' defaults, which are Wan2.1's; the real base widths are 160 and 96
+# what differs from diffusers' defaults, which are Wan2.1's (and A14B's) with the published
+# statistics; the real base widths are 160 and 96
 WAN21: dict[str, Any] = {}
 WAN22: dict[str, Any] = {
     "z_dim": 48,

@@ -16,29 +16,43 @@ from torch import Tensor
 
 from loader.files import write_atomic
 from train.lora.adapters import LoRA
-from train.lora.formats import METADATA_KEY, WAN_NAMES
+from train.lora.formats import EXPERT_KEY, METADATA_KEY, WAN_NAMES
 
 DIFFUSERS_FILE, COMFYUI_FILE = "lora.safetensors", "lora_comfyui.safetensors"
 # of our own entry: how this LoRA was trained, as JSON
 TRAINING_KEY = "newsreel_training"
 
 
-def step_file(step: int, *, run: str = "", expert: str = "", comfyui: bool = False) -> str:
+def step_file(step: int, *, run: str = "", expert: str | None = None, comfyui: bool = False) -> str:
     """The name of the LoRA file after `step`: the only place that knows the rule
 
         [RUN-][high_noise-|low_noise-]step-NNNNNNNN[-comfyui].safetensors
 
-    expert: "high" or "low", of the models that have two; empty for the others.
+    expert: "high" or "low", of the models that have two.
     """
     parts = [run, f"{expert}_noise" if expert else "", f"step-{step:08d}"]
     stem = "-".join(part for part in parts if part)
     return f"{stem}{'-comfyui' if comfyui else ''}.safetensors"
 
 
-def save_both(lora: LoRA, folder: Path) -> None:
-    """Write DIFFUSERS_FILE and COMFYUI_FILE into `folder`: the result of a run, float32."""
-    save_diffusers(lora, folder / DIFFUSERS_FILE)
-    save_comfyui(lora, folder / COMFYUI_FILE)
+def result_files(expert: str | None = None) -> tuple[str, str]:
+    """The names of a run's result: DIFFUSERS_FILE and COMFYUI_FILE, or lora_high_noise.safetensors
+    and lora_high_noise_comfyui.safetensors, the same for low.
+    """
+    if expert is None:
+        return DIFFUSERS_FILE, COMFYUI_FILE
+    return f"lora_{expert}_noise.safetensors", f"lora_{expert}_noise_comfyui.safetensors"
+
+
+def save_both(lora: LoRA, folder: Path, expert: str | None = None) -> None:
+    """Write the files of `result_files` into `folder`: the result of a run, float32."""
+    diffusers, comfyui = result_files(expert)
+    save_diffusers(lora, folder / diffusers, notes=_expert_note(expert))
+    save_comfyui(lora, folder / comfyui, notes=_expert_note(expert))
+
+
+def _expert_note(expert: str | None) -> dict[str, str]:
+    return {} if expert is None else {EXPERT_KEY: expert}
 
 
 def save_step(
@@ -49,13 +63,17 @@ def save_step(
     run: str,
     dtype: torch.dtype,
     training: dict[str, Any],
+    expert: str | None = None,
 ) -> None:
     """Write both files after `step` under the names of `step_file`, tensors in `dtype`; how they
     were trained, `training`, stands in the metadata of both.
     """
     notes = {TRAINING_KEY: msgspec.json.encode(training, order="sorted").decode()}
-    save_diffusers(lora, folder / step_file(step, run=run), dtype, notes)
-    save_comfyui(lora, folder / step_file(step, run=run, comfyui=True), dtype, notes)
+    notes |= _expert_note(expert)
+    path = folder / step_file(step, run=run, expert=expert)
+    save_diffusers(lora, path, dtype, notes)
+    path = folder / step_file(step, run=run, expert=expert, comfyui=True)
+    save_comfyui(lora, path, dtype, notes)
 
 
 def save_diffusers(

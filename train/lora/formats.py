@@ -24,6 +24,8 @@ from torch import Tensor
 from train.lora.adapters import TARGETS, LoRAError
 
 METADATA_KEY = "lora_adapter_metadata"
+# of our own entry: which expert of a model of two, "high" or "low"; the tensors have equal names
+EXPERT_KEY = "newsreel_expert"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # layers by their names in Wan's own code, which ComfyUI and kohya's trainer follow
 WAN_NAMES = {
@@ -113,6 +115,13 @@ def read_lora(path: Path) -> dict[str, Adapter]:
         path, metadata, is_peft=any(key.startswith(_PEFT_PREFIX) for key in tensors)
     )
     return {name: _adapter(path, name, parts, settings) for name, parts in sorted(found.items())}
+
+
+def expert_of(path: Path) -> str | None:
+    """Of which expert a LoRA is, where the file says so. Raises LoRAError."""
+    if path.is_dir():
+        return None
+    return _open(path)[1].get(EXPERT_KEY)
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,17 +13,23 @@ import torch
 
 from train.lora.adapters import Factors, LoRA, LoRAError
 from train.lora.config import format_blocks
-from train.lora.formats import Adapter, read_lora
+from train.lora.formats import Adapter, expert_of, read_lora
 
 
 @torch.no_grad()
-def start_from(lora: LoRA, path: Path) -> str:
-    """Fill fresh adapters from any LoRA file of this model (train/lora/formats.py). Returns what
-    was read, in words.
+def start_from(lora: LoRA, path: Path, expert: str | None = None) -> str:
+    """Fill fresh adapters from any LoRA file of this model (train/lora/formats.py), or of this
+    expert of it. Returns what was read, in words.
 
-    Raises LoRAError for a file of another model, of other blocks or layers, or of a higher rank;
-    nothing is changed then.
+    Raises LoRAError for a file of another model or expert, of other blocks or layers, or of a
+    higher rank; nothing is changed then.
     """
+    found_expert = expert_of(path)
+    if expert and found_expert and found_expert != expert:
+        raise LoRAError(
+            f"{path}: is a LoRA of the {found_expert}-noise expert, and model.expert = "
+            f'"{expert}"; give the other file'
+        )
     found, ours = read_lora(path), lora.tensors()
     _check_layers(path, found, lora)
     for name, adapter in found.items():

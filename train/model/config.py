@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from loader.models import Expert
 from train.model.attention import AttentionName
 
 
@@ -13,6 +14,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     # a diffusers folder, such as a download of Wan-AI/Wan2.2-TI2V-5B-Diffusers
     path: str
+    # of a model of two transformers (A14B) the one that is trained: "high" noise levels, or "low"
+    expert: Expert | None = None
     # of the frozen weights and the inputs of GEMMs; V100 has no bfloat16
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     attention: AttentionName = "auto"

@@ -26,12 +26,12 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
-def weights_xxh3(model_dir: Path) -> str:
-    """xxh3_128 hex of the transformer in `model_dir`: its config.json, and of each tensor its
-    name, dtype, shape and sampled blocks, however they are spread over files. Raises WeightsError,
-    OSError.
+def weights_xxh3(model_dir: Path, subfolder: str = "transformer") -> str:
+    """xxh3_128 hex of the transformer in `model_dir`/`subfolder`: its config.json, and of each
+    tensor its name, dtype, shape and sampled blocks, however they are spread over files. Raises
+    WeightsError, OSError.
     """
-    folder = model_dir / "transformer"
+    folder = model_dir / subfolder
     names_of_file: dict[str, list[str]] = {}
     for name, file in tensor_files(folder).items():
         names_of_file.setdefault(file, []).append(name)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loader.shape import WAN22
+from loader.models import KINDS
 from train.model.wan import Projections, Wan, WanConfig
 
 CONFIG = "config.json"
@@ -56,12 +56,13 @@ def load_transformer(
     model_dir: Path,
     device: torch.device,
     dtype: torch.dtype,
+    subfolder: str = "transformer",
     elsewhere: Elsewhere | None = None,
 ) -> Wan:
-    """Build Wan from `model_dir`/transformer, frozen, GEMM weights in `dtype` on `device`, or
+    """Build Wan from `model_dir`/`subfolder`, frozen, GEMM weights in `dtype` on `device`, or
     `elsewhere`. Raises WeightsError.
     """
-    folder = model_dir / "transformer"
+    folder = model_dir / subfolder
     config = read_config(folder / CONFIG)
     files = tensor_files(folder)
     handles = {file: _open(folder / file) for file in set(files.values())}
@@ -152,14 +153,14 @@ def _refuse_what_is_not_trained(config: WanConfig, path: Path) -> None:
     """
     if config.image_dim is not None or config.added_kv_proj_dim is not None:
         raise WeightsError(
-            f"{path}: image cross-attention (Wan2.1 I2V) is not supported; use a Wan2.2 model"
+            f"{path}: image cross-attention (Wan2.1 I2V) is not supported; use Wan2.2-I2V-A14B"
         )
     found = (config.in_channels, config.out_channels, config.patch_size)
-    trained = (WAN22.channels, WAN22.channels, (1, 2, 2))
-    if found != trained:
+    trained = {(kind.in_channels, kind.out_channels, (1, 2, 2)): kind.name for kind in KINDS}
+    if found not in trained:
         raise WeightsError(
-            f"{path}: in_channels, out_channels and patch_size are {found}, where Wan2.2-TI2V-5B "
-            f"has {trained}; A14B can't be trained yet"
+            f"{path}: in_channels, out_channels and patch_size are {found}, which no model has "
+            f"that newsreel trains: {', '.join(f'{trained[key]} {key}' for key in trained)}"
         )
     if not config.cross_attn_norm or config.attention_head_dim % 2:
         raise WeightsError(
