@@ -11,8 +11,8 @@ from loader.shape import Bucket
 from loader.store import read_dataset
 from tools.cards import CARDS, Card, Rates
 from tools.counts import Step, layers, num_adapter_parameters, num_parameters, step_of
-from train.activations.budget import parse_activation_memory, peak_bytes
-from train.activations.plan import Shape, ShapePlan, kernels_by_tag, plan_run, scratch_bytes
+from tools.streaming import Moved, moved_on, planner
+from train.activations.plan import Shape, ShapePlan, kernels_by_tag, scratch_bytes
 from train.base import layout_of
 from train.choices import attention_shapes, micro_shapes
 from train.config import TrainConfig
@@ -47,6 +47,9 @@ class CardBudget(NamedTuple):
     why_no_time: str
     # what each shape saves for the backward pass
     plans: dict[Bucket, ShapePlan]
+    moved: Moved
+    # of a micro-batch, without what is copied; empty where why_no_time says why
+    compute_s: dict[Bucket, Span]
 
 
 class Budget(NamedTuple):
@@ -88,22 +91,16 @@ def _on_card(
 ) -> CardBudget:
     dtype_bytes, memory_bytes = _dtype_bytes(config), card.memory_gib * GIB
     first_block = parse_blocks(config.lora.blocks, wan.num_layers)[0]
-    by_shape = plan_run(
-        wan,
-        list(shapes.values()),
-        targets=config.lora.targets,
-        dtype_bytes=dtype_bytes,
-        budget_bytes=parse_activation_memory(config.activation_memory),
-        room_bytes=0.95 * (memory_bytes - resident_bytes),
-        max_graph_tokens=config.cuda_graph_tokens,
-        attention=kernels,
-        offload=config.activation_offload,
-        first_block=first_block,
-    )
-    num_bytes = resident_bytes + peak_bytes(by_shape, config.cuda_graph_tokens)
+    room_bytes = 0.95 * (memory_bytes - CONTEXT_BYTES)
+    moved = moved_on(config, wan, kernels, list(shapes.values()), room_bytes)
+    resident_bytes -= moved.freed_bytes
+    plan = planner(config, wan, kernels, list(shapes.values()))
+    by_shape, activation_bytes = plan(0.95 * (memory_bytes - resident_bytes), moved.num_blocks > 0)
+    num_bytes = resident_bytes + activation_bytes
 
     plans = {bucket: by_shape[shape] for bucket, shape in shapes.items()}
     step_s, no_time = None, why_no_time(config, card, kernels)
+    compute_s: dict[Bucket, Span] = {}
     if not no_time:
         steps = {
             bucket: step_of(
@@ -117,15 +114,22 @@ def _on_card(
             )
             for bucket in shares
         }
-        fast, slow = (
-            samples_per_gpu
-            * sum(
-                share * seconds(steps[bucket], rates, kernels_by_tag(shapes[bucket], kernels))
-                for bucket, share in shares.items()
+        copy_s = moved.copied_bytes / card.link_bytes
+        for bucket in shares:
+            by_tag = kernels_by_tag(shapes[bucket], kernels)
+            sample_s = Span(*(seconds(steps[bucket], rates, by_tag) for rates in card.rates))
+            compute_s[bucket] = Span(*(shapes[bucket].batch * each for each in sample_s))
+        # copies run beside the computing: the longer of both counts
+        step_s = Span(
+            *(
+                samples_per_gpu
+                * sum(
+                    share * max(compute_s[bucket][end], copy_s) / shapes[bucket].batch
+                    for bucket, share in shares.items()
+                )
+                for end in (0, 1)
             )
-            for rates in (card.fast, card.slow)
         )
-        step_s = Span(fast, slow)
     return CardBudget(
         card=card,
         kernels=kernels,
@@ -137,6 +141,8 @@ def _on_card(
         step_s=step_s,
         why_no_time=no_time,
         plans=plans,
+        moved=moved,
+        compute_s=compute_s,
     )
 
 

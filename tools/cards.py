@@ -40,6 +40,12 @@ class Card(NamedTuple):
     # equal where the rates are not given as a range
     slow: Rates
     fast: Rates
+    # from the host per second, one direction: PCIe 3, 4 or 5 of 16 lanes less its overhead
+    link_bytes: float
+
+    @property
+    def rates(self) -> tuple[Rates, Rates]:
+        return self.fast, self.slow
 
 
 def gemm_attention_flops(gemm_flops: float, copy_bytes: float) -> float:
@@ -83,9 +89,15 @@ def _rates(peak_flops: float, peak_bytes: float, attention: dict[str, float]) ->
 
 
 def _card(
-    name: str, memory_gib: float, has_bfloat16: bool, source: str, slow: Rates, fast: Rates | None
+    name: str,
+    memory_gib: float,
+    has_bfloat16: bool,
+    source: str,
+    slow: Rates,
+    fast: Rates | None,
+    link_bytes: float,
 ) -> Card:
-    return Card(name, memory_gib, has_bfloat16, source, slow, fast or slow)
+    return Card(name, memory_gib, has_bfloat16, source, slow, fast or slow, link_bytes)
 
 
 _V100_SLOW = _rates(112e12, 0.9e12, {"efficient": _FUSED["efficient"]})
@@ -105,6 +117,7 @@ CARDS = (
         source="modelled, see tools/cards.py: GEMMs 82 to 90 TFLOP/s, 0.73 TB/s",
         slow=_V100_SLOW,
         fast=_V100_FAST,
+        link_bytes=12e9,
     ),
     _card(
         "A100-SXM-80GB",
@@ -113,6 +126,7 @@ CARDS = (
         source="modelled: data sheet 312 TFLOP/s, 2.0 TB/s; flash as cuDNN on the H200",
         slow=_rates(312e12, 2.0e12, {"flash": _FUSED["cudnn"], "efficient": _FUSED["efficient"]}),
         fast=None,
+        link_bytes=24e9,
     ),
     _card(
         "H100-SXM-80GB",
@@ -121,6 +135,7 @@ CARDS = (
         source="modelled: the H200's arithmetic, 3.35 TB/s",
         slow=_rates(989e12, 3.35e12, _FUSED),
         fast=None,
+        link_bytes=50e9,
     ),
     _card(
         "H200",
@@ -129,5 +144,6 @@ CARDS = (
         source="rates measured, see bench/README.md",
         slow=_rates(989e12, 4.8e12, _FUSED),
         fast=None,
+        link_bytes=50e9,
     ),
 )

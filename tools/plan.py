@@ -12,7 +12,8 @@ Without --shape the buckets of the configured datasets are taken, each with its 
 samples.
 
 Left out: the network and the disks (the loader hides them or the metrics say so), the VAE of
-condition = "raw", what `activation_offload` moves over PCIe (it runs beside).
+condition = "raw", what `activation_offload` moves over PCIe (it runs beside; weights that are not
+resident are counted).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from loader.config import load_toml
 from loader.order import describe_counts
 from loader.shape import Bucket
 from tools.budget import GIB, Budget, CardBudget, Span, buckets_of, budget, order_of
+from tools.streaming import describe as describe_moved
 from tools.table import table
 from train.activations.plan import describe
 from train.base import base_kind, layout_of, transformer_folder
@@ -56,7 +58,8 @@ RECIPES = (
 )
 ADVICE = (
     'To fit a smaller card: activation_memory = "auto" or "block", activation_offload = true, '
-    'micro_batch = 1 or fewer micro_tokens, optim.name = "adamw8bit", or smaller windows.buckets'
+    'micro_batch = 1 or fewer micro_tokens, optim.name = "adamw8bit", model.placement = "auto", or '
+    "smaller windows.buckets"
 )
 
 
@@ -82,6 +85,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
             f"  {one.card.name}, {one.kernels.names}: {describe(one.plans[largest])}"
             for one in found.cards
         ),
+        *_weights(found, wan),
         "",
         f"days at {LARGE} on {num_gpus} GPU(s)",
         _recipes_table(config, wan, num_gpus),
@@ -94,6 +98,17 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
 def _batches_per_epoch(config: TrainConfig) -> int:
     """Of the datasets, which only a run that is given in epochs needs."""
     return sum(order_of(config).batches_per_epoch) if config.num_epochs else 0
+
+
+def _weights(found: Budget, wan: WanConfig) -> list[str]:
+    """Of the cards on which blocks' weights are not resident, a line each."""
+    moved = [one for one in found.cards if one.moved.num_blocks]
+    lines = []
+    for one in moved:
+        compute_s = min((span.fast for span in one.compute_s.values()), default=None)
+        text = describe_moved(one.moved, wan.num_layers, one.card.link_bytes, compute_s)
+        lines.append(f"  {one.card.name}, {one.kernels.names}: {text}")
+    return ["", "weights that are not resident", *lines] if lines else []
 
 
 def _micro(config: TrainConfig) -> str:

@@ -74,7 +74,7 @@ def train_lora(run: Run, footage: Footage, latent_NCThw: Tensor) -> dict[str, An
             wait_s=0.0,
         )
         run.flat.buffer.zero_()
-        losses_B = run.micro_step.forward(prepare(batch, config.flow))
+        losses_B = run.micro_step.forward(prepare(batch, run.laws))
         run.micro_step.backward()
         lr = optim.learning_rate(step, config.num_steps, config.optim)
         run.optimizer.param_groups[0]["lr"] = lr

@@ -1,0 +1,81 @@
+"""tools.plan of A14B: layouts, weights that a card has no room for, and if copying them hides."""
+
+import msgspec
+import pytest
+
+from loader.feed_config import FeedConfig
+from loader.shape import WAN21, Bucket
+from tools import budget, plan
+from train.config import TrainConfig
+from train.model.config import ModelConfig
+from train.model.wan import TI2V_5B
+
+A14B = msgspec.structs.replace(
+    TI2V_5B,
+    num_layers=40,
+    num_attention_heads=40,
+    ffn_dim=13824,
+    in_channels=16,
+    out_channels=16,
+)
+CLIP, IMAGE = Bucket(832, 480, 49), Bucket(832, 480, 1)
+
+
+def on_card(bucket: Bucket, name: str, placement: str, **changes: object) -> budget.CardBudget:
+    model = msgspec.convert(
+        {"path": "", "dtype": "float16", "expert": "high", "placement": placement}, ModelConfig
+    )
+    config = TrainConfig(
+        output="",
+        model=model,
+        data=FeedConfig(datasets=[""], i2v_share=0.0),
+        num_steps=1,
+        global_batch=4,
+        activation_memory="auto",
+        activation_offload=True,
+        **changes,  # type: ignore[arg-type]
+    )
+    found = budget.budget(config, A14B, {bucket: 1.0}, num_gpus=1)
+    if placement == "auto":
+        text = plan.report(config, A14B, {bucket: 1.0}, 1)
+        assert ("weights that are not resident" in text) == any(
+            one.moved.num_blocks for one in found.cards
+        )
+    return next(one for one in found.cards if one.card.name.startswith(name))
+
+
+def test_a_card_of_32_gib_trains_a14b_with_its_weights_in_the_hosts_memory() -> None:
+    resident, streamed = (on_card(CLIP, "V100", each) for each in ("resident", "auto"))
+    assert not resident.fits and streamed.fits
+    assert streamed.moved.num_blocks == 40
+    # one half-precision block of 351 million weights, forty times
+    assert streamed.moved.host_bytes / budget.GIB == pytest.approx(26.3, abs=0.3)
+    # at 20,280 tokens copying hides, and what it frees saves attention outputs
+    compute_s = streamed.compute_s[CLIP].fast
+    assert streamed.moved.copied_bytes / streamed.card.link_bytes < compute_s / 5
+    assert streamed.step_s is not None and resident.step_s is not None
+    assert streamed.step_s.fast == pytest.approx(4 * compute_s)
+    assert streamed.step_s.fast < resident.step_s.fast
+    assert streamed.plans[CLIP].saved != resident.plans[CLIP].saved
+
+
+def test_images_are_too_short_to_hide_the_copies_and_several_at_a_time_are_not() -> None:
+    one, four = (
+        on_card(IMAGE, "V100", "streamed", micro_batch=size, cuda_graph_tokens=0) for size in (1, 4)
+    )
+    copy_s = one.moved.copied_bytes / one.card.link_bytes
+    assert one.step_s is not None and four.step_s is not None
+    assert one.step_s.fast == pytest.approx(4 * copy_s) and one.compute_s[IMAGE].fast < copy_s
+    assert four.step_s.fast < one.step_s.fast / 2
+
+
+def test_a_card_with_room_keeps_its_weights() -> None:
+    assert on_card(CLIP, "H200", "auto").moved.num_blocks == 0
+    assert on_card(CLIP, "H200", "auto") == on_card(CLIP, "H200", "resident")
+
+
+def test_tokens_are_of_the_models_own_layout() -> None:
+    assert WAN21.num_tokens(CLIP) == 20_280 and WAN21.num_tokens(IMAGE) == 1_560
+    saved = on_card(CLIP, "H200", "resident").plans[CLIP]
+    # 39 of 40 blocks' inputs, float32 and half precision, wait on the host
+    assert saved.host_bytes / budget.GIB == pytest.approx(39 * 20_280 * 5120 * 6 / 2**30, rel=0.01)

@@ -1,0 +1,108 @@
+"""Weights that are not resident, as tools.plan counts them: how many blocks' leave a card, what
+they take in the host's memory, and whether their copies hide behind the computing.
+
+A rate of the link between host and card is a data sheet's (tools/cards.py), so times are modelled,
+and two cards behind one switch have half of it each.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from loader.registered import registered_bytes
+from train.activations.budget import parse_activation_memory, peak_bytes
+from train.activations.plan import Shape, plan_run
+from train.config import TrainConfig
+from train.lora.config import parse_blocks
+from train.model.attention import Choice
+from train.model.wan import WanConfig
+from train.placement.plan import ActivationPlans, card_bytes, check_placement, choose_moved
+from train.placement.ring import NUM_SLOTS
+
+
+class Moved(NamedTuple):
+    """Of a run on one card; all 0 where the weights are resident."""
+
+    num_blocks: int = 0
+    # that the card has less, its slots counted
+    freed_bytes: float = 0.0
+    # of the host's memory, once for all cards of a run
+    host_bytes: float = 0.0
+    # from the host to the card in a forward and a backward pass
+    copied_bytes: float = 0.0
+
+
+def moved_on(
+    config: TrainConfig,
+    wan: WanConfig,
+    kernels: Choice,
+    shapes: Sequence[Shape],
+    room_bytes: float,
+) -> Moved:
+    """As the trainer would decide it (train/setup.py) on a card with so much room for everything.
+    Raises ValueError for what it would refuse.
+    """
+    check_placement(config.model, config.lora, config.activation_memory)
+    blocks = parse_blocks(config.lora.blocks, wan.num_layers)
+    dtype, targets = getattr(torch, config.model.dtype), config.lora.targets
+    state_bytes = 2.0 if config.optim.name == "adamw8bit" else 8.0
+    card = card_bytes(wan, len(blocks), targets, config.lora.rank, dtype, state_bytes)
+    num_moved = choose_moved(
+        config.model,
+        config.lora,
+        config.activation_memory,
+        wan.num_layers,
+        card,
+        planner(config, wan, kernels, shapes),
+        lambda: room_bytes,
+    )
+    if not num_moved:
+        return Moved()
+    num_slots = min(NUM_SLOTS, num_moved)
+    return Moved(
+        num_blocks=num_moved,
+        freed_bytes=float((num_moved - num_slots) * card.block),
+        host_bytes=float(registered_bytes(num_moved * card.block)),
+        # there and back: what the slots hold at either turn is not fetched again
+        copied_bytes=2.0 * (num_moved - num_slots) * card.block,
+    )
+
+
+def planner(
+    config: TrainConfig, wan: WanConfig, kernels: Choice, shapes: Sequence[Shape]
+) -> Callable[[float, bool], ActivationPlans]:
+    """(room_bytes, weights_move) -> what each shape saves there."""
+
+    def plan(room_bytes: float, weights_move: bool) -> ActivationPlans:
+        graph_tokens = 0 if weights_move else config.cuda_graph_tokens
+        plans = plan_run(
+            wan,
+            list(shapes),
+            targets=config.lora.targets,
+            dtype_bytes=getattr(torch, config.model.dtype).itemsize,
+            budget_bytes=parse_activation_memory(config.activation_memory),
+            room_bytes=room_bytes,
+            max_graph_tokens=graph_tokens,
+            attention=kernels,
+            offload=config.activation_offload,
+            first_block=parse_blocks(config.lora.blocks, wan.num_layers)[0],
+            weights_move=weights_move,
+        )
+        return ActivationPlans(plans, peak_bytes(plans, graph_tokens))
+
+    return plan
+
+
+def describe(moved: Moved, num_blocks: int, link_bytes: float, compute_s: float | None) -> str:
+    """One line. compute_s: of a micro-batch of the shape that hides least; None: not known."""
+    copy_s = moved.copied_bytes / link_bytes
+    line = (
+        f"weights of {moved.num_blocks} of {num_blocks} blocks wait in the host's memory, "
+        f"{moved.host_bytes / 2**30:.1f} GiB for all cards of the run; {copy_s:.1f} s of copying a "
+        f"micro-batch at {link_bytes / 1e9:.0f} GB/s (modelled)"
+    )
+    if compute_s is None:
+        return line
+    hidden = "hidden behind" if copy_s <= compute_s else "more than"
+    return f"{line}, {hidden} {compute_s:.1f} s of computing"
