@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -69,6 +69,20 @@ def test_missing_model_files_are_named_with_the_command_that_fetches_them(
     # training from stored latents does not read the VAE
     assert vae.status == "warning" and "config.json" in vae.text
     assert findings["model tokenizer"].status == "ok"
+
+
+def test_of_two_experts_the_trained_one_is_required(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model("t2v-a14b"), tmp_path / "model"))
+    shutil.rmtree(model / "transformer_2")
+    for expert, status in (("high", "warning"), ("low", "failure")):
+        table = msgspec.convert({"path": str(model), "expert": expert}, ModelConfig)
+        changed = msgspec.structs.replace(config(model, tmp_path, tmp_path), model=table)
+        findings = {f.name: f for f in run.model_files(changed)}
+        assert findings["model transformer"].status == "ok"
+        assert findings["model transformer_2"].status == status
+        assert "Wan-AI/Wan2.2-T2V-A14B-Diffusers" in findings["model transformer_2"].advice
 
 
 def test_a_sharded_folder_is_held_to_its_own_index(tmp_path: Path) -> None:

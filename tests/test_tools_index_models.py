@@ -1,0 +1,58 @@
+"""tools.index for other models than TI2V-5B: text to video has its own sides, image to video of
+A14B is refused.
+"""
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loader.manifest import read_manifest
+from loader.shape import WAN21
+from tools.index import main
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    """One picture of 120x90 with a caption."""
+    levels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    jpeg = io.BytesIO()
+    Image.fromarray(levels).save(jpeg, "JPEG")
+    path = tmp_path / "foreign.tar"
+    with tarfile.open(path, "w") as file:
+        for name, data in {"a.jpg": jpeg.getvalue(), "a.json": b'{"caption": "a"}'}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def index(monkeypatch: pytest.MonkeyPatch, tar: Path, output: Path, model: Path) -> None:
+    argv = ["index", str(tar), "--output", str(output), "--model", str(model), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", argv)
+    main()
+
+
+def test_sides_are_multiples_of_16_for_the_wan21_vae(
+    monkeypatch: pytest.MonkeyPatch, tar: Path, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    index(monkeypatch, tar, tmp_path / "out", tiny_model("t2v-a14b"))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.layout == WAN21
+    assert [shard.bucket for shard in manifest.splits["train"]] == ["112x80x1"]
+    text = json.loads((tmp_path / "out/manifest.json").read_bytes())
+    assert text["format_version"] == 2
+
+
+def test_image_to_video_of_a14b_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tar: Path, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    with pytest.raises(SystemExit, match=r"Wan2.2-I2V-A14B takes what `shardgen build` alone"):
+        index(monkeypatch, tar, tmp_path / "out", tiny_model("i2v-a14b"))
+    assert not (tmp_path / "out").exists()
