@@ -9,16 +9,19 @@ import msgspec
 import torch
 from torch import Tensor
 
+from loader import models
 from loader.batch import Batch
 from loader.feed_config import FeedConfig
+from loader.models import ModelKind
 from loader.shape import Bucket
 from train import optim, setup
 from train.activations.budget import room_bytes
 from train.config import TrainConfig
 from train.lora import adapters as lora
 from train.lora.config import SELF_AND_CROSS_QKV, LoRAConfig
+from train.model import wan
 from train.model.config import ModelConfig
-from train.model.wan import Wan
+from train.model.wan import Wan, WanConfig
 from train.optim import OptimConfig
 from train.parallel.mesh import World
 from train.run import Run
@@ -37,17 +40,37 @@ ADAPTERS = {
 }
 
 
+class Model(NamedTuple):
+    wan: WanConfig
+    kind: ModelKind
+
+
+MODELS = {
+    "ti2v-5b": Model(wan.TI2V_5B, models.TI2V_5B),
+    "t2v-a14b": Model(wan.T2V_A14B, models.T2V_A14B),
+    "i2v-a14b": Model(wan.I2V_A14B, models.I2V_A14B),
+    "wan2.1-1.3b": Model(wan.WAN21_1_3B, models.WAN21_T2V),
+}
+
+
 def our_config(
-    adapters: Adapters, dtype: torch.dtype, attention: str, blocks: str = "", **changes: Any
+    adapters: Adapters,
+    dtype: torch.dtype,
+    attention: str,
+    blocks: str = "",
+    kind: ModelKind = models.TI2V_5B,
+    **changes: Any,
 ) -> TrainConfig:
-    """A run of one sample a step on these adapters, alpha = rank, in these blocks; `changes` are
-    its other keys.
+    """A run of one sample a step on these adapters, alpha = rank, in these blocks, of a model of
+    `kind`; `changes` are its other keys.
     """
     name = str(dtype).removeprefix("torch.")
+    share = 0.4 if kind.i2v_share is None else kind.i2v_share
+    expert = None if kind.boundary is None else "high"
     config = TrainConfig(
         output="",
-        model=ModelConfig(path="", dtype=name, attention=attention),  # type: ignore[arg-type]
-        data=FeedConfig(datasets=[""]),
+        model=ModelConfig(path="", expert=expert, dtype=name, attention=attention),  # type: ignore[arg-type]
+        data=FeedConfig(datasets=[""], i2v_share=share),
         lora=LoRAConfig(
             targets=list(adapters.targets),
             rank=adapters.rank,

@@ -13,6 +13,7 @@ Profiles:
   faster one (peers: the latter), planned and capped the same, and none of the low-rank kernels
   that need tl.dot: what runs on a V100.
 
+Models: TI2V-5B, or with --model another one, whose checks are those of the tests alone.
 Cases: t2v and i2v with rank 16 on the six q/k/v, r32 with rank 32 on every layer and dropout 0.1
 (t2v). Peak memory is the step's own: what the other subjects keep is subtracted. A step is one
 micro-batch of --samples samples.
@@ -38,7 +39,7 @@ import torch
 
 from bench import step_check_training
 from bench import step_subjects as subjects
-from bench.our_step import ADAPTERS
+from bench.our_step import ADAPTERS, MODELS
 from bench.step_check import Checks
 from bench.step_timing import (
     DEFAULT_SUBJECTS,
@@ -48,14 +49,12 @@ from bench.step_timing import (
     Subjects,
     Timing,
 )
-from loader.shape import WAN22
-from tools.budget import GIB
+from tools.budget import CONTEXT_BYTES, GIB, budget
 from tools.counts import step_of
 from tools.fake.step import random_batch
 from tools.table import table
 from train.activations.plan import ShapePlan, describe
 from train.model.attention import describe as describe_kernels
-from train.model.wan import TI2V_5B
 
 # name -> (of ADAPTERS, whether image-to-video)
 CASES = {"t2v": ("r16", False), "i2v": ("r16", True), "r32": ("r32", False)}
@@ -73,7 +72,9 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
     """
     adapters_name, is_i2v = CASES[case]
     num_samples = bench.shape.batch
-    batch = random_batch(bench.bucket, bench.device, is_i2v=[is_i2v] * num_samples)
+    if bench.kind.i2v_share is not None:
+        is_i2v = bench.kind.i2v_share > 0
+    batch = random_batch(bench.bucket, bench.device, is_i2v=[is_i2v] * num_samples, kind=bench.kind)
     num_tokens = num_samples * bench.shape.num_tokens
     small = num_tokens <= GRAPH_TOKENS
     if small and "floor" in bench.steps:
@@ -106,7 +107,7 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
     adapters = ADAPTERS[adapters_name]
     step = step_of(
         bench.config,
-        WAN22.num_tokens(bench.bucket),
+        bench.shape.num_tokens,
         list(adapters.targets),
         adapters.rank,
         dtype_bytes=2,
@@ -183,11 +184,23 @@ def rows_table(rows: list[Row]) -> str:
     return table(header, cells, align="<<>>>>>>>>")
 
 
+def planned(bench: Subjects) -> str:
+    """What tools.plan says of our step on this card, to be held against the rows."""
+    card_name = torch.cuda.get_device_name(bench.device)
+    found = budget(bench.run.config, bench.config, {bench.bucket: 1.0}, num_gpus=1)
+    for one in found.cards:
+        if one.card.name.split("-")[0] in card_name and one.step_s is not None:
+            peak_gib = (one.num_bytes - CONTEXT_BYTES) / GIB
+            return f"planned for {one.card.name}: {one.step_s.slow:.4f} s, {peak_gib:.1f} GiB"
+    return f"planned: no rates for {card_name}"
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--profile", choices=PROFILES, default="native")
+    parser.add_argument("--model", choices=MODELS, default="ti2v-5b")
     parser.add_argument("--shape", default="1280x704x49")
     parser.add_argument("--cases", default="t2v,i2v,r32")
     parser.add_argument(
@@ -198,7 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--budget-s", type=float, default=500.0, help="after so many, a case has one round"
     )
-    parser.add_argument("--layers", type=int, default=TI2V_5B.num_layers)
+    parser.add_argument("--layers", type=int, default=0, help="blocks; 0: the model's own number")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -215,8 +228,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     begin_s, device = time.perf_counter(), torch.device("cuda")
-    bucket, profile = WAN22.parse(arguments.shape), PROFILES[arguments.profile]
-    config = msgspec.structs.replace(TI2V_5B, num_layers=arguments.layers)
+    model, profile = MODELS[arguments.model], PROFILES[arguments.profile]
+    bucket, config = model.kind.layout.parse(arguments.shape), model.wan
+    if arguments.layers:
+        config = msgspec.structs.replace(config, num_layers=arguments.layers)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -234,7 +249,7 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=1))
 
-    if not arguments.no_check:
+    if not arguments.no_check and arguments.model == "ti2v-5b":
         result["checks"] = step_check_training.check(
             config,
             bucket,
@@ -251,6 +266,7 @@ def main() -> None:
     for adapters in dict.fromkeys(CASES[case][0] for case in arguments.cases):
         bench = Subjects(
             config,
+            model.kind,
             bucket,
             profile,
             ADAPTERS[adapters],
@@ -265,6 +281,7 @@ def main() -> None:
             f"{bench.resident['ours'] / GIB:.2f} GiB",
             flush=True,
         )
+        print(planned(bench), flush=True)
         for case in arguments.cases:
             if CASES[case][0] == adapters:
                 deadline_s = begin_s + arguments.budget_s
@@ -272,7 +289,7 @@ def main() -> None:
                 save()
         del bench
         step_check_training.free_memory()
-    print(f"{result['card']}, {arguments.profile}, {arguments.shape}, {arguments.layers} blocks")
+    print(f"{result['card']}, {arguments.model}, {arguments.profile}, {arguments.shape}")
     print(rows_table(result["rows"]))
     print(f"took {time.perf_counter() - begin_s:.0f} s")
 

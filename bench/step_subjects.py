@@ -144,12 +144,12 @@ def peer_step(reference: Any, adapters: Adapters, dtype: torch.dtype) -> Step:
 
 
 def peer_loss(reference: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """The same noise and timestep as `prepare` gives; I2V as diffusers takes it, with a timestep
-    per token.
+    """The same noise and timestep as `prepare` gives; TI2V-5B's I2V as diffusers takes it, with a
+    timestep per token.
     """
     inputs = prepare(batch, NoiseLaws())
     timestep = inputs.t_BR[:, 1]
-    if batch.is_i2v[0]:
+    if batch.is_i2v[0] and batch.given_BCTHW is None:
         timestep = timestep[:, None].repeat(1, WAN22.num_tokens(batch.bucket))
         timestep[:, : WAN22.num_tokens(batch.bucket) // WAN22.latent_shape(batch.bucket)[1]] = 0
     velocity = reference(

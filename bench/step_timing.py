@@ -7,8 +7,9 @@ import torch
 from bench import step_subjects as subjects
 from bench.our_step import Adapters, our_config, our_run
 from loader.batch import Batch
+from loader.models import ModelKind
 from loader.sample import MAX_TEXT_TOKENS
-from loader.shape import WAN22, Bucket
+from loader.shape import Bucket
 from tools.budget import CONTEXT_BYTES, GIB
 from train.activations.plan import Shape
 from train.model.attention import AttentionName
@@ -85,6 +86,7 @@ class Subjects:
     def __init__(
         self,
         config: WanConfig,
+        kind: ModelKind,
         bucket: Bucket,
         profile: Profile,
         adapters: Adapters,
@@ -93,7 +95,8 @@ class Subjects:
         num_samples: int = 1,
     ):
         self.config, self.bucket, self.profile, self.device = config, bucket, profile, device
-        self.shape = Shape(num_samples, WAN22.num_tokens(bucket), MAX_TEXT_TOKENS)
+        self.kind = kind
+        self.shape = Shape(num_samples, kind.layout.num_tokens(bucket), MAX_TEXT_TOKENS)
         self._adapters = adapters
         subjects.only_attention(profile.of_peers)
         self.resident: dict[str, int] = {}
@@ -143,6 +146,7 @@ class Subjects:
             profile.dtype,
             variant["attention"],
             variant.get("blocks", ""),
+            self.kind,
             global_batch=self.shape.batch,
             micro_tokens=self.shape.batch * self.shape.num_tokens,
             activation_memory="auto" if profile.capped else "all",

@@ -8,16 +8,8 @@ from loader.shape import WAN21, Bucket
 from tools import budget, plan
 from train.config import TrainConfig
 from train.model.config import ModelConfig
-from train.model.wan import TI2V_5B
+from train.model.wan import T2V_A14B
 
-A14B = msgspec.structs.replace(
-    TI2V_5B,
-    num_layers=40,
-    num_attention_heads=40,
-    ffn_dim=13824,
-    in_channels=16,
-    out_channels=16,
-)
 CLIP, IMAGE = Bucket(832, 480, 49), Bucket(832, 480, 1)
 
 
@@ -35,9 +27,9 @@ def on_card(bucket: Bucket, name: str, placement: str, **changes: object) -> bud
         activation_offload=True,
         **changes,  # type: ignore[arg-type]
     )
-    found = budget.budget(config, A14B, {bucket: 1.0}, num_gpus=1)
+    found = budget.budget(config, T2V_A14B, {bucket: 1.0}, num_gpus=1)
     if placement == "auto":
-        text = plan.report(config, A14B, {bucket: 1.0}, 1)
+        text = plan.report(config, T2V_A14B, {bucket: 1.0}, 1)
         assert ("weights that are not resident" in text) == any(
             one.moved.num_blocks for one in found.cards
         )

@@ -30,7 +30,7 @@ BUCKET = Bucket(64, 48, 9)
 
 def config_of(model: Path | str = "", dataset: Path | str = "", **changes: Any) -> TrainConfig:
     """changes: of the tables model and data, by dotted key."""
-    raw = {
+    raw: dict[str, Any] = {
         "output": "",
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"datasets": [str(dataset)], "num_threads": 1},
@@ -40,7 +40,7 @@ def config_of(model: Path | str = "", dataset: Path | str = "", **changes: Any) 
     }
     for key, value in changes.items():
         table, name = key.split("__")
-        raw.setdefault(table, {})[name] = value  # type: ignore[attr-defined]
+        raw.setdefault(table, {})[name] = value
     return msgspec.convert(raw, TrainConfig)
 
 

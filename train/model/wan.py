@@ -72,6 +72,19 @@ TI2V_5B = WanConfig(
 )
 
 
+# both experts; I2V-A14B has 36 channels in, and Wan2.1-T2V-14B is the same model
+T2V_A14B = msgspec.structs.replace(
+    TI2V_5B,
+    num_layers=40,
+    num_attention_heads=40,
+    in_channels=16,
+    out_channels=16,
+    ffn_dim=13824,
+)
+I2V_A14B = msgspec.structs.replace(T2V_A14B, in_channels=36)
+WAN21_1_3B = msgspec.structs.replace(T2V_A14B, num_layers=30, num_attention_heads=12, ffn_dim=8960)
+
+
 class Projections(nn.Module):
     """Linear layers that read the same input, as one GEMM: [..., in] -> [..., sum(out)].
 
