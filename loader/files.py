@@ -9,15 +9,17 @@ import fcntl
 import filecmp
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import xxhash
 
 TEMPORARY, LOCK_FILE = ".tmp", ".lock"
 _READ_BYTES = 1 << 20
+NUM_TRIES = 5
 
 
 class FolderInUseError(ValueError):
@@ -88,7 +90,7 @@ def sole_writer(folder: Path, owner: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError as error:
             file.seek(0)
             other = file.read().decode(errors="replace").strip() or "another process"
@@ -100,6 +102,18 @@ def sole_writer(folder: Path, owner: str) -> Iterator[None]:
         file.write(owner.encode())
         file.flush()
         yield
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Raises BlockingIOError."""
+    for _ in range(NUM_TRIES - 1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            # perhaps only somebody who asks `has_writer`
+            time.sleep(0.02)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def has_writer(folder: Path) -> bool:

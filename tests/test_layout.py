@@ -69,7 +69,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
             "watch",
             "windows",
         },
-        {"cards", "flow", "records", "stopwatch"},
+        {"cards", "clip_gif", "flow", "records", "stopwatch", "tracking"},
         {"placement"},
         {"lora"},
         {"activations"},

@@ -1,9 +1,11 @@
 """files.py: a file has its name only when all of its bytes are there."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import xxhash
 
 from loader.files import (
+    LOCK_FILE,
     FolderInUseError,
     atomic_file,
     file_xxh3,
@@ -92,3 +95,16 @@ def test_a_folder_has_one_writer_and_a_killed_one_lets_go(tmp_path: Path) -> Non
     assert not has_writer(folder)
     with sole_writer(folder, "run 8"):
         assert has_writer(folder)
+
+
+def test_who_only_asks_whether_somebody_writes_keeps_nobody_from_writing(tmp_path: Path) -> None:
+    with sole_writer(tmp_path, "first"):
+        pass
+    with (tmp_path / LOCK_FILE).open("rb") as asking:
+        # as has_writer holds it, for a moment
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.03, lambda: fcntl.flock(asking, fcntl.LOCK_UN))
+        timer.start()
+        with sole_writer(tmp_path, "second"):
+            assert has_writer(tmp_path)
+        timer.join()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loader.feed_config import FeedConfig
-from tools.doctor import host, run
+from tools.doctor import host, run, step
 from tools.doctor.__main__ import HOST_CHECKS, main
 from tools.doctor.finding import Finding, guarded
 from train.config import TrainConfig
@@ -119,6 +120,40 @@ def test_a_check_that_breaks_off_is_a_failure_and_the_others_go_on() -> None:
 def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     (finding,) = run.disk(config(tmp_path, tmp_path, tmp_path / "runs" / "new"))
     assert "MB/s" in finding.text and list(tmp_path.iterdir()) == []
+
+
+def test_a_step_is_timed_with_the_runs_own_model_and_shape(
+    tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    (finding,) = step.one_step(config(tiny_checkpoint, tiny_dataset, tmp_path))
+    assert finding.status == "ok" and "random weights" not in finding.text
+    assert finding.text.startswith(("160x96x9 x 1 (its largest shape) in ", "96x160x9 x 1 (its"))
+    assert "attention" in finding.text and "loss " in finding.text
+
+
+def test_without_weights_a_step_of_random_ones_is_timed_and_without_a_gpu_none_of_5b(
+    tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model" / "transformer"
+    model.mkdir(parents=True)
+    shutil.copy(tiny_checkpoint / "transformer" / "config.json", model)
+    (finding,) = step.one_step(config(model.parent, tiny_dataset, tmp_path))
+    assert finding.status == "ok" and "with random weights" in finding.text
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (finding,) = step.one_step(config(tmp_path / "absent", tiny_dataset, tmp_path))
+    assert finding.status == "skipped" and "no GPU, and 5.0e9 parameters" in finding.text
+
+
+def test_weights_that_give_no_finite_loss_are_a_failure(
+    tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    path = next((model / "transformer").glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["proj_out.weight"][0, 0] = float("nan")
+    save_file(tensors, path)
+    (finding,) = step.one_step(config(model, tiny_dataset, tmp_path))
+    assert finding.status == "failure" and "loss nan" in finding.text and finding.advice
 
 
 @pytest.fixture

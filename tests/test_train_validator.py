@@ -49,3 +49,24 @@ def test_windows_may_change_as_long_as_none_were_measured(
     other = msgspec.structs.replace(on, seed=8)
     with pytest.raises(CheckpointError, match=r"validation\.seed: 7 then, 8 now"):
         train_here(validated_run, tmp_path, num_steps=4, validation=other)
+
+
+def test_training_windows_are_measured_at_the_middle_levels_which_older_checkpoints_had_too(
+    validated_run: TrainConfig, tmp_path: Path
+) -> None:
+    windows = ValidationConfig(every=1, num_windows=2, num_train_windows=2)
+    train_here(validated_run, tmp_path, num_steps=1, validation=windows)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    state = checkpoint.read_state(newest)
+    base = state["validation"]["train_base"]
+    assert base["loss_WU"].shape == (2, 2)
+    # an older version had a column for each level
+    base["loss_WU"] = torch.cat([torch.zeros(2, 1), base["loss_WU"], torch.zeros(2, 1)], dim=1)
+    torch.save(state, newest / checkpoint.STATE_FILE)
+    (newest / checkpoint.HASH_FILE).unlink()
+    train_here(validated_run, tmp_path, num_steps=2, validation=windows)
+    whole = tmp_path / "whole"
+    train_here(validated_run, whole, num_steps=2, validation=windows)
+    ours, theirs = validations(tmp_path)[-1], validations(whole)[-1]
+    assert (ours.train_relative_loss, ours.gap) == (theirs.train_relative_loss, theirs.gap)

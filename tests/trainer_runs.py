@@ -106,7 +106,16 @@ def _server() -> ForkServerContext:
     # the server takes no sys.path, only the environment
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     context = get_context("forkserver")
-    context.set_forkserver_preload(["train.main", "torch._dynamo", "bitsandbytes"])
+    context.set_forkserver_preload(
+        [
+            "train.main",
+            "torch._dynamo",
+            "bitsandbytes",
+            # samples import these
+            "diffusers.models.autoencoders.autoencoder_kl_wan",
+            "diffusers.schedulers.scheduling_unipc_multistep",
+        ]
+    )
     return context
 
 

@@ -155,7 +155,7 @@ def step_of(
     stream = _STREAM_BYTES * num_tokens * config.dim
     row = dtype_bytes * num_tokens * config.dim
     wide = dtype_bytes * num_tokens * config.ffn_dim
-    forward_bytes = 6 * stream + 12 * row + 2 * wide  # three norms, q/k/v, q, GELU
+    forward_bytes = _forward_bytes(config, num_tokens, dtype_bytes)
     backward_bytes = 9 * stream + 17 * row + 3 * wide
     moved = config.num_layers * forward_bytes + num_blocks * backward_bytes
     moved += num_blocks * dtype_bytes * num_tokens * _adapter_columns(config, targets)
@@ -177,6 +177,28 @@ def step_of(
         moved += num_blocks * forward_bytes
         num_kernels += 0.3 * num_blocks * KERNELS_PER_BLOCK
     return Step(gemm_total, attention, moved, num_kernels)
+
+
+def forward_of(
+    config: WanConfig, num_tokens: int, targets: list[str], rank: int, dtype_bytes: int
+) -> Step:
+    """Count the forward pass alone of one sample of `num_tokens`, as validation and samples do."""
+    gemms = gemm_flops(config, num_tokens, targets, rank, is_first_block=False)
+    attention_once = attention_flops(config, num_tokens)
+    return Step(
+        gemm_flops=config.num_layers * sum(gemm.forward for gemm in gemms.values()),
+        attention_flops={name: config.num_layers * each for name, each in attention_once.items()},
+        moved_bytes=config.num_layers * _forward_bytes(config, num_tokens, dtype_bytes),
+        num_kernels=0.3 * config.num_layers * KERNELS_PER_BLOCK,
+    )
+
+
+def _forward_bytes(config: WanConfig, num_tokens: int, dtype_bytes: int) -> float:
+    """Moved between the GEMMs of a block: three norms, q/k/v, q, GELU."""
+    stream = _STREAM_BYTES * num_tokens * config.dim
+    row = dtype_bytes * num_tokens * config.dim
+    wide = dtype_bytes * num_tokens * config.ffn_dim
+    return 6 * stream + 12 * row + 2 * wide
 
 
 def _adapter_columns(config: WanConfig, targets: list[str]) -> int:

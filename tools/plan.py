@@ -27,6 +27,7 @@ from loader.config import load_toml
 from loader.order import describe_counts
 from loader.shape import Bucket
 from tools.budget import GIB, Budget, CardBudget, Span, buckets_of, budget, order_of
+from tools.evaluation import evaluation
 from tools.streaming import describe as describe_moved
 from tools.table import table
 from train.activations.plan import describe
@@ -79,6 +80,8 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         f"{config.num_steps:,} steps of {config.global_batch} samples on {num_gpus} GPU(s), "
         f"shapes {shapes}",
         _cards_table(found, config.num_steps),
+        "",
+        *_evaluation_lines(config, wan, shares, num_gpus, found),
         "",
         f"saved for the backward pass at {largest}",
         *(
@@ -133,6 +136,48 @@ def _cards_table(found: Budget, num_steps: int) -> str:
 
     header = ("card", "GiB", "of them scores", "fits", "s/step", "days", "rates")
     return table(header, map(row, found.cards), align="<>><>><")
+
+
+def _evaluation_lines(
+    config: TrainConfig,
+    wan: WanConfig,
+    shares: dict[Bucket, float],
+    num_gpus: int,
+    found: Budget,
+) -> list[str]:
+    rows = []
+    for one in found.cards:
+        cost = evaluation(config, wan, shares, num_gpus, one)
+        if cost is None:
+            continue
+        days = Span(*(config.num_steps * each / 86400 for each in cost.with_both_s))
+        rows.append(
+            (
+                one.card.name,
+                one.kernels.names,
+                _span(cost.validation_s, 1.0),
+                _span(cost.samples_s, 1.0),
+                f"{cost.validation_share:.1%}",
+                f"{cost.samples_share:.1%}",
+                _span(days, 1.0),
+            )
+        )
+    header = (
+        "card",
+        "attention",
+        "validation, s",
+        "samples, s",
+        "of the run",
+        "of the run",
+        "days",
+    )
+    validates = f"{config.validation.every:,} steps" if config.validation.every else "never"
+    samples = f"{config.samples.every:,} steps" if config.samples.every else "never"
+    return [
+        f"validation (every: {validates}) and samples (every: {samples}; without the VAE's "
+        f"decoder, which has no rate), and the days with both",
+        table(header, rows, align="<<>>>>>"),
+    ]
 
 
 def _recipes_table(config: TrainConfig, wan: WanConfig, num_gpus: int) -> str:

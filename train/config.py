@@ -17,6 +17,7 @@ from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
 from train.sampling import SamplesConfig
+from train.tracking import WandbConfig
 from train.validate import ValidationConfig
 from train.watch import WatchConfig
 
@@ -38,6 +39,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watch: WatchConfig = WatchConfig()
+    wandb: WandbConfig = WandbConfig()
     # how long it trains: optimizer steps, or passes over the datasets; one of the two
     num_steps: Annotated[int, Meta(ge=0)] = 0
     num_epochs: Annotated[int, Meta(ge=0)] = 0
@@ -98,6 +100,9 @@ _RESUMABLE = frozenset(
         "keep_checkpoints",
         "watch.silent_s",
         "watch.stuck_s",
+        "wandb.project",
+        "wandb.mode",
+        "wandb.media",
         "log_every",
         "activation_memory",
         "activation_offload",
@@ -111,6 +116,7 @@ _RESUMABLE = frozenset(
         "early_stop.patience",
         "samples.every",
         "samples.num_clips",
+        "samples.keys",
         "samples.prompts",
         "samples.shape",
         "samples.num_steps",

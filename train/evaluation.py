@@ -1,7 +1,7 @@
 """What a run looks at besides its own loss: validation and samples, at the steps that are due.
 
 Both take minutes. So a checkpoint is written before them, and a signal that asks to stop ends the
-process at once: the run that goes on makes them first.
+process at once: the run that goes on makes first what is missing of them.
 """
 
 from contextlib import ExitStack
@@ -44,6 +44,18 @@ class Evaluation:
         due = self.stops or self._run.is_due(step, self._run.config.samples.every)
         return self._sampler is not None and due
 
+    def is_complete(self, step: int, is_validated: bool) -> bool:
+        """Whether nothing that was due after `step` is missing: `is_validated` says the checkpoint,
+        samples are there or not.
+        """
+        return is_validated and not self._lacks_samples(step)
+
+    def _lacks_samples(self, step: int) -> bool:
+        if self._sampler is None or not self.samples(step):
+            return False
+        # a step's folder appears when it is whole
+        return not self._sampler.folder_of(step).exists()
+
     @property
     def stops(self) -> bool:
         """Whether the run should end early."""
@@ -68,10 +80,13 @@ class Evaluation:
         signals: Signals,
         status: Status,
         watch: Watch,
+        is_validated: bool = False,
     ) -> None:
-        """Do what is due after `step`, whose checkpoint is written."""
+        """Do what is due after `step`, whose checkpoint is written; is_validated: but for the
+        validation.
+        """
         with signals.at_once(status.stopped_at_once):
-            if self.validates(step):
+            if self.validates(step) and not is_validated:
                 self._validate(step, feed_state, progress, watch)
             if self._sampler and self.samples(step):
                 with watch.busy("makes samples"), self._run.exported():
@@ -94,5 +109,5 @@ class Evaluation:
                         expert = self._run.config.model.expert
                         lora_files.save_both(self._run.adapters, folder, expert)
             if step > 0:
-                # once more, with what validation has found
+                # once more, with what validation has found; samples are not part of a checkpoint
                 self._run.save_checkpoint(step, feed_state, *self.of_checkpoint())

@@ -39,6 +39,7 @@ from train.status import Status, interrupt_outside_the_loop
 from train.step import prepare
 from train.stopwatch import RunAhead, Stopwatch, peak_memory_gib
 from train.tally import add_losses
+from train.tracking import open_tracker
 
 log = logging.getLogger("train")
 
@@ -67,7 +68,13 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
     if world.is_main:
         checkpoint.set_aside_after(output, first_step)
         progress = stack.enter_context(
-            Progress(output, first_step, config.num_steps, is_evaluated=resumed.is_evaluated)
+            Progress(
+                output,
+                first_step,
+                config.num_steps,
+                is_evaluated=resumed.is_evaluated,
+                tracker=open_tracker(config.wandb, output, run.name, run.shared_config()),
+            )
         )
         # what was chosen of "auto" follows as comments
         chosen = "".join(f"# {line}\n" for line in describe(run.kernels))
@@ -81,9 +88,9 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
     evaluate = partial(
         evaluation.evaluate, progress=progress, signals=signals, status=status, watch=watched
     )
-    if not resumed.is_evaluated:
+    if not evaluation.is_complete(first_step, resumed.is_evaluated):
         # the base before the first step, or what a signal has cut short
-        evaluate(first_step, feed.state_dict())
+        evaluate(first_step, feed.state_dict(), is_validated=resumed.is_evaluated)
 
     # names for what the loop uses most
     flat, scaler, optimizer, micro_step = run.flat, run.scaler, run.optimizer, run.micro_step

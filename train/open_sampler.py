@@ -51,27 +51,40 @@ def open_sampler(run: Run) -> Sampler | None:
 
 
 def _subjects(run: Run) -> Subjects | None:
+    """Captions of the val split, then texts of a file; None where there are neither."""
     config, device, layout = run.config, run.world.device, run.kind.layout
+    samples = config.samples
     starts_from_clips = run.laws.expert == "low"
     if run.kind.condition or starts_from_clips:
         _refuse_other_shapes(run)
-    if config.samples.prompts:
-        found = subjects_of_file(Path(config.samples.prompts), config.samples, layout)
-        on_device = [
-            subject._replace(text_SD=subject.text_SD.to(device)) for subject in found.subjects
-        ]
-        return Subjects(on_device, found.empty_SD.to(device))
-    data, reads_given = replace(config.data, condition="latent"), bool(run.kind.condition)
-    with Walk(data, "val", device, reads_given=reads_given) as walk:
-        if not walk.places:
-            return None
-        return subjects_of_split(
-            walk,
-            config.samples,
-            layout,
-            image_to_video=config.data.i2v_share > 0,
-            starts_from_clips=starts_from_clips,
-        )
+    found: list[Subjects] = []
+    if samples.num_clips or samples.keys:
+        data, reads_given = replace(config.data, condition="latent"), bool(run.kind.condition)
+        with Walk(data, "val", device, reads_given=reads_given) as walk:
+            if walk.places:
+                captions = subjects_of_split(
+                    walk,
+                    samples,
+                    layout,
+                    image_to_video=config.data.i2v_share > 0,
+                    starts_from_clips=starts_from_clips,
+                )
+                found.append(captions)
+            elif samples.keys:
+                raise ValueError("samples.keys: the datasets have no val split to take them from")
+    if samples.prompts:
+        texts = subjects_of_file(Path(samples.prompts), samples, layout)
+        width, text_dim = texts.empty_SD.shape[1], run.model.config.text_dim
+        if width != text_dim:
+            raise ValueError(
+                f"samples.prompts = {samples.prompts}: its rows are {width} wide, the model's "
+                f"text_dim is {text_dim}; encode it with this model, by python -m tools.prompts"
+            )
+        on_device = [each._replace(text_SD=each.text_SD.to(device)) for each in texts.subjects]
+        found.append(Subjects(on_device, texts.empty_SD.to(device)))
+    if not found:
+        return None
+    return Subjects([each for part in found for each in part.subjects], found[0].empty_SD)
 
 
 def _refuse_other_shapes(run: Run) -> None:

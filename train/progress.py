@@ -6,8 +6,10 @@ ten seconds at most. A resumed run first drops the lines of metrics.jsonl past i
 which a killed run may have left, so that the file always reads as one run.
 """
 
+import io
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +18,13 @@ from typing import IO, NamedTuple, Self
 import msgspec
 import numpy as np
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from train.cards import NOT_MEASURED, CardState
+from train.clip_gif import clip_gif
 from train.records import (
     METRICS_FILE,
     SHEET_FILE,
@@ -33,6 +37,7 @@ from train.records import (
 )
 from train.stopwatch import Laps, Scalars, lap_seconds
 from train.tally import Faults, sums_of
+from train.tracking import Tracker
 
 LINE_EVERY_S = 10.0
 # name of a measurement -> its group in TensorBoard; the others are times
@@ -134,8 +139,18 @@ def tensorboard_tag(name: str) -> str:
 class Progress:
     """Opened by the main process alone, and closed as a context manager."""
 
-    def __init__(self, output: Path, first_step: int, num_steps: int, *, is_evaluated: bool):
-        """is_evaluated: whether the first step's validation is not to be made again."""
+    def __init__(
+        self,
+        output: Path,
+        first_step: int,
+        num_steps: int,
+        *,
+        is_evaluated: bool,
+        tracker: Tracker | None = None,
+    ):
+        """is_evaluated: whether the first step's validation is not to be made again. tracker: gets
+        the numbers too, and is closed with this.
+        """
         output.mkdir(parents=True, exist_ok=True)
         self._num_steps, self._line_s = num_steps, float("-inf")
         self._validation: float | None = None
@@ -147,6 +162,9 @@ class Progress:
         )
         self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
         self._stack.callback(self._writer.close)
+        self._tracker = tracker
+        if tracker is not None:
+            self._stack.callback(tracker.close)
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = self._stack.enter_context(
@@ -158,9 +176,12 @@ class Progress:
     def write(self, record: StepRecord) -> None:
         """Log one record everywhere. Raises OSError."""
         append_record(self._file, record)
-        for name, value in msgspec.structs.asdict(record).items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(tensorboard_tag(name), value, record.step)
+        values = {
+            tensorboard_tag(name): value
+            for name, value in msgspec.structs.asdict(record).items()
+            if name != "step"
+        }
+        self._add_scalars(values, record.step)
         line = status_line(record, self._num_steps, self._validation)
         if self._bar is not None:
             self._bar.update(record.step - self._bar.n)
@@ -184,9 +205,8 @@ class Progress:
             **{f"level/{number}": value for number, value in enumerate(record.by_level)},
             **{f"category/{name}": value for name, value in record.by_category.items()},
         }
-        for name, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(f"validation/{name}", value, record.step)
+        values = {f"validation/{name}": value for name, value in scalars.items()}
+        self._add_scalars(values, record.step)
         better = ", better" if record.is_improvement else ""
         error = "?" if record.standard_error is None else f"{record.standard_error:.4f}"
         self.say(
@@ -201,6 +221,16 @@ class Progress:
             self._writer.add_image(
                 "samples/sheet", np.asarray(sheet), event.step, dataformats="HWC"
             )
+        for clip in event.clips:
+            self._add_gif(f"samples/{Path(clip.file).stem}", clip_gif(folder / clip.file), event)
+        differences = {
+            f"samples/difference/{Path(clip.file).stem}": clip.mean_difference_levels
+            for clip in event.clips
+        }
+        norms = {f"samples/update_norm/{name}": norm for name, norm in event.update_norms.items()}
+        self._add_scalars(differences | norms, event.step)
+        if self._tracker is not None:
+            self._tracker.log_sheet(folder / SHEET_FILE, event.step)
         shows = f" ({event.shows})" if event.shows else ""
         self.say(f"step {event.step}: {len(event.clips)} clips in {folder}{shows}")
         same = [clip.file for clip in event.clips if clip.mean_difference_levels == 0.0]
@@ -209,6 +239,24 @@ class Progress:
                 f"step {event.step}: {', '.join(same)} equal the base model's clips: the adapters "
                 f"have no effect on them (update norms {event.update_norms})"
             )
+
+    def _add_scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        """Those that were measured, to TensorBoard and wandb."""
+        measured = {name: value for name, value in values.items() if value is not None}
+        for name, value in measured.items():
+            self._writer.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(measured, step)
+
+    def _add_gif(self, tag: str, gif: bytes, event: SampleEvent) -> None:
+        # SummaryWriter.add_video would need moviepy to make the same
+        with Image.open(io.BytesIO(gif)) as first:
+            image = Summary.Image(
+                encoded_image_string=gif, width=first.width, height=first.height, colorspace=3
+            )
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        assert self._writer.file_writer is not None
+        self._writer.file_writer.add_summary(summary, event.step)
 
     def say(self, text: str) -> None:
         """One line, above the progress bar if there is one."""

@@ -37,12 +37,20 @@ from train.tally import Tally
 
 log = logging.getLogger(__name__)
 # keys of the configuration that say where things lie
-PATHS = {"output", "model.path", "data.datasets", "data.exclude", "data.cache_dir", "lora.init"}
+PATHS = {
+    "output",
+    "model.path",
+    "data.datasets",
+    "data.exclude",
+    "data.cache_dir",
+    "lora.init",
+    "samples.prompts",
+}
 
 
 class Resumed(NamedTuple):
     """Where a run goes on. `validation`: the validator's state, None where it had none;
-    is_evaluated: False if validation or samples were due after that step, and not yet done.
+    is_evaluated: False if a validation was due after that step, and not yet done.
     """
 
     num_done: int
@@ -147,8 +155,8 @@ class Run:
         process, the others do nothing.
 
         feed_state: it came with the last batch of these steps. validation: the validator's state;
-        best_steps: by validation, the best first. is_evaluated: False before validation and
-        samples that are due now. Raises ValueError, on all processes, if a parameter is not
+        best_steps: by validation, the best first. is_evaluated: False before a validation that is
+        due now. Raises ValueError, on all processes, if a parameter is not
         finite: nothing is written then. Raises OSError.
         """
         self.check_parameters(num_done)
@@ -192,12 +200,6 @@ class Run:
             yield
 
     def _save_lora(self, num_done: int, folder: Path) -> None:
-        # paths tell nothing to whoever gets the file, and too much about where it is from
-        config = {
-            key: value
-            for key, value in flat(self.config).items()
-            if key not in PATHS and value is not None
-        }
         with self.exported():
             lora_files.save_step(
                 self.adapters,
@@ -209,7 +211,7 @@ class Run:
                 training={
                     "step": num_done,
                     "base_weights": self.base_weights,
-                    "config": config,
+                    "config": self.shared_config(),
                 },
             )
 
@@ -217,6 +219,16 @@ class Run:
     def name(self) -> str:
         """Of the run, in the names of its LoRA files: the output folder's."""
         return re.sub(r"[^\w.]+", "_", self.config.output_dir.resolve().name)
+
+    def shared_config(self) -> dict[str, object]:
+        """The configuration for whoever gets the LoRA, as dotted keys. Paths would tell them
+        nothing, and too much about where it is from.
+        """
+        return {
+            key: value
+            for key, value in flat(self.config).items()
+            if key not in PATHS and not key.startswith("wandb.") and value is not None
+        }
 
     @property
     def scales_loss(self) -> bool:

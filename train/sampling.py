@@ -43,9 +43,11 @@ class SamplesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     # optimizer steps between samples; 0: none
     every: Annotated[int, Meta(ge=0)] = 500
-    # captions of the val split; with `prompts` that file's texts instead
-    num_clips: Annotated[int, Meta(ge=1)] = 4
-    # a file of tools.prompts
+    # captions of the val split, of as many categories as it has; 0: none
+    num_clips: Annotated[int, Meta(ge=0)] = 4
+    # instead, those of the samples with these keys
+    keys: list[str] = []
+    # a file of tools.prompts, whose texts come after the captions
     prompts: str = ""
     # WIDTHxHEIGHTxFRAMES; empty: each caption's own bucket, which a file of prompts does not have
     shape: str = ""

@@ -44,8 +44,7 @@ class Status:
         """From any thread, for a signal of that number when nothing needs to be saved."""
         sys.stderr.write(f"train: {reason}\n")
         sys.stderr.flush()
-        if self._world.is_main:
-            self._write("stopped", reason)
+        self._stop(reason)
         os._exit(128 + number)
 
     def failed_at_once(self, reason: str) -> NoReturn:
@@ -70,23 +69,30 @@ class Status:
             if self._world.is_main:
                 self._write(*self._end)
         elif isinstance(error, Stopped | KeyboardInterrupt | SystemExit):
-            if self._world.is_main:
-                self._write("stopped", str(error) or "interrupted")
+            self._stop(str(error) or "interrupted")
         elif isinstance(error, PeerLostError):
             self._fail(str(error), only_if_running=True)
         else:
             self._fail(f"{type(error).__name__}: {error}")
 
+    def _stop(self, reason: str) -> None:
+        # torchrun sends SIGTERM too when another process has failed, which then has said why
+        if self._world.is_main and self._says_running():
+            self._write("stopped", reason)
+
     def _fail(self, reason: str, only_if_running: bool = False) -> None:
         """Any process may be the one that failed. only_if_running: another one knows better."""
-        if only_if_running:
-            try:
-                before = read_status(self._output)
-            except (RecordError, OSError):
-                before = None
-            if before is not None and before.state != "running":
-                return
+        if only_if_running and not self._says_running():
+            return
         self._write("failed", f"rank {self._world.data_rank}: {reason}")
+
+    def _says_running(self) -> bool:
+        """Whether no process has written yet how the run ended."""
+        try:
+            before = read_status(self._output)
+        except (RecordError, OSError):
+            return True
+        return before is None or before.state == "running"
 
     def _write(self, state: State, reason: str) -> None:
         status = RunStatus(

@@ -10,7 +10,7 @@ from torch import Tensor
 from loader.shape import LatentLayout
 from loader.walk import Walk
 from train.sampling import SamplesConfig, Subject
-from train.windows import choose_windows
+from train.windows import Window, choose_windows, window_of
 
 PROMPTS_KEY = "prompts"  # in the metadata of a file of tools.prompts: the texts, as JSON
 EMPTY_KEY = "empty"
@@ -31,15 +31,15 @@ def subjects_of_split(
     image_to_video: bool,
     starts_from_clips: bool = False,
 ) -> Subjects:
-    """Captions of a split, of videos where it has any. With `image_to_video` every second clip
-    starts from its first frame, unless that has another shape than `samples.shape`. A walk that
-    reads what I2V-A14B is given makes all of them image to video. starts_from_clips: for the
-    low-noise expert.
+    """Captions of a split: those of `samples.keys`, or chosen ones, of videos where it has any.
+    With `image_to_video` every second clip starts from its first frame, unless that has another
+    shape than `samples.shape`. A walk that reads what I2V-A14B is given makes all of them image to
+    video. starts_from_clips: for the low-noise expert. Raises ValueError for a key that the split
+    does not have.
     """
     shape = layout.parse(config.shape) if config.shape else None
     subjects = []
-    videos = [place for place in walk.places if place.bucket.num_frames > 1]
-    windows = choose_windows(walk, config.num_clips, config.seed, videos or walk.places)
+    windows = _windows(walk, config)
     for number, window in enumerate(windows):
         batch = walk.batch(window.place, is_i2v=False, seed=0)
         bucket = shape or batch.bucket
@@ -59,6 +59,20 @@ def subjects_of_split(
         subjects.append(subject)
     empty = walk.batch(windows[0].place, is_i2v=False, seed=0, drop_caption=True)
     return Subjects(subjects, empty.text_BSD[0])
+
+
+def _windows(walk: Walk, config: SamplesConfig) -> list[Window]:
+    if not config.keys:
+        videos = [place for place in walk.places if place.bucket.num_frames > 1]
+        return choose_windows(walk, config.num_clips, config.seed, videos or walk.places)
+    places = {place.key: place for place in walk.places}
+    missing = [key for key in config.keys if key not in places]
+    if missing:
+        raise ValueError(
+            f"samples.keys: {', '.join(missing)} are no samples of the val split; "
+            f"`shardgen inspect CLIP_ID --dataset DATASET` shows the keys of a clip"
+        )
+    return [window_of(walk, places[key]) for key in config.keys]
 
 
 def subjects_of_file(path: Path, config: SamplesConfig, layout: LatentLayout) -> Subjects:

@@ -38,7 +38,10 @@ from train.windows import Window
 Task = Literal["t2v", "i2v"]
 # of the run's own law: quantiles of u, so that a shifted or logit-normal run is measured where it
 # is trained
-LEVELS_U = (0.125, 0.375, 0.625, 0.875)
+LEVELS_U: tuple[float, ...] = (0.125, 0.375, 0.625, 0.875)
+# Training windows are measured at these levels alone: the middle ones, where a clip that is known
+# by heart shows first.
+TRAIN_LEVELS, ALL_LEVELS = slice(1, 3), slice(None)
 NUM_PSNR_LEVELS = 2  # the lower noise levels, where a one-step estimate is a picture
 
 
@@ -75,11 +78,13 @@ def measure(
     laws: NoiseLaws,
     seed: int,
     world: World,
+    levels: slice = ALL_LEVELS,
 ) -> Losses:
     """Losses of `windows`, shared out to the ranks and gathered on all of them.
 
     loss(inputs): the model's, without gradients and without dropout. `windows` are of `walk`. laws:
     the run's own, of an expert its part alone.
+    levels: of LEVELS_U; the PSNR of a level that is not measured is 0.
     """
     tasks = [_task(window, i2v_share, seed) for window in windows]
     num_columns = len(LEVELS_U) + NUM_PSNR_LEVELS
@@ -90,7 +95,7 @@ def measure(
         batch = walk.batch(window.place, is_i2v=task == "i2v", seed=seed)
         law = laws.of(batch.bucket)
         sigmas_U = [flow.sigma_at(u, law) for u in LEVELS_U]
-        for level, sigma in enumerate(sigmas_U):
+        for level, sigma in list(enumerate(sigmas_U))[levels]:
             inputs = _inputs(batch, sigma, sample_seed(seed, level, window.key))
             with torch.no_grad():
                 value = loss(inputs).double()
@@ -106,7 +111,7 @@ def measure(
         keys=[window.key for window in windows],
         tasks=tasks,
         categories=[window.category for window in windows],
-        loss_WU=table[:, : len(LEVELS_U)],
+        loss_WU=table[:, : len(LEVELS_U)][:, levels],
         psnr_WP=table[:, len(LEVELS_U) :],
     )
 

@@ -11,6 +11,7 @@ decides later validations (the base's losses, the reference, the best steps) is 
 import logging
 import time
 from contextlib import nullcontext
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from train.early_stop import History
 from train.records import ValidationRecord
 from train.run import Run
 from train.validate import (
+    ALL_LEVELS,
+    LEVELS_U,
+    TRAIN_LEVELS,
     Losses,
     by_category,
     by_level,
@@ -34,16 +38,15 @@ from train.validate import (
 from train.windows import Window, choose_windows
 
 log = logging.getLogger(__name__)
-# Training windows are measured at these noise levels alone: the middle ones, where a clip that is
-# known by heart shows first.
-TRAIN_LEVELS = slice(1, 3)
 
 
 class _Split:
-    """Windows of one split, and the base's losses on them once they were measured."""
+    """Windows of one split, measured at these `levels`, and the base's losses on them once they
+    were measured.
+    """
 
-    def __init__(self, run: Run, walk: Walk, windows: list[Window]):
-        self.walk, self.windows = walk, windows
+    def __init__(self, run: Run, walk: Walk, windows: list[Window], levels: slice):
+        self.walk, self.windows, self.levels = walk, windows, levels
         self._run = run
         self.base: Losses | None = None
 
@@ -61,6 +64,7 @@ class _Split:
                     laws=run.laws,
                     seed=config.validation.seed,
                     world=run.world,
+                    levels=self.levels,
                 )
         finally:
             run.model.train(was_training)
@@ -143,6 +147,9 @@ class Validator:
                     "validation: the windows are not those of the checkpoint, so losses can't be "
                     "compared; restore the dataset, or choose another output"
                 )
+            # older versions measured all levels of both
+            if base.loss_WU.shape[1] == len(LEVELS_U):
+                base = base._replace(loss_WU=base.loss_WU[:, split.levels])
             split.base = base
         if state["history"] is not None:
             history = History(**state["history"])
@@ -164,13 +171,8 @@ class Validator:
         of_train = self._train.measure()
         self._train.relative(of_train)
         assert self._train.base is not None
-        train_loss = _mean_at_train_levels(of_train, self._train.base)
-        return train_loss, _mean_at_train_levels(losses, base) - train_loss
-
-
-def _mean_at_train_levels(losses: Losses, base: Losses) -> float:
-    values = by_level(losses, base)[TRAIN_LEVELS]
-    return sum(values) / len(values)
+        train_loss = fmean(by_level(of_train, self._train.base))
+        return train_loss, fmean(by_level(losses, base)[TRAIN_LEVELS]) - train_loss
 
 
 def _interval(run: Run) -> tuple[float, float] | None:
@@ -210,4 +212,5 @@ def _open_split(run: Run, split: Any, num_windows: int, device: torch.device) ->
     if not walk.places:
         walk.close()
         return None
-    return _Split(run, walk, choose_windows(walk, num_windows, run.config.validation.seed))
+    windows = choose_windows(walk, num_windows, run.config.validation.seed)
+    return _Split(run, walk, windows, levels=TRAIN_LEVELS if split == "train" else ALL_LEVELS)

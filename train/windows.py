@@ -36,12 +36,14 @@ def choose_windows(
     hashed = sorted(
         walk.places if places is None else places, key=lambda place: hash64(seed, place.key)
     )
-    candidates = []
-    for place in hashed[: CANDIDATES_PER_WINDOW * num_windows]:
-        meta = walk.meta(place)
-        window = Window(meta.key, meta.category, meta.programme, meta.prompt, place)
-        candidates.append(window)
-    return spread(candidates, num_windows)
+    candidates = hashed[: CANDIDATES_PER_WINDOW * num_windows]
+    return spread([window_of(walk, place) for place in candidates], num_windows)
+
+
+def window_of(walk: Walk, place: WalkPlace) -> Window:
+    """The sample at `place`; reads its metadata."""
+    meta = walk.meta(place)
+    return Window(meta.key, meta.category, meta.programme, meta.prompt, place)
 
 
 def spread(windows: Sequence[Window], num_windows: int) -> list[Window]:

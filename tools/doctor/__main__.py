@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from loader.config import ConfigError, load_toml
-from tools.doctor import cards, host, run
+from tools.doctor import cards, host, run, step
 from tools.doctor.finding import Check, Finding, guarded
 from train.config import TrainConfig
 
@@ -40,6 +40,7 @@ def run_checks(config: TrainConfig | None) -> Iterator[Finding]:
         checks["dataset"] = partial(run.datasets, config)
         checks["model"] = partial(run.model_files, config)
         checks["disk"] = partial(run.disk, config)
+        checks["one step"] = partial(step.one_step, config)
     for name, check in checks.items():
         yield from guarded(name, check)
 

@@ -14,6 +14,7 @@ import torch
 from tools.doctor.finding import Finding
 
 COPY_BYTES = 256 * 2**20
+REDUCE_BYTES = 128 * 2**20
 SLOW_COPY_GB_S = 6.0  # half of PCIe 3.0 x16: both cards behind one switch
 NO_GPU = "no GPU is visible to torch"
 
@@ -154,7 +155,10 @@ def all_reduce() -> Iterator[Finding]:
             yield Finding(name, "failure", (lines or ["it failed"])[-1], advice)
         else:
             seconds = float(done.stdout.strip().splitlines()[-1])
-            yield Finding(name, "ok", f"128 MiB in {seconds * 1000:.1f} ms, the sum is right")
+            # what each card sends and receives in a ring
+            rate = 2 * (count - 1) / count * REDUCE_BYTES / seconds / 1e9
+            text = f"128 MiB in {seconds * 1000:.1f} ms, {rate:.1f} GB/s, the sum is right"
+            yield Finding(name, "ok", text)
 
 
 def video_engines() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Checks of one run: its dataset, its model folder, room on its disk, and one timed step."""
+"""Checks of one run: its dataset, its model folder, room on its disk."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def model_files(config: TrainConfig) -> Iterator[Finding]:
     others = {"transformer", "transformer_2"} - {trained} if expert else set()
     parts = {trained: "training", **dict.fromkeys(others, "clips with both experts"), **PARTS}
     for part, purpose in parts.items():
-        missing = _missing_files(folder / part)
+        missing = missing_files(folder / part)
         required = part == trained or (part == "vae" and config.data.condition == "raw")
         fetch = f'hf download {hub_id} --include "{part}/*" --local-dir {folder}'
         yield Finding(
@@ -116,7 +116,7 @@ def _hub_id(folder: Path, has_experts: bool) -> str:
     return HUB_IDS.get(config.get("in_channels"), default)
 
 
-def _missing_files(folder: Path) -> list[str]:
+def missing_files(folder: Path) -> list[str]:
     """Names of files that a part of a diffusers folder lacks, by its own index where it has one."""
     if folder.name == "tokenizer":
         names = ("tokenizer.json", "spiece.model")
