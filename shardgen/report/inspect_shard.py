@@ -5,7 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loader.manifest import decode_index
-from loader.sample import JSON, LATENT, TEXT, decode_meta, decode_tensor, split_member_name
+from loader.sample import (
+    CONDITION,
+    JSON,
+    LATENT,
+    TEXT,
+    condition_info,
+    decode_meta,
+    decode_tensor,
+    split_member_name,
+)
 from shardgen.encode.write import IDX, TAR
 
 
@@ -39,7 +48,10 @@ def _all_of(stored: dict[str, bytes]) -> Iterator[str]:
     yield json.dumps(json.loads(stored[JSON]), ensure_ascii=False, indent=2)
     for name, data in stored.items():
         yield f"{meta.key}.{name}: {len(data)} bytes"
-    for name, info in (LATENT, meta.latent), (TEXT, meta.text):
+    tensors = [(LATENT, meta.latent), (TEXT, meta.text)]
+    if CONDITION in stored:
+        tensors.append((CONDITION, condition_info(stored[CONDITION], meta.latent)))
+    for name, info in tensors:
         if name not in stored:  # in an index of foreign tars
             continue
         tensor = decode_tensor(stored[name], info).astype("float32")

@@ -111,6 +111,8 @@ class SampleSet(msgspec.Struct, frozen=True):
     guidance: float | None = None
     shift: float | None = None
     tiled: bool | None = None
+    # where one expert of two made the clips: which part of a clip it makes
+    shows: str = ""
     lora_xxh3: str = ""
     norms: dict[str, float] = msgspec.field(default_factory=dict, name="update_norms")
     clips: list[SampleClip] = []
