@@ -57,6 +57,7 @@ RECIPES = (
         global_batch=8,
     ),
 )
+SLOW_STEP_S = 120.0
 ADVICE = (
     'To fit a smaller card: activation_memory = "auto" or "block", activation_offload = true, '
     'micro_batch = 1 or fewer micro_tokens, optim.name = "adamw8bit", model.placement = "auto", or '
@@ -80,6 +81,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         f"{config.num_steps:,} steps of {config.global_batch} samples on {num_gpus} GPU(s), "
         f"shapes {shapes}",
         _cards_table(found, config.num_steps),
+        *_slow_cards(found, config.global_batch, num_gpus),
         "",
         *_evaluation_lines(config, wan, shares, num_gpus, found),
         "",
@@ -178,6 +180,22 @@ def _evaluation_lines(
         f"decoder, which has no rate), and the days with both",
         table(header, rows, align="<<>>>>>"),
     ]
+
+
+def _slow_cards(found: Budget, global_batch: int, num_gpus: int) -> list[str]:
+    """Plainly, where a step is a matter of minutes: of each such card with its first kernels."""
+    lines: dict[str, str] = {}
+    for one in found.cards:
+        if one.step_s is None or one.step_s.fast < SLOW_STEP_S:
+            continue
+        sample = _span(one.step_s, num_gpus / global_batch)
+        lines.setdefault(
+            one.card.name,
+            f"on {one.card.name} a step of {global_batch} samples takes "
+            f"{_span(one.step_s, 1 / 60)} minutes, {sample} s a sample: for a whole "
+            f"training take fewer frames, images, or a smaller model there",
+        )
+    return ["", *lines.values()] if lines else []
 
 
 def _recipes_table(config: TrainConfig, wan: WanConfig, num_gpus: int) -> str:
