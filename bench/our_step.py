@@ -59,6 +59,7 @@ def our_config(
     attention: str,
     blocks: str = "",
     kind: ModelKind = models.TI2V_5B,
+    placement: str = "resident",
     **changes: Any,
 ) -> TrainConfig:
     """A run of one sample a step on these adapters, alpha = rank, in these blocks, of a model of
@@ -69,7 +70,13 @@ def our_config(
     expert = None if kind.boundary is None else "high"
     config = TrainConfig(
         output="",
-        model=ModelConfig(path="", expert=expert, dtype=name, attention=attention),  # type: ignore[arg-type]
+        model=ModelConfig(
+            path="",
+            expert=expert,
+            dtype=name,  # type: ignore[arg-type]
+            attention=attention,  # type: ignore[arg-type]
+            placement=placement,  # type: ignore[arg-type]
+        ),
         data=FeedConfig(datasets=[""], i2v_share=share),
         lora=LoRAConfig(
             targets=list(adapters.targets),

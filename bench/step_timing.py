@@ -147,6 +147,8 @@ class Subjects:
             variant["attention"],
             variant.get("blocks", ""),
             self.kind,
+            # 28 GB of weights leave no room on such a card
+            "auto" if profile.capped and self.kind.boundary is not None else "resident",
             global_batch=self.shape.batch,
             micro_tokens=self.shape.batch * self.shape.num_tokens,
             activation_memory="auto" if profile.capped else "all",
