@@ -164,3 +164,10 @@ def test_a_wrong_shape_ends_with_advice_and_no_traceback(
     monkeypatch.setattr("sys.argv", ["sample", *arguments])
     with pytest.raises(SystemExit, match="the next smaller shape is 1280x704x49"):
         main()
+
+
+def test_a_contact_sheet_of_large_clips_is_scaled_down_and_keeps_their_aspect() -> None:
+    gray = np.full((1, 704, 1280, 3), 127, np.uint8)
+    sheet = contact_sheet([("base", gray)])
+    assert sheet.size == (64 + 480 + 4, 264 + 4)
+    assert sheet.getpixel((64 + 240, 132)) == (127, 127, 127)
