@@ -6,6 +6,7 @@ There are no threads and no state here, nothing random, and no caption is droppe
 as which task and with which seed is for the caller to say.
 """
 
+from collections.abc import Collection
 from types import TracebackType
 from typing import NamedTuple
 
@@ -93,6 +94,15 @@ class Walk:
     def meta(self, place: WalkPlace) -> SampleMeta:
         """The sample's metadata alone. Raises TooManyDamagedError if it is damaged."""
         return self._readers[place.dataset].read(place.shard, place.position, lambda _: ()).meta
+
+    def members(self, place: WalkPlace, names: Collection[str]) -> dict[str, bytes]:
+        """The sample's stored members of these names, those that it has. Raises
+        TooManyDamagedError if one is damaged.
+        """
+        sample = self._readers[place.dataset].read(
+            place.shard, place.position, lambda there: [name for name in there if name in names]
+        )
+        return {name: bytes(view) for name, view in sample.members.items() if name in names}
 
     def close(self) -> None:
         """Stop waiting for servers."""

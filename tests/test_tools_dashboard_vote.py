@@ -13,8 +13,9 @@ from tools.dashboard.app import create_app
 from tools.dashboard.exports import read_csv
 from tools.dashboard.pages.samples import MAX_COLUMNS, Event, grid, shown_events
 from tools.dashboard.pairs import QUESTIONS, pairs_of
-from tools.dashboard.records import Result, ResultClip, SampleClip, SampleSet
+from tools.dashboard.records import SampleClip, SampleSet
 from tools.dashboard.sources import find_sources
+from tools.evaluate.result import Result, ResultClip
 from tools.fake.runs import PROMPTS, write_evaluation, write_run, write_samples
 
 SECRET = b"s" * 32

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from tools.dashboard.records import Result, ResultClip
+from tools.evaluate.result import Result, ResultClip
 
 QUESTIONS = ("overall", "text")
 SHARED_SHARE, REPEATED_SHARE = 0.3, 0.2

@@ -1,5 +1,6 @@
 """The files that the dashboard reads, as types: what each may hold, and nothing that is not there.
-Those of builds and steps have theirs in shardgen.report.progress and train.records.
+Those of builds, steps and evaluations have theirs in shardgen.report.progress, train.records and
+tools.evaluate.result.
 
 Every field has a default, because a file of an older writer lacks some: what is absent reads "not
 measured" on the page. Unknown fields are ignored. A file that can't be decoded is reported by name
@@ -10,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-Value = float | str | None  # a str says why it was not measured
+from tools.evaluate.result import Value
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -116,75 +117,6 @@ class SampleSet(msgspec.Struct, frozen=True):
     lora_xxh3: str = ""
     norms: dict[str, float] = msgspec.field(default_factory=dict, name="update_norms")
     clips: list[SampleClip] = []
-
-
-class Variant(msgspec.Struct, frozen=True):
-    """What was evaluated: "real", "base" or a LoRA."""
-
-    name: str
-    lora: str = ""
-    lora_xxh3: str = ""
-    difference_levels: float | None = None
-
-
-class Metric(msgspec.Struct, frozen=True):
-    """One figure of a variant; of one category, or "" for all."""
-
-    name: str
-    variant: str
-    category: str = ""
-    value: Value = None
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    unit: str = ""
-    why: str = ""
-    model: str = ""  # extractor or tower, with its hash
-    floor: float | None = None  # real against real at the same n
-    target: str = ""
-    reached: bool | None = None
-
-
-class Comparison(msgspec.Struct, frozen=True):
-    """The paired difference of two variants."""
-
-    metric: str
-    variant: str
-    against: str = "base"
-    category: str = ""
-    difference: Value = None
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    verdict: str = ""
-
-
-class ResultClip(msgspec.Struct, frozen=True):
-    """A clip of an evaluation. `file` is relative to its result.json, inside its folder."""
-
-    variant: str
-    file: str
-    prompt: str = ""
-    prompt_id: str = ""
-    category: str = ""
-    seed: int = 0
-
-
-class Result(msgspec.Struct, frozen=True):
-    """evaluations/NAME/result.json."""
-
-    name: str = ""
-    time: float | str | None = None
-    set_hash: str = ""
-    num_prompts: int | None = None
-    num_seeds: int | None = None
-    variants: list[Variant] = []
-    metrics: list[Metric] = []
-    comparisons: list[Comparison] = []
-    clips: list[ResultClip] = []
-    pictures: list[str] = []  # plots and contact sheets, relative
-    grade: str = ""
-    grade_rule: str = ""
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,17 +13,8 @@ import msgspec
 import numpy as np
 
 from shardgen.report.progress import BuildRecord, append_record
-from tools.dashboard.records import (
-    Comparison,
-    Metric,
-    Result,
-    ResultClip,
-    RunStatus,
-    SampleClip,
-    SampleSet,
-    ValidationLine,
-    Variant,
-)
+from tools.dashboard.records import RunStatus, SampleClip, SampleSet, ValidationLine
+from tools.evaluate.result import Comparison, Metric, Result, ResultClip, Variant
 
 PROMPTS = (
     ("자연/풍경", "커다란 토끼가 풀밭에 서서 기지개를 켠다."),

@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from tools.dashboard import media
 from tools.dashboard.files import FileProblem
-from tools.dashboard.records import Comparison, Metric, Result
 from tools.dashboard.render import View, explained_names
 from tools.dashboard.sources import RESULT_FILE
+from tools.evaluate.result import Comparison, Metric, Result
 
 REFERENCES = ("real", "base")
 

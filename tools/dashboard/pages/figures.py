@@ -7,9 +7,10 @@ from starlette.responses import Response
 
 from shardgen.catalog.tables import FINAL
 from tools.dashboard.files import FileProblem
-from tools.dashboard.records import Check, Metric, QualityReport, Result
+from tools.dashboard.records import Check, QualityReport
 from tools.dashboard.render import View
 from tools.dashboard.sources import RESULT_FILE
+from tools.evaluate.result import Metric, Result
 
 SPLITS = ("accepted_train", "accepted_val")
 MAX_SIZE_PAIRS = 30

@@ -13,7 +13,6 @@ from tools.dashboard.files import FileProblem
 from tools.dashboard.pages.compare import chosen_result
 from tools.dashboard.pages.decisions import csv_response
 from tools.dashboard.pairs import QUESTIONS, Pair, pairs_of
-from tools.dashboard.records import Result
 from tools.dashboard.render import PERSON_COOKIE, View
 from tools.dashboard.review import (
     ANSWERS,
@@ -24,6 +23,7 @@ from tools.dashboard.review import (
     now,
 )
 from tools.dashboard.sources import RESULT_FILE
+from tools.evaluate.result import Result
 
 
 class Ballot(NamedTuple):

@@ -1,0 +1,178 @@
+"""An evaluation from prompts to result.json, on a model with random weights and no network."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tools.evaluate.clips import read_mp4
+from tools.evaluate.compare import compare
+from tools.evaluate.config import EvaluateConfig, SamplingConfig, SetConfig, check
+from tools.evaluate.evaluation_set import read_set
+from tools.evaluate.generate import generate
+from tools.evaluate.result import Result, read_result, write_result
+from tools.evaluate.score import score
+from tools.fake.batch import write_synthetic_dataset
+from tools.generate import NotAppliedError
+from train.lora import adapters as lora
+from train.lora.files import save_comfyui, save_diffusers
+from train.model.load import load_transformer
+from train.parallel.mesh import World
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def files(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of LoRA files: lora, comfyui, and one with next to no effect."""
+    folder = tmp_path_factory.mktemp("files")
+    model = load_transformer(tiny_checkpoint, WORLD.device, torch.float32)
+    adapters = lora.attach(model, list(lora.TARGETS), 4, 6.0, 0.0, 0)
+    for _, b in adapters.tensors().values():
+        b.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    adapters.refresh()
+    save_diffusers(adapters, folder / "lora.safetensors")
+    save_comfyui(adapters, folder / "comfyui.safetensors")
+    for _, b in adapters.tensors().values():
+        b.mul_(1e-9)
+    save_diffusers(adapters, folder / "weak.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(
+    tiny_checkpoint: Path, files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> EvaluateConfig:
+    """Two prompts, two seeds, one prompt decoded; generated."""
+    dataset = tmp_path_factory.mktemp("synthetic")
+    write_synthetic_dataset(dataset, {"96x64x9": 6, "64x64x1": 2}, split="val")
+    config = EvaluateConfig(
+        output=str(tmp_path_factory.mktemp("evaluation") / "evaluations" / "first"),
+        model=str(tiny_checkpoint),
+        datasets=[str(dataset)],
+        candidates={"lora": str(files / "lora.safetensors")},
+        set=SetConfig(num_prompts=2, num_seeds=2, num_decoded=1),
+        sampling=SamplingConfig(num_steps=2, guidance=2.0, dtype="float32"),
+    )
+    generate(config, WORLD)
+    return config
+
+
+@pytest.fixture(scope="module")
+def result(config: EvaluateConfig) -> Result:
+    chosen = read_set(config.folder)
+    assert chosen is not None
+    score(config, chosen, WORLD.device)
+    return compare(config, chosen)
+
+
+def test_every_clip_is_there_and_names_stay_inside_the_folder(
+    config: EvaluateConfig, result: Result
+) -> None:
+    assert [each.name for each in result.variants] == ["real", "base", "lora"]
+    assert len(result.clips) == 1 + 2 + 2
+    for clip in result.clips:
+        assert read_mp4((config.folder / clip.file).read_bytes(), clip.file).shape[0] == 9
+    assert all((config.folder / name).stat().st_size for name in result.pictures)
+    assert read_result(config.folder) == result
+    for name in ("/etc/passwd", "../x.png"):
+        with pytest.raises(ValueError, match="inside its folder"):
+            write_result(config.folder, msgspec.structs.replace(result, pictures=[name]))
+
+
+def test_all_variants_have_the_same_noise_and_the_lora_is_in_effect(config: EvaluateConfig) -> None:
+    names = sorted(path.name for path in (config.folder / "base").glob("*.npy"))
+    assert names == sorted(path.name for path in (config.folder / "lora").glob("*.npy"))
+    base, tuned = (np.load(config.folder / each / names[0]) for each in ("base", "lora"))
+    assert np.isfinite(base).all() and not np.array_equal(base, tuned)
+    variant = msgspec.json.decode((config.folder / "lora/variant.json").read_bytes())
+    assert variant["difference_levels"] > 0 and variant["lora"] == "lora.safetensors"
+
+
+def test_what_was_not_measured_says_why(result: Result) -> None:
+    missing = {m.name: m.why for m in result.metrics if m.variant == "lora" and m.why}
+    assert missing["fvd"] == "fvd.weights is empty"
+    assert missing["clip_cosine"] == "clip.model is empty"
+    assert "too few prompts" in missing["motion"]
+    assert {c.verdict for c in result.comparisons if not c.category} == {"too_few"}
+    assert result.grade == "lora: not measured"
+
+
+def test_the_vae_is_measured_against_the_shards_pictures(result: Result) -> None:
+    (psnr,) = (m for m in result.metrics if m.name == "psnr" and not m.category)
+    assert psnr.variant == "real" and isinstance(psnr.value, float) and 0 < psnr.value < 60
+    assert "KEY.jpg" in psnr.model
+
+
+def test_nothing_is_made_twice_and_a_lost_clip_is_made_again(config: EvaluateConfig) -> None:
+    before = {path: path.stat().st_mtime_ns for path in config.folder.rglob("*.npy")}
+    (lost, *others) = (path for path in before if path.parent.name == "lora")
+    bytes_before = lost.read_bytes()
+    lost.unlink()
+    generate(config, WORLD)
+    assert lost.read_bytes() == bytes_before
+    assert all(path.stat().st_mtime_ns == before[path] for path in others)
+    scores = config.folder / "scores/lora.json"
+    if scores.exists():
+        chosen, time_ns = read_set(config.folder), scores.stat().st_mtime_ns
+        assert chosen is not None
+        score(config, chosen, WORLD.device)
+        assert scores.stat().st_mtime_ns == time_ns
+
+
+def test_a_lora_that_is_not_in_effect_is_refused_by_name(
+    config: EvaluateConfig, files: Path
+) -> None:
+    weak = msgspec.structs.replace(config, candidates={"weak": str(files / "weak.safetensors")})
+    with pytest.raises(NotAppliedError, match="has no effect"):
+        generate(weak, WORLD)
+    assert not list((config.folder / "weak").glob("*.npy"))
+
+
+def test_a_lora_in_other_keys_makes_the_same_clips(config: EvaluateConfig, files: Path) -> None:
+    path = files / "comfyui.safetensors"
+    generate(msgspec.structs.replace(config, candidates={"comfyui": str(path)}), WORLD)
+    for file in (config.folder / "lora").glob("*.npy"):
+        same = np.load(config.folder / "comfyui" / file.name)
+        assert np.allclose(np.load(file), same, atol=2e-2)
+
+
+def test_a_lora_of_other_layers_is_refused(
+    config: EvaluateConfig, files: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(files / "lora.safetensors")
+    with safe_open(files / "lora.safetensors", framework="pt") as opened:
+        metadata = opened.metadata()
+    dropped = dict(list(tensors.items())[:-2])
+    save_file(dropped, tmp_path / "part.safetensors", metadata)
+    other = msgspec.structs.replace(config, candidates={"part": str(tmp_path / "part.safetensors")})
+    with pytest.raises(ValueError, match="adapters differ"):
+        generate(other, WORLD)
+
+
+def test_another_set_or_another_lora_does_not_mix_with_the_clips_that_are_there(
+    config: EvaluateConfig, files: Path
+) -> None:
+    more = msgspec.structs.replace(config, set=SetConfig(num_prompts=1))
+    with pytest.raises(ValueError, match="another evaluation set"):
+        generate(more, WORLD)
+    other = msgspec.structs.replace(config, candidates={"lora": str(files / "weak.safetensors")})
+    with pytest.raises(ValueError, match="of another LoRA"):
+        generate(other, WORLD)
+
+
+def test_names_and_hashes_are_checked_before_any_time_is_spent(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"candidates\.base"):
+        check(msgspec.structs.replace(config, candidates={"base": "x"}))
+    fvd = msgspec.structs.replace(config.fvd, sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"its own fvd\.name"):
+        check(msgspec.structs.replace(config, fvd=fvd))
+    (tmp_path / "transformer_2").mkdir()
+    with pytest.raises(ValueError, match="two experts"):
+        check(msgspec.structs.replace(config, model=str(tmp_path)))
