@@ -91,8 +91,10 @@ def _hint(message: str, kind: type[msgspec.Struct]) -> str:
     table = f"{match[2]}." if match[2] else ""
     keys = _known_keys(kind)
     here = {key.removeprefix(table).partition(".")[0] for key in keys if key.startswith(table)}
-    # a key of this table first, then one that stands in another table under this very name
-    near = [table + each for each in get_close_matches(name, sorted(here), n=1)]
+    # one that has moved into a table of its own (checkpoint_every); then a key of this table, then
+    # one that stands in another table under this very name
+    near = [key for key in keys if key.replace(".", "_") == name]
+    near += [table + each for each in get_close_matches(name, sorted(here), n=1)]
     near += [key for key in keys if key.rpartition(".")[2] == name]
     near += get_close_matches(table + name, keys, n=1)
     if near:

@@ -48,6 +48,7 @@ def load(folder: Path, text: str, *overrides: str) -> Config:
             "data.zzz=1",
             "unknown field `zzz` - at `$.data`; known keys here: cache, folders, i2v_share",
         ),
+        ("data_folders=['a']", "unknown field `data_folders`; did you mean data.folders?"),
         ("zzz=1", "`zzz`; known keys here: data, every_s, num_steps, output, samples"),
         ("samples=[{promt = 'x'}]", "`promt` - at `$.samples[0]`; did you mean samples.prompt?"),
     ],

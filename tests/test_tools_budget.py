@@ -1,9 +1,12 @@
 """tools.budget and tools.plan: what fits, how long it takes, and when there is no time to tell."""
 
+import json
+import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from loader.feed_config import FeedConfig
 from loader.order import describe_counts
@@ -16,6 +19,7 @@ from train.activations.plan import ShapePlan
 from train.config import TrainConfig
 from train.lora.config import SELF_AND_CROSS_QKV
 from train.model.config import ModelConfig
+from train.model.load import WeightsError, load_transformer
 from train.model.wan import TI2V_5B
 
 BUCKET, LARGE = Bucket(96, 64, 9), Bucket(1280, 704, 49)
@@ -250,3 +254,37 @@ def test_a_shape_that_is_never_trained_has_no_share_and_is_named(tmp_path: Path)
         "never trained, because a bucket holds fewer samples than a global batch of 4: "
         "3 of 32x64x1"
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "heads", "said"),
+    [
+        ('lora.targets=["to_x"]', 2, r"lora\.targets: \['to_x'\] given; choose from attn1"),
+        ("lora.rank=12", 2, r"lora\.rank = 12: use a multiple of 8"),
+        ("num_steps=3", 4, r"have shapes .* which do not fill .* of config\.json"),
+        ("num_steps=3", 1, r"have shapes .* which do not fill .* of config\.json"),
+    ],
+)
+def test_the_plan_refuses_what_the_trainer_refuses(
+    change: str,
+    heads: int,
+    said: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(tiny_checkpoint / "transformer", tmp_path / "transformer")
+    wan = tmp_path / "transformer" / "config.json"
+    wan.write_text(json.dumps(json.loads(wan.read_text()) | {"num_attention_heads": heads}))
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'output = "o"\nnum_steps = 1\nglobal_batch = 2\n[model]\npath = "{tmp_path}"\n'
+        f'[data]\ndatasets = ["d"]\n[lora]\nrank = 8\n'
+    )
+    command = ["plan", str(file), "--shape", "64x64x5", "--set", change]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match=said):
+        plan.main()
+    if heads != 2:
+        with pytest.raises(WeightsError, match=said):
+            load_transformer(tmp_path, torch.device("cpu"), torch.float32)

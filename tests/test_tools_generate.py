@@ -5,6 +5,7 @@ effect is an error.
 import json
 import shutil
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -146,23 +147,30 @@ def test_contact_sheet_has_base_above_lora() -> None:
     assert (sheet[10, -10] == 10).all() and (sheet[-10, -10] == 200).all()
 
 
-def test_a_wrong_shape_ends_with_advice_and_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--shape", "1280x720x49", "the next smaller shape is 1280x704x49"),
+        ("--model", "/nowhere", "/nowhere/transformer/config.json: "),
+        ("--lora", "/nowhere.safetensors", "/nowhere.safetensors: can't be read"),
+        ("--output", "/proc/nowhere", "/proc/nowhere"),
+        ("--image", "/nowhere.png", "/nowhere.png"),
+    ],
+)
+def test_a_wrong_argument_is_told_before_a_model_is_loaded(
+    option: str,
+    value: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
-    arguments = [
-        "--model",
-        str(tiny_checkpoint),
-        "--lora",
-        "l",
-        "--output",
-        str(tmp_path),
-        "--prompt",
-        "p",
-        "--shape",
-        "1280x720x49",
-    ]
-    monkeypatch.setattr("sys.argv", ["sample", *arguments])
-    with pytest.raises(SystemExit, match="the next smaller shape is 1280x704x49"):
+    lora = _write_lora(tmp_path / "lora.safetensors", 0.5)
+    given = {"--model": str(tiny_checkpoint), "--lora": str(lora), "--output": str(tmp_path / "o")}
+    given |= {"--prompt": "p", "--shape": "160x96x9", option: value}
+    monkeypatch.setattr("sys.argv", ["generate", *chain.from_iterable(given.items())])
+    monkeypatch.setattr("tools.generate.load_pipeline", None)
+    with pytest.raises(SystemExit, match=said):
         main()
 
 

@@ -331,6 +331,7 @@ def main() -> None:
         kind = read_kind(arguments.model)
         options = options_of(arguments, kind)
         loras = files_by_transformer(kind, arguments.lora, arguments.lora_high, arguments.lora_low)
+        arguments.output.mkdir(parents=True, exist_ok=True)  # before minutes are spent
         compare(
             arguments.model,
             loras,

@@ -33,7 +33,8 @@ from tools.table import table
 from train.activations.plan import describe
 from train.base import base_kind, layout_of, transformer_folder
 from train.config import TrainConfig, in_steps
-from train.model.load import read_config
+from train.lora.adapters import check_targets
+from train.model.load import check_weights, read_config
 from train.model.wan import WanConfig
 
 LARGE = Bucket(1280, 704, 49)
@@ -242,7 +243,11 @@ def main() -> None:
     try:
         config = load_toml(arguments.config, TrainConfig, arguments.set)
         kind = base_kind(config)
-        wan = read_config(Path(config.model.path) / transformer_folder(config) / "config.json")
+        transformer = Path(config.model.path) / transformer_folder(config)
+        wan = read_config(transformer / "config.json")
+        check_targets(config.lora.targets, config.lora.rank, on_gpu=True)
+        if any(transformer.glob("*.safetensors*")):  # they need not be on this machine
+            check_weights(transformer, wan)
         if arguments.shape:
             config = in_steps(config, _batches_per_epoch(config))
             shares = {kind.layout.parse(arguments.shape): 1.0}

@@ -239,6 +239,17 @@ class LoRA:
         }
 
 
+def check_targets(targets: Collection[str], rank: int, *, on_gpu: bool) -> None:
+    """Can there be adapters of this rank on these layers? Raises LoRAError."""
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown or not targets:
+        raise LoRAError(
+            f"lora.targets: {unknown or 'nothing'} given; choose from {', '.join(TARGETS)}"
+        )
+    if rank < 1 or (on_gpu and rank % 8):
+        raise LoRAError(f"lora.rank = {rank}: use a multiple of 8, which tensor cores need")
+
+
 def attach(
     model: Wan,
     targets: Iterable[str],
@@ -259,13 +270,7 @@ def attach(
     train/kernels/lowrank.py. Raises LoRAError.
     """
     chosen = tuple(targets)
-    unknown = sorted(set(chosen) - set(TARGETS))
-    if unknown or not chosen:
-        raise LoRAError(
-            f"lora.targets: {unknown or 'nothing'} given; choose from {', '.join(TARGETS)}"
-        )
-    if rank < 1 or (rank % 8 and next(model.parameters()).is_cuda):
-        raise LoRAError(f"lora.rank = {rank}: use a multiple of 8, which tensor cores need")
+    check_targets(chosen, rank, on_gpu=next(model.parameters()).is_cuda)
     if not 0.0 <= dropout < 1.0:
         raise LoRAError(f"lora.dropout = {dropout}: must lie in [0, 1)")
     model.requires_grad_(False)

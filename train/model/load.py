@@ -6,6 +6,7 @@ second copy in memory. GEMM weights take the compute dtype; norms, modulation ta
 embedding stay in float32, because they work on the float32 residual stream and cost nothing.
 """
 
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +67,7 @@ def load_transformer(
     config = read_config(folder / CONFIG)
     files = tensor_files(folder)
     handles = {file: _open(folder / file) for file in set(files.values())}
+    check_weights(folder, config)
     return build_transformer(
         config,
         files.keys(),
@@ -96,13 +98,7 @@ def build_transformer(
     with torch.device("meta"):
         model = Wan(config)
     sources = tensor_sources(model)
-    missing = sorted(name for names in sources.values() for name in names if name not in available)
-    unused = sorted(set(available) - {name for names in sources.values() for name in names})
-    if missing or unused:
-        raise WeightsError(
-            f"{where}: not the tensors of a Wan2.2 transformer: "
-            f"{len(missing)} missing {missing[:3]}, {len(unused)} unknown {unused[:3]}"
-        )
+    _check_names(sources, available, where)
     parameters = dict(model.named_parameters())
     for name, names in sources.items():
         meta = parameters[name]
@@ -132,6 +128,41 @@ def build_transformer(
             )
         _assign(model, name, weight)
     return model
+
+
+def check_weights(folder: Path, config: WanConfig) -> None:
+    """Are a transformer folder's tensors those of `config`, name by name and shape by shape? Only
+    the headers of the files are read. Raises WeightsError.
+    """
+    files = tensor_files(folder)
+    handles = {file: _open(folder / file) for file in set(files.values())}
+    with torch.device("meta"):
+        model = Wan(config)
+    sources = tensor_sources(model)
+    _check_names(sources, files, str(folder))
+    parameters = dict(model.named_parameters())
+    for name, names in sources.items():
+        meta = parameters[name]
+        row_size = math.prod(meta.shape[1:])
+        shapes = [handles[files[source]].get_slice(source).get_shape() for source in names]
+        # the patch convolution becomes a matrix; tables lose a leading 1
+        if any(math.prod(shape) % row_size for shape in shapes) or (
+            sum(math.prod(shape) for shape in shapes) != meta.numel()
+        ):
+            raise WeightsError(
+                f"{folder}: {', '.join(names)} have shapes {shapes}, which do not fill {name} "
+                f"{list(meta.shape)} of config.json; download the model again"
+            )
+
+
+def _check_names(sources: dict[str, list[str]], available: Collection[str], where: str) -> None:
+    missing = sorted(name for names in sources.values() for name in names if name not in available)
+    unused = sorted(set(available) - {name for names in sources.values() for name in names})
+    if missing or unused:
+        raise WeightsError(
+            f"{where}: not the tensors of a Wan2.2 transformer: "
+            f"{len(missing)} missing {missing[:3]}, {len(unused)} unknown {unused[:3]}"
+        )
 
 
 def read_config(path: Path) -> WanConfig:
