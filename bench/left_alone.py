@@ -94,7 +94,9 @@ def config_of(folder: Path, arguments: argparse.Namespace) -> TrainConfig:
         ),
         early_stop=EarlyStopConfig(patience=0),
         samples=SamplesConfig(
-            every=arguments.every, num_clips=arguments.clips, num_steps=arguments.sampler_steps
+            every=arguments.samples_every,
+            num_clips=arguments.clips,
+            num_steps=arguments.sampler_steps,
         ),
         checkpoint=CheckpointConfig(every=arguments.checkpoint_every),
         num_steps=arguments.steps,
@@ -163,6 +165,7 @@ def costs(output: Path, config: TrainConfig, seen: Watched) -> dict[str, Any]:
         for step, record in records.items()
         if (step - 1) % config.checkpoint.every == 0
         and (step - 1) % config.validation.every
+        and (step - 1) % config.samples.every
         and step > 1
         and step - 1 != seen.killed_at - seen.num_repeated
     ]
@@ -190,15 +193,14 @@ def events(output: Path) -> list[SampleEvent]:
 
 
 def shares(config: TrainConfig, cost_s: dict[str, Any]) -> dict[str, float]:
-    """Of an interval between two validations, in per cent."""
+    """Of the time of a run with these intervals, in per cent, without what is made once."""
     step_s, validation_s, samples_s = cost_s[STEP_S], cost_s[VALIDATION_S], cost_s[SAMPLES_S]
-    interval_s = config.validation.every * step_s
-    all_s = interval_s + validation_s + samples_s
-    # the same events at the default interval and at a global batch of 8
-    default_s = 500 * 8 * step_s
+    each_s = step_s + validation_s / config.validation.every + samples_s / config.samples.every
+    # at the default intervals and a global batch of 8
+    default_s = 8 * step_s + (validation_s + samples_s) / 500
     return {
-        "validation and samples, of this run": 100 * (validation_s + samples_s) / all_s,
-        "the same every 500 steps of 8": 100 * (validation_s + samples_s) / default_s,
+        "validation and samples, of this run": 100 * (1 - step_s / each_s),
+        "the same events every 500 steps of 8": 100 * (1 - 8 * step_s / default_s),
     }
 
 
@@ -240,12 +242,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a CPU")
     parser.add_argument("--shape", default="1280x704x49", metavar="WIDTHxHEIGHTxFRAMES")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every", type=int, default=100, help="steps between events")
+    parser.add_argument("--every", type=int, default=100, help="steps between validations")
+    parser.add_argument("--samples-every", type=int, default=150)
     parser.add_argument("--checkpoint-every", type=int, default=50)
-    parser.add_argument("--kill-at", type=int, default=130)
+    parser.add_argument("--kill-at", type=int, default=110)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--clips", type=int, default=2)
-    parser.add_argument("--sampler-steps", type=int, default=10)
+    parser.add_argument("--sampler-steps", type=int, default=8)
     parser.add_argument("--max-windows", type=int, default=40, help="of each clip of footage")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--results", type=Path, help="folder for PNG, JSON and sheet; else FOLDER")

@@ -16,7 +16,9 @@ from loader.shape import WAN22
 from train.main import train
 from train.parallel.mesh import World
 
-ARGUMENTS = "--tiny --shape 96x64x9 --steps 16 --every 8 --checkpoint-every 4 --kill-at 6"
+ARGUMENTS = (
+    "--tiny --shape 96x64x9 --steps 16 --every 8 --samples-every 8 --checkpoint-every 4 --kill-at 6"
+)
 ARGUMENTS += " --windows 4 --clips 2 --sampler-steps 2 --max-windows 6"
 
 

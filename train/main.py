@@ -64,6 +64,8 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
     first_step = resumed.num_done
     # the main process may delete and write checkpoints only after everyone has read theirs
     mesh.barrier(world)
+    # before what only the main process does, such as opening a tracker, which may take a while
+    watched = stack.enter_context(watch.Watch(output, world, config.watch, status.failed_at_once))
     progress = None
     if world.is_main:
         checkpoint.set_aside_after(output, first_step)
@@ -84,7 +86,6 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
     status.num_steps = config.num_steps
     status.running(first_step)
     signals = stack.enter_context(Signals())
-    watched = stack.enter_context(watch.Watch(output, world, config.watch, status.failed_at_once))
     evaluate = partial(
         evaluation.evaluate, progress=progress, signals=signals, status=status, watch=watched
     )
