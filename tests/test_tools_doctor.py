@@ -8,14 +8,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from loader.feed_config import FeedConfig
 from tools.doctor import host, run, step
 from tools.doctor.__main__ import HOST_CHECKS, main
 from tools.doctor.finding import Finding, guarded
+from tools.doctor.room import run_bytes
+from train.checkpoint import CheckpointConfig
 from train.config import TrainConfig
 from train.model.config import ModelConfig
+from train.validate import ValidationConfig
 
 
 def config(model: Path, dataset: Path, output: Path) -> TrainConfig:
@@ -154,6 +158,23 @@ def test_weights_that_give_no_finite_loss_are_a_failure(
     save_file(tensors, path)
     (finding,) = step.one_step(config(model, tiny_dataset, tmp_path))
     assert finding.status == "failure" and "loss nan" in finding.text and finding.advice
+
+
+def test_the_room_of_a_run_grows_with_its_rank_and_its_validations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replace(config(tmp_path, tmp_path, tmp_path), num_steps=64_852)
+    high = replace(one, lora=replace(one.lora, rank=64), validation=ValidationConfig(every=1000))
+    # TI2V-5B's six q, k, v of rank 64: 70.8 million parameters, two files of them each time
+    files = 66 * 2 * 4 * 70_778_880
+    assert files < run_bytes(high) < files + 12 * 2**30
+    half = replace(high, checkpoint=CheckpointConfig(lora_dtype="bfloat16"))
+    assert run_bytes(half) < 0.6 * run_bytes(high)
+    assert run_bytes(one) < run_bytes(high)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: (0, 0, 10 * 2**30))
+    (finding,) = run.disk(high)
+    assert finding.status == "warning" and "10 GiB free, the run takes 4" in finding.text
+    assert 'checkpoint.lora_dtype = "bfloat16"' in finding.advice
 
 
 @pytest.fixture

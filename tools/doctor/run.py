@@ -18,6 +18,7 @@ from loader.manifest import (
 )
 from loader.models import TRANSFORMER_OF
 from tools.doctor.finding import Finding
+from tools.doctor.room import run_bytes
 from train.config import TrainConfig
 
 NUM_HASHED = 3  # samples read and hashed per split
@@ -148,13 +149,18 @@ def disk(config: TrainConfig) -> Iterator[Finding]:
     finally:
         path.unlink(missing_ok=True)
     rate_mb_s = WRITE_BYTES / (time.perf_counter() - start_s) / 1e6
-    slow, full = rate_mb_s < SLOW_DISK_MB_S, free_gib < 20
+    needed_gib = run_bytes(config) / 2**30
+    slow, full = rate_mb_s < SLOW_DISK_MB_S, free_gib < needed_gib
     advice = "choose another output: checkpoints wait for this disk" if slow else ""
     if full:
-        advice = "free some: checkpoints, samples and logs of a run take up to 20 GiB"
+        advice = (
+            'free some, validate less often, or set checkpoint.lora_dtype = "bfloat16": the LoRA '
+            "files of every validated step stay"
+        )
     yield Finding(
         "disk",
         "warning" if slow or full else "ok",
-        f"{existing.resolve()}: {free_gib:.0f} GiB free, written at {rate_mb_s:.0f} MB/s",
+        f"{existing.resolve()}: {free_gib:.0f} GiB free, the run takes {needed_gib:.0f}; written "
+        f"at {rate_mb_s:.0f} MB/s",
         advice,
     )
