@@ -93,7 +93,6 @@ class Chain:
 
     def __init__(self, config: TrainConfig, output: Path):
         self._config, self.output = config, output
-        self.num_done = 0
 
     def strike(self, hit: Hit) -> bool:
         """False where the run ended before the phase came again."""
@@ -122,6 +121,17 @@ class Chain:
         if not hit.lone and hit.number == signal.SIGTERM:
             # 0: the last micro-batch was done already
             assert set(codes) <= {0, 143}, (hit, codes, said)
+
+    def phase_found(self) -> Phase:
+        """Where the last hit has met the run, by what it left."""
+        if _names(self.output / checkpoint.FOLDER, ".tmp-[0-9]*"):
+            return "checkpoint"
+        if _names(self.output / SAMPLES_FOLDER, ".step-*"):
+            return "sampling"
+        newest = checkpoint.latest_intact(self.output).folder
+        if newest is not None and not checkpoint.read_state(newest)["is_evaluated"]:
+            return "validation"
+        return "micro-step"
 
     def _marks(self, phase: Phase) -> set[str]:
         """What is seen of a phase from outside, more each time that it begins."""
