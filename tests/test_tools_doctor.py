@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -171,7 +172,7 @@ def test_the_room_of_a_run_grows_with_its_rank_and_its_validations(
     half = replace(high, checkpoint=CheckpointConfig(lora_dtype="bfloat16"))
     assert run_bytes(half) < 0.6 * run_bytes(high)
     assert run_bytes(one) < run_bytes(high)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: (0, 0, 10 * 2**30))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10 * 2**30))
     (finding,) = run.disk(high)
     assert finding.status == "warning" and "10 GiB free, the run takes 4" in finding.text
     assert 'checkpoint.lora_dtype = "bfloat16"' in finding.advice
