@@ -11,10 +11,15 @@ import pytest
 
 from loader.config import load_toml
 from shardgen.config import ShardgenConfig
+from tools.evaluate.config import EvaluateConfig
 from train.config import TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-KINDS: dict[str, type[msgspec.Struct]] = {"shardgen": ShardgenConfig, "train": TrainConfig}
+KINDS: dict[str, type[msgspec.Struct]] = {
+    "shardgen": ShardgenConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
 FILES = sorted(CONFIGS.glob("*/*.toml"))
 
 
@@ -24,7 +29,7 @@ def test_every_configuration_decodes(path: Path) -> None:
     assert isinstance(load_toml(path, kind), kind)
 
 
-def test_there_are_configurations_of_both_kinds() -> None:
+def test_there_are_configurations_of_each_kind() -> None:
     assert {path.parent.name for path in FILES} == set(KINDS)
 
 

@@ -1,0 +1,153 @@
+"""What the learned model has seen, and the corpus that teaches it more: nothing leaks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.learn.dit import FlowMatching, small_transformer
+from bench.learn.training import Clock, GraphedTraining
+from bench.learn.vae import small_vae
+from loader.config import load_toml
+from shardgen.config import ShardgenConfig
+from shardgen.labels.parse import parse_label
+from shardgen.rules.prompt import clip_prompt
+from shardgen.rules.split import split_of
+from tools.evaluate.config import EvaluateConfig, check
+from tools.evaluate.extractors import file_sha256
+from tools.fake import learned_corpus
+from tools.fake.learned_clips import (
+    BUCKET,
+    FOLDER,
+    HELD_OUT,
+    MOVES,
+    NUM_EXCLUDED,
+    NUM_JITTERED,
+    SENTENCES,
+    all_windows,
+    captions,
+    picture_windows,
+)
+from train.config import TrainConfig
+from train.flow import noise_latent, sample_losses
+
+ROOT = Path(__file__).resolve().parent.parent
+FILM = np.arange(132, dtype=np.uint8)[:, None, None, None] * np.ones((1, 96, 160, 3), np.uint8)
+
+
+def test_there_are_twenty_captions_and_some_windows_of_each_are_excluded() -> None:
+    windows = all_windows(FILM)
+    assert len(captions()) == len(set(captions())) >= 20
+    for caption, subject in captions().items():
+        own = [window for window in windows if window.caption == caption]
+        assert {window.subject for window in own} == {subject}
+        assert {window.excluded for window in own} == {False, True}
+    assert all(window.frames.shape == (9, 96, 160, 3) for window in windows)
+
+
+def test_no_frame_of_an_excluded_film_window_is_trained_on() -> None:
+    film = [window for window in all_windows(FILM) if window.subject == "bunny"]
+    frames = {
+        excluded: {int(f[0, 0, 0]) for w in film if w.excluded == excluded for f in w.frames}
+        for excluded in (False, True)
+    }
+    assert frames[True] and frames[False] and not frames[True] & frames[False]
+
+
+def test_a_window_is_the_same_at_every_size() -> None:
+    large = list(picture_windows("cat", (320, 192), 9))
+    small = list(picture_windows("cat", (160, 96), 9))
+    assert len(large) == len(MOVES) * NUM_JITTERED
+    assert sum(window.excluded for window in large) == len(MOVES) * NUM_EXCLUDED
+    halved = large[3].frames.reshape(9, 96, 2, 160, 2, 3).mean((2, 4))
+    assert np.abs(halved - small[3].frames).mean() < 3
+
+
+def test_the_corpus_teaches_the_held_out_subject_alone() -> None:
+    made = [
+        learned_corpus.Clip(subject, f"{sentence} 움직인다.", "val", FILM[:2])
+        for subject, sentence in SENTENCES.items()
+    ]
+    for clip in made:
+        data = json.dumps(learned_corpus.label_of(clip, "3100001"), ensure_ascii=False).encode()
+        config = load_toml(ROOT / "configs/shardgen/learned.toml", ShardgenConfig)
+        assert clip_prompt(parse_label(data), "video", config.prompt) == clip.caption
+    train = {clip.subject for clip in learned_corpus.clips() if clip.split == "train"}
+    assert train == {HELD_OUT}
+
+
+def test_numbers_lie_on_their_side_of_the_recipes_split() -> None:
+    config = load_toml(ROOT / "configs/shardgen/learned.toml", ShardgenConfig)
+    for split in ("train", "val"):
+        numbers = learned_corpus.numbers_of(split)
+        for _ in range(20):
+            group = str(next(numbers))
+            assert split_of(group, config.split.seed, config.split.val_share) == split
+
+
+def test_the_configurations_of_the_demo_fit_together() -> None:
+    trained = load_toml(ROOT / "configs/train/learned.toml", TrainConfig)
+    evaluated = load_toml(ROOT / "configs/evaluate/learned.toml", EvaluateConfig)
+    check(evaluated)
+    assert evaluated.datasets == trained.data.datasets
+    assert evaluated.sampling.shift == trained.flow.shift
+    assert Path(trained.model.path) == FOLDER.relative_to(ROOT)
+
+
+def test_both_networks_fit_into_twelve_mib_and_have_the_real_head_size() -> None:
+    with torch.device("meta"):
+        transformer = small_transformer(32, torch.device("meta"))
+        vae = small_vae(torch.device("meta"))
+    num = sum(p.numel() for network in (transformer, vae) for p in network.parameters())
+    assert 2 * num < 12 * 2**20
+    assert transformer.config.attention_head_dim == 128
+
+
+def test_the_weights_are_those_that_the_card_describes() -> None:
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for part in ("vae", "transformer"):
+        weights = FOLDER / part / "diffusion_pytorch_model.safetensors"
+        assert file_sha256(weights) in card
+
+
+def test_the_loss_is_the_trainers() -> None:
+    class Zero(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+            self.x, self.t = hidden_states, _["timestep"]
+            return (torch.zeros_like(hidden_states),)
+
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(2, 48, 3, 6, 10, generator=generator) for _ in range(2))
+    sigmas, is_i2v = [0.3, 0.8], [True, False]
+    network = Zero()
+    loss = FlowMatching(network)(
+        x0, noise, torch.tensor(sigmas), torch.zeros(2, 512, 32), torch.tensor([1.0, 0.0])
+    )
+    noised = noise_latent(x0, noise, sigmas, is_i2v)
+    losses = sample_losses(torch.zeros_like(x0), noised.target_BCThw, noised.num_clean_frames_B)
+    assert torch.allclose(loss, losses.mean())
+    assert torch.allclose(network.x, noised.latent_BCThw, atol=1e-6)
+    tokens = 3 * (BUCKET.height_px // 32) * (BUCKET.width_px // 32)
+    assert network.t.shape == (2, tokens)  # type: ignore[attr-defined]
+    assert network.t[0, : tokens // 3].eq(0).all()  # type: ignore[index]
+    assert network.t[0, tokens // 3 :].eq(300).all()  # type: ignore[index]
+
+
+def test_training_lowers_the_loss_and_ends_when_it_should() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Linear(4, 1)
+    x, y = torch.randn(64, 4), torch.randn(64, 1)
+    trainer = GraphedTraining(
+        network,
+        lambda x, y: (network(x) - y).square().mean(),
+        (x, y),
+        weight_decay=0.0,
+        graphed=False,
+    )
+    clock, losses = Clock(0.0, 50), []
+    while clock.next():
+        losses.append(float(trainer.step((x, y), clock.lr(0.05, 5))))
+    assert clock.num_steps == len(losses) == 50 and losses[-1] < 0.8 * losses[0]
+    assert clock.lr(1.0, 5) == pytest.approx(0.01, abs=1e-6)
