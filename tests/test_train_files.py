@@ -2,6 +2,7 @@
 the rank.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -111,6 +113,44 @@ def test_a_saved_lora_fills_fresh_adapters(tiny_checkpoint: Path, tmp_path: Path
     fresh = lora.attach(fresh_model, lora.TARGETS, RANK, ALPHA, dropout=0.0, seed=9)
     start_from(fresh, tmp_path / files.DIFFUSERS_FILE)
     torch.testing.assert_close(ours(fresh_model), ours(model), atol=0, rtol=0)
+
+
+def test_the_names_of_step_files_follow_one_rule() -> None:
+    assert files.step_file(500) == "step-00000500.safetensors"
+    assert (
+        files.step_file(12, run="news", expert="high", comfyui=True)
+        == "news-high_noise-step-00000012-comfyui.safetensors"
+    )
+
+
+def test_a_step_can_be_stored_in_bfloat16_and_says_how_it_was_trained(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    _, adapters = trained(tiny_checkpoint)
+    training = {"step": 7, "config": {"lora.rank": RANK}}
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        files.save_step(adapters, folder, 7, run="news", dtype=torch.bfloat16, training=training)
+    names = ["news-step-00000007-comfyui.safetensors", "news-step-00000007.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        path = folder / name
+        assert path.read_bytes() == (tmp_path / "one" / name).read_bytes()
+        with safe_open(path, framework="pt") as file:
+            assert json.loads(file.metadata()[files.TRAINING_KEY]) == training
+        tensors = load_file(path)
+        alphas = {key: value for key, value in tensors.items() if key.endswith(".alpha")}
+        assert len(alphas) == (len(adapters.tensors()) if "comfyui" in name else 0)
+        assert {value.item() for value in alphas.values()} <= {ALPHA}
+        factors = [value for key, value in tensors.items() if key not in alphas]
+        assert {value.dtype for value in factors} == {torch.bfloat16}
+        # and it starts a run with that effect, but for the bits that bfloat16 has not
+        model = load_transformer(tiny_checkpoint, torch.device("cpu"), torch.float32)
+        fresh = lora.attach(model, lora.TARGETS, RANK, ALPHA, dropout=0.0, seed=9)
+        start_from(fresh, path)
+        for name_, (a, b) in adapters.tensors().items():
+            assert torch.equal(fresh.tensors()[name_].a, a.bfloat16().float())
+            assert torch.equal(fresh.tensors()[name_].b, b.bfloat16().float())
 
 
 def test_an_unknown_target_is_refused_by_name(tiny_checkpoint: Path) -> None:

@@ -1,17 +1,26 @@
 """Validation as a run does it: what it stops, what it keeps, and which windows it compares."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 from trainer_runs import train_here
 
 from train import checkpoint
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointConfig, CheckpointError
 from train.config import TrainConfig
-from train.records import VALIDATION_FILE, ValidationRecord, read_records
+from train.early_stop import EarlyStopConfig
+from train.evaluation import BEST_FOLDER
+from train.lora import files
+from train.optim import OptimConfig
+from train.records import VALIDATION_FILE, ValidationRecord, read_records, read_status
+from train.run import PATHS
 from train.validate import ValidationConfig
 
 OFF = ValidationConfig(every=0, num_windows=2, num_train_windows=0)
@@ -19,6 +28,80 @@ OFF = ValidationConfig(every=0, num_windows=2, num_train_windows=0)
 
 def validations(output: Path) -> list[ValidationRecord]:
     return read_records(output / VALIDATION_FILE, ValidationRecord)
+
+
+def whole(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
+
+
+def test_a_run_that_overfits_ends_well_and_leaves_its_best_step(
+    validated_run: TrainConfig, tmp_path: Path
+) -> None:
+    """Trained on four clips without dropout; their loss goes on falling when that of twelve others
+    rises.
+    """
+    lora = msgspec.structs.replace(validated_run.lora, dropout=0.0)
+    changes: dict[str, Any] = {
+        "num_steps": 60,
+        "optim": OptimConfig(lr=3e-2),
+        "lora": lora,
+        "validation": ValidationConfig(every=3, num_windows=12, num_train_windows=4),
+        "early_stop": EarlyStopConfig(patience=3),
+        "checkpoint": CheckpointConfig(every=2, keep_newest=2, keep_every=10),
+    }
+    train_here(validated_run, tmp_path, **changes)
+    validated = validations(tmp_path)
+    by_step = {record.step: record for record in validated}
+    best, last = min(validated, key=lambda record: record.relative_loss), validated[-1]
+    assert 0 < best.step < last.step < 60
+    assert [record.num_without_gain for record in validated[-3:]] == [1, 2, 3]
+    # since the reference the loss has risen, that of the clips it is trained on has fallen
+    reference = by_step[last.reference_step]
+    assert last.difference > 0
+    assert last.train_relative_loss is not None and reference.train_relative_loss is not None
+    assert last.train_relative_loss < reference.train_relative_loss
+    # it says so
+    status = read_status(tmp_path)
+    assert status is not None and (status.state, status.best_step) == ("early_stop", best.step)
+    assert status.step == last.step and f"the best was step {best.step}, whose" in status.reason
+    # the files of the best step are in best/, and say which it was
+    step_file = files.step_file(best.step, run=tmp_path.name)
+    kept = tmp_path / checkpoint.FOLDER / f"step-{best.step:08d}" / step_file
+    saved = tmp_path / BEST_FOLDER / files.DIFFUSERS_FILE
+    assert torch.equal(whole(load_file(saved)), whole(load_file(kept)))
+    with safe_open(saved, framework="pt") as file:
+        training = json.loads(file.metadata()[files.TRAINING_KEY])
+    assert training["step"] == best.step and not PATHS & training["config"].keys()
+    assert (tmp_path / files.DIFFUSERS_FILE).exists()
+    # LoRA files of every validated step, of multiples of ten and of the newest; states of the best
+    # and the newest alone
+    regular = range(10, last.step + 1, 10)
+    newest = [step for step in range(1, last.step + 1) if step % 2 == 0 or step in by_step][-2:]
+    expected = {*by_step, *regular, *newest} - {0}
+    assert set(checkpoint.steps(tmp_path)) == expected
+    states = {step for step in expected if checkpoint.has_state(tmp_path, step)}
+    assert states == {best.step, *newest}
+    # started again, it does not go on
+    train_here(validated_run, tmp_path, **changes)
+    status = read_status(tmp_path)
+    assert status is not None and (status.state, status.step) == ("early_stop", last.step)
+    assert len(validations(tmp_path)) == len(validated)
+
+
+def test_slow_steady_progress_is_not_stopped(validated_run: TrainConfig, tmp_path: Path) -> None:
+    """A gain of a hundredth of a per cent each time, with a patience of one."""
+    train_here(
+        validated_run,
+        tmp_path,
+        num_steps=5,
+        optim=OptimConfig(lr=1e-4),
+        validation=ValidationConfig(every=1, num_windows=8, num_train_windows=0),
+        early_stop=EarlyStopConfig(patience=1),
+    )
+    status, validated = read_status(tmp_path), validations(tmp_path)
+    assert status is not None and (status.state, status.step) == ("done", 5)
+    assert 0.999 < validated[-1].relative_loss < validated[0].relative_loss == 1.0
+    assert all(record.num_without_gain == 0 for record in validated)
 
 
 def forget_validation(output: Path) -> None:

@@ -106,8 +106,13 @@ class Evaluation:
                     if record.best_step == step:
                         folder = self._run.config.output_dir / BEST_FOLDER
                         folder.mkdir(exist_ok=True)
-                        expert = self._run.config.model.expert
-                        lora_files.save_both(self._run.adapters, folder, expert)
+                        # whose step its name does not tell
+                        lora_files.save_both(
+                            self._run.adapters,
+                            folder,
+                            self._run.config.model.expert,
+                            training=self._run.training(step),
+                        )
             if step > 0:
                 # once more, with what validation has found; samples are not part of a checkpoint
                 self._run.save_checkpoint(step, feed_state, *self.of_checkpoint())

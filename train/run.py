@@ -208,12 +208,16 @@ class Run:
                 run=self.name,
                 expert=self.config.model.expert,
                 dtype=getattr(torch, self.config.checkpoint.lora_dtype),
-                training={
-                    "step": num_done,
-                    "base_weights": self.base_weights,
-                    "config": self.shared_config(),
-                },
+                training=self.training(num_done),
             )
+
+    def training(self, num_done: int) -> dict[str, Any]:
+        """How the adapters were trained, for the metadata of their files."""
+        return {
+            "step": num_done,
+            "base_weights": self.base_weights,
+            "config": self.shared_config(),
+        }
 
     @property
     def name(self) -> str:

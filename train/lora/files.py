@@ -44,15 +44,26 @@ def result_files(expert: str | None = None) -> tuple[str, str]:
     return f"lora_{expert}_noise.safetensors", f"lora_{expert}_noise_comfyui.safetensors"
 
 
-def save_both(lora: LoRA, folder: Path, expert: str | None = None) -> None:
-    """Write the files of `result_files` into `folder`: the result of a run, float32."""
+def save_both(
+    lora: LoRA,
+    folder: Path,
+    expert: str | None = None,
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write the files of `result_files` into `folder`: the result of a run, float32. How it was
+    trained, `training`, stands in their metadata if given.
+    """
     diffusers, comfyui = result_files(expert)
-    save_diffusers(lora, folder / diffusers, notes=_expert_note(expert))
-    save_comfyui(lora, folder / comfyui, notes=_expert_note(expert))
+    notes = _notes(expert, training)
+    save_diffusers(lora, folder / diffusers, notes=notes)
+    save_comfyui(lora, folder / comfyui, notes=notes)
 
 
-def _expert_note(expert: str | None) -> dict[str, str]:
-    return {} if expert is None else {EXPERT_KEY: expert}
+def _notes(expert: str | None, training: dict[str, Any] | None) -> dict[str, str]:
+    notes = {} if expert is None else {EXPERT_KEY: expert}
+    if training is not None:
+        notes[TRAINING_KEY] = msgspec.json.encode(training, order="sorted").decode()
+    return notes
 
 
 def save_step(
@@ -68,8 +79,7 @@ def save_step(
     """Write both files after `step` under the names of `step_file`, tensors in `dtype`; how they
     were trained, `training`, stands in the metadata of both.
     """
-    notes = {TRAINING_KEY: msgspec.json.encode(training, order="sorted").decode()}
-    notes |= _expert_note(expert)
+    notes = _notes(expert, training)
     path = folder / step_file(step, run=run, expert=expert)
     save_diffusers(lora, path, dtype, notes)
     path = folder / step_file(step, run=run, expert=expert, comfyui=True)
