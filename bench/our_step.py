@@ -12,7 +12,7 @@ from torch import Tensor
 from loader import models
 from loader.batch import Batch
 from loader.feed_config import FeedConfig
-from loader.models import ModelKind
+from loader.models import Expert, ModelKind
 from loader.shape import Bucket
 from train import optim, setup
 from train.activations.budget import room_bytes
@@ -67,7 +67,7 @@ def our_config(
     """
     name = str(dtype).removeprefix("torch.")
     share = 0.4 if kind.i2v_share is None else kind.i2v_share
-    expert = None if kind.boundary is None else "high"
+    expert: Expert | None = None if kind.boundary is None else "high"
     config = TrainConfig(
         output="",
         model=ModelConfig(
