@@ -6,6 +6,7 @@ import pytest
 from loader.feed_config import FeedConfig
 from loader.shape import WAN21, Bucket
 from tools import budget, plan
+from tools.evaluation import sampled_steps
 from train.config import TrainConfig
 from train.model.config import ModelConfig
 from train.model.wan import T2V_A14B
@@ -74,3 +75,15 @@ def test_tokens_are_of_the_models_own_layout() -> None:
     saved = on_card(CLIP, "H200", "resident").plans[CLIP]
     # 39 of 40 blocks' inputs, float32 and half precision, wait on the host
     assert saved.host_bytes / budget.GIB == pytest.approx(39 * 20_280 * 5120 * 6 / 2**30, rel=0.01)
+
+
+def test_one_expert_samples_its_own_steps() -> None:
+    def steps(expert: str) -> float:
+        raw = {"output": "", "num_steps": 1, "global_batch": 1, "data": {"datasets": [""]}}
+        model = {"path": "", "expert": expert}
+        config = msgspec.convert(raw | {"model": model, "samples": {"num_steps": 40}}, TrainConfig)
+        return sampled_steps(config, T2V_A14B)
+
+    # at shift 12 sigma is above 0.875 for 63.2% of u
+    assert steps("high") == pytest.approx(25.3, abs=0.05)
+    assert steps("high") + steps("low") == pytest.approx(40)

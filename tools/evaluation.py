@@ -8,6 +8,7 @@ rate.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from loader.models import kind_of
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import Bucket, LatentLayout
 from tools.budget import CardBudget, Span, seconds
@@ -16,6 +17,7 @@ from tools.counts import forward_of
 from train.activations.plan import Shape, kernels_by_tag
 from train.base import layout_of
 from train.config import TrainConfig
+from train.flow import unshifted
 from train.model.wan import WanConfig
 from train.validate import LEVELS_U, TRAIN_LEVELS
 
@@ -98,7 +100,7 @@ def _on_rates(
     num_passes = windows * len(LEVELS_U) + train_windows * len(LEVELS_U[TRAIN_LEVELS])
     validation_s = num_passes * forward_s(shares)
     clips = -(-(len(samples.keys) or samples.num_clips) // num_gpus)
-    passes = samples.num_steps * (1 if samples.guidance == 1.0 else 2)
+    passes = sampled_steps(config, wan) * (1 if samples.guidance == 1.0 else 2)
     samples_s = clips * passes * forward_s(_sampled(config, shares, layout))
     validation_a_step_s = validation_s / validation.every if validation.every else 0.0
     samples_a_step_s = samples_s / samples.every if samples.every else 0.0
@@ -109,6 +111,16 @@ def _on_rates(
         samples_a_step_s,
         step_s + validation_a_step_s + samples_a_step_s,
     )
+
+
+def sampled_steps(config: TrainConfig, wan: WanConfig) -> float:
+    """How many steps a clip takes: of a model of two experts those of the one that is trained."""
+    num_steps, expert = config.samples.num_steps, config.model.expert
+    kind = kind_of(wan.in_channels, wan.out_channels, has_experts=expert is not None)
+    if kind is None or kind.boundary is None:
+        return num_steps
+    share_low = unshifted(kind.boundary, config.flow.shift or kind.shift)
+    return num_steps * (share_low if expert == "low" else 1 - share_low)
 
 
 def _sampled(
