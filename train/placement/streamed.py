@@ -50,8 +50,13 @@ class HostWeights:
         ]
         log.debug("registered host memory in %.1f s", time.perf_counter() - begin_s)
 
-    def target(self, place: int) -> Tensor | None:
-        return self._flat[place] if mesh.is_first_here() else None
+    @property
+    def loads(self) -> bool:
+        return mesh.is_first_here()
+
+    def keep(self, place: int, slot: Tensor) -> None:
+        flat = self._flat[place]
+        flat.copy_(slot[: len(flat)])
 
     def loaded(self) -> None:
         # the first process here has loaded them for everyone

@@ -34,14 +34,15 @@ from train.placement.ring import NUM_SLOTS, Ring, next_place
 class Source(Protocol):
     """Where the weights of the moved blocks are kept; by place, their number among these."""
 
-    def target(self, place: int) -> Tensor | None:
-        """The flat buffer that the weights of `place` are loaded into, on any device; None: another
-        process loads them. Places are asked for in ascending order, each as often as it has
-        matrices.
-        """
+    @property
+    def loads(self) -> bool:
+        """Whether this process loads the weights; if not, another one does."""
+
+    def keep(self, place: int, slot: Tensor) -> None:
+        """Take what was loaded to the slot."""
 
     def loaded(self) -> None:
-        """All are: on every process, all together."""
+        """All are kept: called on every process, all together."""
 
     def fill(self, place: int, slot: Tensor) -> None:
         """Start to copy the weights of `place` to the slot, on the current stream."""
@@ -70,7 +71,9 @@ class MovedWeights:
             for _ in range(min(NUM_SLOTS, len(blocks)))
         ]
         self.ring = Ring(slots, source.fill, copies or CopyStream(device))
+        # the place that was used last, and the one that is being loaded
         self._last: int | None = None
+        self._loading: int | None = None
         self._matrices: dict[str, tuple[int, Matrix]] = {}
         for place, index in enumerate(self.blocks):
             for matrix in layouts[index].matrices:
@@ -87,15 +90,27 @@ class MovedWeights:
         return name in self._matrices
 
     def target(self, name: str) -> Tensor | None:
-        """Where it is loaded to; None: by another process."""
-        place, matrix = self._matrices[name]
-        flat = self._source.target(place)
-        return None if flat is None else matrix.view(flat)
+        """Where it is to be loaded to, one block after another; None: another process does that."""
+        if not self._source.loads:
+            return None
+        place, _ = self._matrices[name]
+        if place != self._loading:
+            self._keep_loaded()
+            self._loading = place
+        return self.parameter(name)
+
+    def _keep_loaded(self) -> None:
+        if self._loading is not None:
+            self._source.keep(self._loading, self._slot(self._loading))
+        self._loading = None
+
+    def _slot(self, place: int) -> Tensor:
+        return self.ring.slots[self.ring.slot_of(place)]
 
     def parameter(self, name: str) -> Tensor:
         """What the model has instead: a view of the slot."""
         place, matrix = self._matrices[name]
-        return matrix.view(self.ring.slots[self.ring.slot_of(place)])
+        return matrix.view(self._slot(place))
 
     def take(self, model: Wan) -> None:
         """Move the weights of a model that has them on a device."""
@@ -115,6 +130,7 @@ class MovedWeights:
         """Have the weights come to the slots from now on, before each of these blocks runs. All are
         loaded, on every process.
         """
+        self._keep_loaded()
         self._source.loaded()
         trained = [
             place for place, index in enumerate(self.blocks) if index >= adapters.first_block
