@@ -12,105 +12,20 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from placed_runs import BUCKET, TINY, build, numbers, same, sample_of
 from torch import Tensor
 from trainer_runs import finish, start
 
-from bench.our_step import update
-from loader.feed_config import FeedConfig
-from loader.shape import Bucket
-from tools.fake.step import random_batch, random_transformer
-from train import setup
-from train.activations.budget import room_bytes
 from train.activations.offload import CopyStream
 from train.config import TrainConfig
 from train.lora import adapters as lora
 from train.lora.config import LoRAConfig
 from train.lora.files import DIFFUSERS_FILE
-from train.model.config import ModelConfig
-from train.model.wan import TI2V_5B, WanConfig
-from train.parallel.mesh import World
 from train.placement import streamed
 from train.placement import weights as placement_weights
 from train.placement.plan import card_bytes
 from train.placement.ring import Ring, next_place
 from train.run import Run
-from train.step import prepare
-
-CPU, BUCKET = torch.device("cpu"), Bucket(96, 64, 5)
-ALONE = World(0, 1, CPU)
-TINY = msgspec.structs.replace(
-    TI2V_5B,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    ffn_dim=48,
-    freq_dim=16,
-    text_dim=16,
-    num_layers=5,
-)
-
-
-def build(
-    placement: Any = "streamed",
-    resident_blocks: int = 0,
-    wan: WanConfig = TINY,
-    path: str = "",
-    targets: tuple[str, ...] = lora.TARGETS,
-    blocks: str = "",
-    free_bytes: Callable[[torch.device], float] = room_bytes,
-    **changes: Any,
-) -> Run:
-    config = TrainConfig(
-        output="",
-        model=ModelConfig(
-            path=path, dtype="float32", placement=placement, resident_blocks=resident_blocks
-        ),
-        data=FeedConfig(datasets=[""]),
-        lora=LoRAConfig(targets=list(targets), rank=4, dropout=0.1, blocks=blocks),
-        num_steps=1,
-        global_batch=1,
-    )
-    config = msgspec.structs.replace(config, **changes)
-    model = None if path else random_transformer(wan, CPU, torch.float32)
-    run = setup.build(config, ALONE, [BUCKET], model=model, free_bytes=free_bytes)
-    for _, b in run.adapters.tensors().values():
-        b.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    run.adapters.refresh()
-    return run
-
-
-def numbers(run: Run, text_dim: int = TINY.text_dim) -> list[Tensor]:
-    """What passes of every kind give, one after another: two micro-batches and a step, losses
-    without a gradient with and without the adapters, and a micro-batch again.
-    """
-    samples = [
-        prepare(
-            random_batch(BUCKET, CPU, is_i2v=[bool(seed % 2)], text_dim=text_dim, seed=seed),
-            run.laws,
-        )
-        for seed in range(3)
-    ]
-    found = []
-
-    def add_gradient(number: int) -> None:
-        found.append(run.micro_step.forward(samples[number]).clone())
-        run.micro_step.backward()
-        found.append(run.flat.gradient.clone())
-
-    run.flat.buffer.zero_()
-    add_gradient(0)
-    add_gradient(1)
-    update(run)
-    with torch.no_grad():
-        found += [run.micro_step.losses(sample) for sample in samples[:2]]
-        with run.adapters.switched_off():
-            found.append(run.micro_step.losses(samples[2]))
-    add_gradient(2)
-    return found
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    assert all(bool(each.isfinite().all()) for each in expected)
-    return all(map(torch.equal, found, expected))
 
 
 class LateCopies(CopyStream):
@@ -237,7 +152,7 @@ def fills(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_the_blocks_that_end_a_pass_are_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     run = build()
-    sample = prepare(random_batch(BUCKET, CPU, is_i2v=[False], text_dim=TINY.text_dim), run.laws)
+    sample = sample_of(run, 0)
     noted = fills(run, monkeypatch)
     for expected in ([0, 1, 2, 3, 4, 2, 1, 0], [2, 3, 4, 2, 1, 0]):
         noted.clear()

@@ -72,7 +72,7 @@ class Rank:
 
     def __init__(self, log: Path, argv: list[str], environment: dict[str, str]):
         self._log = log
-        self._process = _server().Process(target=_main, args=(log, argv, environment))
+        self._process = server().Process(target=_main, args=(log, argv, environment))
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -102,7 +102,7 @@ class Rank:
 
 
 @cache
-def _server() -> ForkServerContext:
+def server() -> ForkServerContext:
     # the server takes no sys.path, only the environment
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     context = get_context("forkserver")

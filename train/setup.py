@@ -50,6 +50,7 @@ from train.placement.plan import (
     check_placement,
     choose_moved,
 )
+from train.placement.sharded import CardShares
 from train.placement.streamed import HostWeights
 from train.placement.weights import MovedWeights
 from train.run import Run
@@ -276,7 +277,8 @@ def _moved_weights(
         return None
     moved = spread(wan.num_layers, num_moved)
     by_block = layouts(wan, moved, adapted, lora_config.targets, lora_config.rank, dtype)
-    source = HostWeights(list(by_block.values()), dtype, world)
+    make_source = CardShares if config.model.placement == "sharded" else HostWeights
+    source = make_source(list(by_block.values()), dtype, world)
     return MovedWeights(moved, by_block, source, world.device, dtype)
 
 

@@ -21,7 +21,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     attention: AttentionName = "auto"
     # where the frozen weights of the blocks are: "resident" on the card; "streamed" in the host's
     # memory, from where they come to the card block by block; "auto" on the card if they fit
-    # beside what activation_memory takes, else as many of them as do
-    placement: Literal["resident", "streamed", "auto"] = "resident"
+    # beside what activation_memory takes, else as many of them as do; "sharded" in equal shares
+    # on the cards of the run
+    placement: Literal["resident", "streamed", "auto", "sharded"] = "resident"
     # of a model whose weights are not resident, so many blocks are all the same
     resident_blocks: Annotated[int, Meta(ge=0)] = 0

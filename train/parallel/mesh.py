@@ -108,6 +108,21 @@ def gather(value: T, world: World) -> list[T]:
     return values
 
 
+def new_group() -> dist.ProcessGroup:
+    """All processes, with communicators of their own: what is started there waits for nothing that
+    others have started. Called by all together.
+    """
+    return dist.new_group()
+
+
+def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `whole`, flat, with everyone's `part`, by rank, on the current stream. Raises
+    PeerLostError.
+    """
+    with _naming_lost_peers():
+        dist.all_gather_into_tensor(whole, part, group=group)
+
+
 def is_first_here() -> bool:
     """Whether this process is the first of the run's on its host, as torchrun says."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -129,8 +144,14 @@ def barrier(world: World) -> None:
 def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType, world: World) -> None:
     if world.data_size == 1:
         return
-    try:
+    with _naming_lost_peers():
         dist.all_reduce(tensor, operation)
+
+
+@contextmanager
+def _naming_lost_peers() -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -50,9 +50,14 @@ class HostWeights:
         ]
         log.debug("registered host memory in %.1f s", time.perf_counter() - begin_s)
 
+    couples = False
+
     @property
     def loads(self) -> bool:
         return mesh.is_first_here()
+
+    def slot_elements(self, place: int) -> int:
+        return len(self._flat[place])
 
     def keep(self, place: int, slot: Tensor) -> None:
         flat = self._flat[place]
@@ -65,6 +70,9 @@ class HostWeights:
     def fill(self, place: int, slot: Tensor) -> None:
         flat = self._flat[place]
         slot[: len(flat)].copy_(flat, non_blocking=True)
+
+    def any_passes(self, passes: bool) -> bool:
+        raise AssertionError("nobody needs the others")
 
     def describe(self) -> str:
         return f"wait in the host's memory ({self.num_bytes / 2**30:.1f} GiB, once per host)"

@@ -16,7 +16,8 @@ Each block has to run under a checkpoint wherever a gradient is needed: what aut
 must not outlive its turn in the ring.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from train.activations.offload import CopyStream
-from train.lora.adapters import LoRA
+from train.lora.adapters import LoRA, LoRAProjections
 from train.model.wan import Wan
 from train.placement.layout import BlockLayout, Matrix
 from train.placement.ring import NUM_SLOTS, Ring, next_place
@@ -38,6 +39,9 @@ class Source(Protocol):
     def loads(self) -> bool:
         """Whether this process loads the weights; if not, another one does."""
 
+    def slot_elements(self, place: int) -> int:
+        """What `fill` writes of a slot."""
+
     def keep(self, place: int, slot: Tensor) -> None:
         """Take what was loaded to the slot."""
 
@@ -46,6 +50,13 @@ class Source(Protocol):
 
     def fill(self, place: int, slot: Tensor) -> None:
         """Start to copy the weights of `place` to the slot, on the current stream."""
+
+    @property
+    def couples(self) -> bool:
+        """Whether processes have to pass through the model together."""
+
+    def any_passes(self, passes: bool) -> bool:
+        """Whether any process `passes` now; asked by all together, where it `couples` them."""
 
     def describe(self) -> str:
         """For the log: where they are."""
@@ -64,7 +75,7 @@ class MovedWeights:
         copies: CopyStream | None = None,
     ):
         self.blocks, self._source = tuple(blocks), source
-        size = max(layouts[index].num_elements for index in blocks)
+        size = max(source.slot_elements(place) for place in range(len(blocks)))
         # zeros: what looks for NaN in the weights may come before the first pass
         slots = [
             torch.zeros(size, device=device, dtype=dtype)
@@ -74,6 +85,8 @@ class MovedWeights:
         # the place that was used last, and the one that is being loaded
         self._last: int | None = None
         self._loading: int | None = None
+        self._first_trained = 0
+        self._is_uneven = False
         self._matrices: dict[str, tuple[int, Matrix]] = {}
         for place, index in enumerate(self.blocks):
             for matrix in layouts[index].matrices:
@@ -135,22 +148,46 @@ class MovedWeights:
         trained = [
             place for place, index in enumerate(self.blocks) if index >= adapters.first_block
         ]
-        first_trained = trained[0] if trained else len(self.blocks)
+        self._first_trained = trained[0] if trained else len(self.blocks)
         for place, index in enumerate(self.blocks):
-            modules = adapters.modules.get(index, [])
+            before = partial(self._before, place, adapters.modules.get(index, []))
+            model.blocks[index].register_forward_pre_hook(before)
 
-            def bring(_: nn.Module, __: Any, place: int, modules: Sequence[Any]) -> None:
-                trains = torch.is_grad_enabled()
-                then = next_place(place, self._last, len(self.blocks), first_trained, trains)
-                self._last = place
-                # the checkpoint counts a block's operations, which these are not
-                with _disable_current_modes(), torch.no_grad():
-                    self.ring.use(place, then)
-                    for module in modules:
-                        module.write_columns()
+    def _before(
+        self, place: int, adapters: Sequence[LoRAProjections], _block: nn.Module, _inputs: Any
+    ) -> None:
+        """The hook of a block."""
+        if place == 0 and self._is_uneven:
+            self._source.any_passes(True)
+        self._bring(place)
+        with _disable_current_modes(), torch.no_grad():
+            for each in adapters:
+                each.write_columns()
 
-            hook = partial(bring, place=place, modules=modules)
-            model.blocks[index].register_forward_pre_hook(hook)
+    def _bring(self, place: int) -> None:
+        """Have the weights of `place` in its slot, and what comes next on its way."""
+        trains = torch.is_grad_enabled()
+        then = next_place(place, self._last, len(self.blocks), self._first_trained, trains)
+        self._last = place
+        # the checkpoint counts a block's operations, which these are not
+        with _disable_current_modes(), torch.no_grad():
+            self.ring.use(place, then)
+
+    @contextmanager
+    def uneven(self) -> Iterator[None]:
+        """For forward passes without gradients, of which processes may make different numbers:
+        where they have to pass together, those that are done go on bringing weights until all are.
+        Entered and left by all; nothing else that they do together happens inside.
+        """
+        self._is_uneven = self._source.couples
+        try:
+            yield
+            while self._is_uneven and self._source.any_passes(False):
+                with torch.no_grad():
+                    for place in range(len(self.blocks)):
+                        self._bring(place)
+        finally:
+            self._is_uneven = False
 
     def describe(self) -> str:
         gib = 2**30

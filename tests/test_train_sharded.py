@@ -1,0 +1,70 @@
+"""Weights in shares on the ranks of a run: the same bits as resident ones, also where the ranks
+pass through the model a different number of times.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+from placed_runs import CPU, build, numbers, same, sample_of
+from trainer_runs import finish, server, start
+
+from train.config import TrainConfig
+from train.lora.files import DIFFUSERS_FILE
+from train.parallel.mesh import World
+
+NUM_RANKS = 2
+
+
+def as_a_rank(rank: int, port: int) -> None:
+    """Of a process: fails unless sharded weights give what resident ones give."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=NUM_RANKS)
+    world = World(rank, NUM_RANKS, CPU)
+    for resident_blocks, blocks in ((0, ""), (1, "2-4")):
+        resident = build("resident", world=world, blocks=blocks)
+        sharded = build("sharded", resident_blocks, world=world, blocks=blocks)
+        assert sharded.weights is not None
+        assert same(numbers(sharded), numbers(resident))
+        # the first rank is done earlier, and the others still get its share
+        with sharded.weights.uneven(), torch.no_grad():
+            for seed in range(1 + 2 * rank):
+                loss, expected = (
+                    run.micro_step.losses(sample_of(run, seed)) for run in (sharded, resident)
+                )
+                assert torch.equal(loss, expected)
+        assert same(numbers(sharded), numbers(resident))
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_give_the_bits_of_resident_ones_on_every_rank() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [server().Process(target=as_a_rank, args=(rank, port)) for rank in range(NUM_RANKS)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0] * NUM_RANKS
+
+
+def test_a_whole_run_with_sharded_weights_trains_the_same_bits(
+    run_config: TrainConfig, two_ranks: Path, tmp_path: Path
+) -> None:
+    model = msgspec.structs.replace(run_config.model, placement="sharded")
+    said = finish(start(run_config, tmp_path, NUM_RANKS, model=model))
+    assert "in 2 shares on as many cards" in said
+    ours, theirs = ((folder / DIFFUSERS_FILE).read_bytes() for folder in (tmp_path, two_ranks))
+    assert ours == theirs
+
+
+def test_one_process_has_nobody_to_share_with() -> None:
+    with pytest.raises(ValueError, match='"sharded": one process has nobody to share weights'):
+        build("sharded")
