@@ -10,10 +10,11 @@ is capped, and the resident one, which could not fit, is not. First both must gi
 gradient, bit for bit, with deterministic attention. What tools.plan says of the run stands beside
 what was measured.
 
-`--peers` instead: streamed against diffusers + PEFT with checkpointing, eager and compiled, T2V.
+`python -m bench.placement_peers`: streamed against diffusers + PEFT.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -39,8 +40,9 @@ from bench.placement_timing import (
     rows_of,
     say,
 )
+from loader import models
 from loader.batch import Batch
-from loader.models import I2V_A14B, T2V_A14B, ModelKind
+from loader.models import ModelKind
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import Bucket
 from tools.budget import CONTEXT_BYTES, GIB, budget
@@ -48,21 +50,11 @@ from tools.fake.step import random_batch, random_transformer
 from train.activations.plan import describe, output_bytes
 from train.config import TrainConfig
 from train.model.attention import choose_attention
-from train.model.wan import WanConfig
+from train.model.wan import T2V_A14B, WanConfig
 from train.run import Run
 
 # the bars: streamed in times of resident; its peak
 MAX_RATIO, MAX_PEAK_GIB = 1.02, 24.0
-A14B = WanConfig(
-    num_layers=40,
-    num_attention_heads=40,
-    attention_head_dim=128,
-    in_channels=16,
-    out_channels=16,
-    text_dim=4096,
-    freq_dim=256,
-    ffn_dim=13824,
-)
 
 
 class Case(NamedTuple):
@@ -70,7 +62,7 @@ class Case(NamedTuple):
     shape: str
 
 
-CASES = {"t2v": Case(T2V_A14B, "832x480x49"), "i2v": Case(I2V_A14B, "832x480x17")}
+CASES = {"t2v": Case(models.T2V_A14B, "832x480x49"), "i2v": Case(models.I2V_A14B, "832x480x17")}
 
 
 def config_of(
@@ -83,13 +75,13 @@ def config_of(
         ADAPTERS["r16"],
         dtype,
         attention,
+        kind=case.kind,
         activation_memory=f"{(wan.num_layers * sizes['attn1'] + 1) / GIB:.12f}GiB",
         activation_offload=True,
         cuda_graph_tokens=0,
     )
-    model = msgspec.structs.replace(config.model, expert="high", placement=placement)
-    data = msgspec.structs.replace(config.data, i2v_share=case.kind.i2v_share)
-    return msgspec.structs.replace(config, model=model, data=data)
+    model = msgspec.structs.replace(config.model, placement=placement)
+    return msgspec.structs.replace(config, model=model)
 
 
 def our_subject(
@@ -196,40 +188,39 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", default="t2v,i2v")
-    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--attention", default="cudnn")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--budget-s", type=float, default=400.0, help="no round begins after it")
-    parser.add_argument("--layers", type=int, default=A14B.num_layers)
+    parser.add_argument("--layers", type=int, default=T2V_A14B.num_layers)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if unknown := {*arguments.cases.split(",")} - CASES.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; cases are {', '.join(CASES)}")
     begin_s, device = time.perf_counter(), torch.device("cuda")
-    wan = msgspec.structs.replace(A14B, num_layers=arguments.layers)
+    wan = msgspec.structs.replace(T2V_A14B, num_layers=arguments.layers)
     rate = host_to_device_gb_s(device)
     say(f"{torch.cuda.get_device_name()}: host to device {rate:.1f} GB/s, registered memory, alone")
-    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "host_to_device_gb_s": rate,
+        "rows": [],
+    }
     deadline_s = begin_s + arguments.budget_s
-    if arguments.peers:
-        from bench.placement_peers import against_peers
-
-        rows += against_peers(wan, device, arguments.attention, arguments.rounds, deadline_s)
-    else:
-        for name in arguments.cases.split(","):
-            rows += compare(
-                name,
-                wan,
-                device,
-                torch.bfloat16,
-                arguments.attention,
-                arguments.rounds,
-                deadline_s,
-            )
-            torch.cuda.empty_cache()
-    result = {"card": torch.cuda.get_device_name(), "host_to_device_gb_s": rate, "rows": rows}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
+    for name in arguments.cases.split(","):
+        result["rows"] += compare(
+            name,
+            wan,
+            device,
+            torch.bfloat16,
+            arguments.attention,
+            arguments.rounds,
+            deadline_s,
+        )
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1))
+        gc.collect()
+        torch.cuda.empty_cache()
     say(f"took {time.perf_counter() - begin_s:.0f} s")
 
 

@@ -1,18 +1,28 @@
-"""Streamed weights against diffusers + PEFT with checkpointing: see bench.placement."""
+"""Streamed weights against diffusers + PEFT with checkpointing, eager and compiled: `python -m
+bench.placement_peers`. T2V-A14B at 832x480x49, as in bench.placement.
+"""
 
+import argparse
+import json
+import os
+import time
+from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import msgspec
 import torch
 from torch import Tensor
 
 from bench import step_subjects as subjects
 from bench.our_step import ADAPTERS, our_run, update
 from bench.placement import CASES, config_of
-from bench.placement_timing import Subject, allocated, print_rows, rounds_of, rows_of
+from bench.placement_timing import Subject, allocated, print_rows, rounds_of, rows_of, say
 from loader.batch import Batch
 from tools.fake.step import random_batch
 from train.flow import NoiseLaws
-from train.model.wan import WanConfig
+from train.model.wan import T2V_A14B, WanConfig
 from train.step import prepare
 
 
@@ -64,3 +74,31 @@ def against_peers(
     rows = rows_of("t2v", found, "streamed")
     print_rows(rows, "streamed")
     return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--attention", default="cudnn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget-s", type=float, default=400.0, help="no round begins after it")
+    parser.add_argument("--layers", type=int, default=T2V_A14B.num_layers)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    begin_s, device = time.perf_counter(), torch.device("cuda")
+    rows = against_peers(
+        msgspec.structs.replace(T2V_A14B, num_layers=arguments.layers),
+        device,
+        arguments.attention,
+        arguments.rounds,
+        begin_s + arguments.budget_s,
+    )
+    result = {"card": torch.cuda.get_device_name(), "rows": rows}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+    say(f"took {time.perf_counter() - begin_s:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

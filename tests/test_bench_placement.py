@@ -8,14 +8,15 @@ import msgspec
 import pytest
 import torch
 
-from bench.placement import A14B, CASES, Case, check_bits, compare, config_of, our_subject
+from bench.placement import CASES, Case, check_bits, compare, config_of, our_subject
 from bench.placement_timing import Timing, rows_of
 from tools.fake.step import random_batch
+from train.model.wan import T2V_A14B
 from train.placement.streamed import HostWeights
 
 CPU = torch.device("cpu")
 TINY = msgspec.structs.replace(
-    A14B,
+    T2V_A14B,
     num_layers=4,
     num_attention_heads=2,
     attention_head_dim=12,
