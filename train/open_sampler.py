@@ -47,6 +47,7 @@ def open_sampler(run: Run) -> Sampler | None:
         config=config.samples,
         output=config.output_dir,
         world=run.world,
+        uneven=run.uneven,
     )
 
 

@@ -6,7 +6,7 @@ Left out: how they are made (train/setup.py) and the order of a step (train/main
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -265,6 +265,8 @@ class Run:
         """What was not finite first on this process in global batch `index`, with its samples.
         Runs that batch again with the parameters of now; overwrites the gradient.
         """
+        if self.weights is not None and self.weights.couples:
+            return 'not looked for: with model.placement = "sharded" no process can pass alone'
         for number in range(feed.batch_again(index, 0).num_micro):
             batch = feed.batch_again(index, number)
             found = find_non_finite(
@@ -277,6 +279,12 @@ class Run:
             if found:
                 return f"{found}; samples {', '.join(batch.keys)}"
         return f"it does not show again on rank {self.world.data_rank} with the parameters of now"
+
+    def uneven(self) -> AbstractContextManager[None]:
+        """Around forward passes without gradients of which ranks make different numbers, and
+        nothing else that they do together.
+        """
+        return nullcontext() if self.weights is None else self.weights.uneven()
 
     def loss_scale(self) -> Tensor:
         """A float32 scalar on the device; 1 without loss scaling."""

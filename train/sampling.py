@@ -12,6 +12,8 @@ for the settings that they were made with. A step's folder appears by rename, wh
 import math
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -120,10 +122,13 @@ class Sampler:
         config: SamplesConfig,
         output: Path,
         world: World,
+        uneven: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._model, self._adapters, self._attention = model, adapters, attention
         self._decoder, self._subjects, self._empty_SD = decoder, subjects, empty_SD
         self._layout, self._fps, self._config, self._world = layout, fps, config, world
+        # around this rank's passes: others may make more (`Run.uneven`)
+        self._uneven = uneven
         self._laws = laws
         self._folder = output / SAMPLES_FOLDER
 
@@ -143,16 +148,17 @@ class Sampler:
         was_training = self._model.training
         self._model.eval()  # no dropout
         try:
-            for number in range(self._world.data_rank, num_subjects, self._world.data_size):
-                subject, name = self._subjects[number], self._name(number)
-                base = self._base(subject)
-                tuned = self._frames(subject)
-                mark = f"\n{_MARKS[self._laws.expert]}" if self._laws.expert else ""
-                names = (f"{number + 1}\nbase{mark}", f"{number + 1}\nstep {step}{mark}")
-                rows = list(zip(names, (base, tuned), strict=True))
-                (folder / f"{name}.mp4").write_bytes(encode_mp4(tuned, self._fps))
-                contact_sheet(rows).save(folder / f"{name}.png")
-                differences[number] = np.abs(base.astype(np.int16) - tuned).mean()
+            with self._uneven():
+                for number in range(self._world.data_rank, num_subjects, self._world.data_size):
+                    subject, name = self._subjects[number], self._name(number)
+                    base = self._base(subject)
+                    tuned = self._frames(subject)
+                    mark = f"\n{_MARKS[self._laws.expert]}" if self._laws.expert else ""
+                    names = (f"{number + 1}\nbase{mark}", f"{number + 1}\nstep {step}{mark}")
+                    rows = list(zip(names, (base, tuned), strict=True))
+                    (folder / f"{name}.mp4").write_bytes(encode_mp4(tuned, self._fps))
+                    contact_sheet(rows).save(folder / f"{name}.png")
+                    differences[number] = np.abs(base.astype(np.int16) - tuned).mean()
         finally:
             self._model.train(was_training)
         mesh.all_reduce_sum(differences, self._world)

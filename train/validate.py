@@ -18,6 +18,7 @@ Shapes: W windows, U = 4 noise levels; B = 1, C latent channels, T/h/w latent fr
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -79,32 +80,35 @@ def measure(
     seed: int,
     world: World,
     levels: slice = ALL_LEVELS,
+    uneven: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Losses:
     """Losses of `windows`, shared out to the ranks and gathered on all of them.
 
     loss(inputs): the model's, without gradients and without dropout. `windows` are of `walk`. laws:
     the run's own, of an expert its part alone.
-    levels: of LEVELS_U; the PSNR of a level that is not measured is 0.
+    levels: of LEVELS_U; the PSNR of a level that is not measured is 0. uneven: surrounds the
+    passes, of which ranks make different numbers (`Run.uneven`).
     """
     tasks = [_task(window, i2v_share, seed) for window in windows]
     num_columns = len(LEVELS_U) + NUM_PSNR_LEVELS
     # Each entry is written by one rank and is zero on the others, so that their sum is exact.
     table = torch.zeros(len(windows), num_columns, dtype=torch.float64, device=world.device)
-    for row in range(world.data_rank, len(windows), world.data_size):
-        window, task = windows[row], tasks[row]
-        batch = walk.batch(window.place, is_i2v=task == "i2v", seed=seed)
-        law = laws.of(batch.bucket)
-        sigmas_U = [flow.sigma_at(u, law) for u in LEVELS_U]
-        for level, sigma in list(enumerate(sigmas_U))[levels]:
-            inputs = _inputs(batch, sigma, sample_seed(seed, level, window.key))
-            with torch.no_grad():
-                value = loss(inputs).double()
-            table[row, level] = value
-            if level < NUM_PSNR_LEVELS:
-                # x0 = x_s - s v, so its error is s times the velocity's
-                range_ = (batch.latent_BCTHW.amax() - batch.latent_BCTHW.amin()).double()
-                psnr_db = 10 * torch.log10(range_.square() / (sigma**2 * value))
-                table[row, len(LEVELS_U) + level] = psnr_db
+    with uneven():
+        for row in range(world.data_rank, len(windows), world.data_size):
+            window, task = windows[row], tasks[row]
+            batch = walk.batch(window.place, is_i2v=task == "i2v", seed=seed)
+            law = laws.of(batch.bucket)
+            sigmas_U = [flow.sigma_at(u, law) for u in LEVELS_U]
+            for level, sigma in list(enumerate(sigmas_U))[levels]:
+                inputs = _inputs(batch, sigma, sample_seed(seed, level, window.key))
+                with torch.no_grad():
+                    value = loss(inputs).double()
+                table[row, level] = value
+                if level < NUM_PSNR_LEVELS:
+                    # x0 = x_s - s v, so its error is s times the velocity's
+                    range_ = (batch.latent_BCTHW.amax() - batch.latent_BCTHW.amin()).double()
+                    psnr_db = 10 * torch.log10(range_.square() / (sigma**2 * value))
+                    table[row, len(LEVELS_U) + level] = psnr_db
     mesh.all_reduce_sum(table, world)
     table = table.cpu()
     return Losses(

@@ -65,6 +65,7 @@ class _Split:
                     seed=config.validation.seed,
                     world=run.world,
                     levels=self.levels,
+                    uneven=run.uneven,
                 )
         finally:
             run.model.train(was_training)

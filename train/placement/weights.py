@@ -93,6 +93,11 @@ class MovedWeights:
                 self._matrices[f"blocks.{index}.{matrix.name}"] = (place, matrix)
 
     @property
+    def couples(self) -> bool:
+        """Whether processes have to pass through the model together."""
+        return self._source.couples
+
+    @property
     def slots_bytes(self) -> int:
         return sum(slot.nbytes for slot in self.ring.slots)
 
