@@ -7,6 +7,7 @@ from loader.feed_config import FeedConfig
 from loader.shape import WAN21, Bucket
 from tools import budget, plan
 from tools.evaluation import sampled_steps
+from tools.streaming import hidden_from_tokens
 from train.config import TrainConfig
 from train.model.config import ModelConfig
 from train.model.wan import T2V_A14B
@@ -63,6 +64,32 @@ def test_images_are_too_short_to_hide_the_copies_and_several_at_a_time_are_not()
     assert one.step_s is not None and four.step_s is not None
     assert one.step_s.fast == pytest.approx(4 * copy_s) and one.compute_s[IMAGE].fast < copy_s
     assert four.step_s.fast < one.step_s.fast / 2
+
+
+def test_copies_hide_from_the_tokens_on_that_the_plan_names() -> None:
+    v100 = on_card(CLIP, "V100", "streamed")
+    copy_s = v100.moved.copied_bytes / v100.card.link_bytes
+    # more than an image has, less than 17 frames
+    assert 1_560 < v100.hidden_from < 7_800
+    assert hidden_from_tokens(lambda n: n / 1e3, 4.55) == 4600
+    assert copy_s > 0 and on_card(CLIP, "H200", "resident").hidden_from == 0
+
+
+def test_shares_on_two_cards_take_half_of_the_weights_of_each() -> None:
+    streamed = on_card(CLIP, "V100", "streamed").moved
+    config = TrainConfig(
+        output="",
+        model=ModelConfig(path="", expert="high", placement="sharded"),
+        data=FeedConfig(datasets=[""], i2v_share=0.0),
+        num_steps=1,
+        global_batch=2,
+    )
+    sharded = budget.budget(config, T2V_A14B, {CLIP: 1.0}, num_gpus=2).cards[0].moved
+    weights_bytes = streamed.host_bytes
+    assert streamed.freed_bytes - sharded.freed_bytes == pytest.approx(weights_bytes / 2, rel=1e-3)
+    assert sharded.host_bytes == 0 and sharded.copied_bytes == streamed.copied_bytes / 2
+    with pytest.raises(ValueError, match="one GPU has nobody to share"):
+        budget.budget(config, T2V_A14B, {CLIP: 1.0}, num_gpus=1)
 
 
 def test_a_card_with_room_keeps_its_weights() -> None:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from loader.dataset import open_datasets
 from loader.order import MIX_BLOCK, Order, Places
+from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import Bucket
 from loader.store import read_dataset
 from tools.cards import CARDS, Card, Rates
 from tools.counts import Step, layers, num_adapter_parameters, num_parameters, step_of
-from tools.streaming import Moved, moved_on, planner
+from tools.streaming import Moved, hidden_from_tokens, moved_on, planner
 from train.activations.plan import Shape, ShapePlan, kernels_by_tag, scratch_bytes
 from train.base import layout_of
 from train.choices import attention_shapes, micro_shapes
@@ -50,6 +51,8 @@ class CardBudget(NamedTuple):
     moved: Moved
     # of a micro-batch, without what is copied; empty where why_no_time says why
     compute_s: dict[Bucket, Span]
+    # tokens of a micro-batch from which on the copies of moved weights hide; 0: nothing moves
+    hidden_from: int
 
 
 class Budget(NamedTuple):
@@ -68,11 +71,8 @@ def budget(
         raise ValueError(f"--gpus {num_gpus}: use at least 1")
     shapes = micro_shapes(config, num_gpus, shares, layout_of(wan))
     resident = resident_parts(config, wan)
-    samples_per_gpu = config.global_batch / num_gpus
     cards = [
-        _on_card(
-            card, kernels, config, wan, shares, shapes, sum(resident.values()), samples_per_gpu
-        )
+        _on_card(card, kernels, config, wan, shares, shapes, sum(resident.values()), num_gpus)
         for card in CARDS
         for kernels in kernels_on(card, config, wan, list(shapes.values()))
     ]
@@ -87,12 +87,13 @@ def _on_card(
     shares: dict[Bucket, float],
     shapes: dict[Bucket, Shape],
     resident_bytes: float,
-    samples_per_gpu: float,
+    num_gpus: int,
 ) -> CardBudget:
+    samples_per_gpu = config.global_batch / num_gpus
     dtype_bytes, memory_bytes = _dtype_bytes(config), card.memory_gib * GIB
     first_block = parse_blocks(config.lora.blocks, wan.num_layers)[0]
     room_bytes = 0.95 * (memory_bytes - CONTEXT_BYTES)
-    moved = moved_on(config, wan, kernels, list(shapes.values()), room_bytes)
+    moved = moved_on(config, wan, kernels, list(shapes.values()), room_bytes, num_gpus)
     resident_bytes -= moved.freed_bytes
     plan = planner(config, wan, kernels, list(shapes.values()))
     by_shape, activation_bytes = plan(0.95 * (memory_bytes - resident_bytes), moved.num_blocks > 0)
@@ -143,7 +144,25 @@ def _on_card(
         plans=plans,
         moved=moved,
         compute_s=compute_s,
+        hidden_from=_hidden_from(card, kernels, config, wan, moved) if compute_s else 0,
     )
+
+
+def _hidden_from(
+    card: Card, kernels: Choice, config: TrainConfig, wan: WanConfig, moved: Moved
+) -> int:
+    """With the outputs of self-attention saved, at the card's fast rates."""
+    if not moved.num_blocks:
+        return 0
+    saved = ShapePlan([frozenset({"attn1"})] * wan.num_layers, num_bytes=0.0)
+
+    def compute_s(num_tokens: int) -> float:
+        targets, rank = config.lora.targets, config.lora.rank
+        step = step_of(wan, num_tokens, targets, rank, _dtype_bytes(config), saved)
+        by_tag = kernels_by_tag(Shape(1, num_tokens, MAX_TEXT_TOKENS), kernels)
+        return seconds(step, card.fast, by_tag)
+
+    return hidden_from_tokens(compute_s, moved.copied_bytes / card.link_bytes)
 
 
 def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:

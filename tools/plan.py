@@ -112,7 +112,9 @@ def _weights(found: Budget, wan: WanConfig) -> list[str]:
     lines = []
     for one in moved:
         compute_s = min((span.fast for span in one.compute_s.values()), default=None)
-        text = describe_moved(one.moved, wan.num_layers, one.card.link_bytes, compute_s)
+        text = describe_moved(
+            one.moved, wan.num_layers, one.card.link_bytes, compute_s, one.hidden_from
+        )
         lines.append(f"  {one.card.name}, {one.kernels.names}: {text}")
     return ["", "weights that are not resident", *lines] if lines else []
 

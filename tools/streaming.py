@@ -27,9 +27,9 @@ class Moved(NamedTuple):
     num_blocks: int = 0
     # that the card has less, its slots counted
     freed_bytes: float = 0.0
-    # of the host's memory, once for all cards of a run
+    # of the host's memory, once for all cards of a run; 0 where all cards have shares
     host_bytes: float = 0.0
-    # from the host to the card in a forward and a backward pass
+    # to the card in a forward and a backward pass
     copied_bytes: float = 0.0
 
 
@@ -39,10 +39,14 @@ def moved_on(
     kernels: Choice,
     shapes: Sequence[Shape],
     room_bytes: float,
+    num_gpus: int = 1,
 ) -> Moved:
     """As the trainer would decide it (train/setup.py) on a card with so much room for everything.
     Raises ValueError for what it would refuse.
     """
+    is_sharded = config.model.placement == "sharded"
+    if is_sharded and num_gpus == 1:
+        raise ValueError('model.placement = "sharded": one GPU has nobody to share weights with')
     check_placement(config.model, config.lora, config.activation_memory)
     blocks = parse_blocks(config.lora.blocks, wan.num_layers)
     dtype, targets = getattr(torch, config.model.dtype), config.lora.targets
@@ -60,12 +64,19 @@ def moved_on(
     if not num_moved:
         return Moved()
     num_slots = min(NUM_SLOTS, num_moved)
+    # there and back: what the slots hold at either turn is not fetched again
+    copied_bytes = 2.0 * (num_moved - num_slots) * card.block
+    freed_bytes = float((num_moved - num_slots) * card.block)
+    if is_sharded:
+        # each card keeps its share, and receives the others'
+        share_bytes = num_moved * card.block / num_gpus
+        others = 1 - 1 / num_gpus
+        return Moved(num_moved, freed_bytes - share_bytes, 0.0, others * copied_bytes)
     return Moved(
         num_blocks=num_moved,
-        freed_bytes=float((num_moved - num_slots) * card.block),
+        freed_bytes=freed_bytes,
         host_bytes=float(registered_bytes(num_moved * card.block)),
-        # there and back: what the slots hold at either turn is not fetched again
-        copied_bytes=2.0 * (num_moved - num_slots) * card.block,
+        copied_bytes=copied_bytes,
     )
 
 
@@ -94,15 +105,40 @@ def planner(
     return plan
 
 
-def describe(moved: Moved, num_blocks: int, link_bytes: float, compute_s: float | None) -> str:
-    """One line. compute_s: of a micro-batch of the shape that hides least; None: not known."""
+def hidden_from_tokens(compute_s: Callable[[int], float], copy_s: float) -> int:
+    """The fewest video tokens of a micro-batch, in hundreds, whose computing takes as long as the
+    copies. compute_s(num_tokens) grows with its argument.
+    """
+    low, high = 0, 1
+    while compute_s(100 * high) < copy_s:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if compute_s(100 * middle) < copy_s else (low, middle)
+    return 100 * high
+
+
+def describe(
+    moved: Moved, num_blocks: int, link_bytes: float, compute_s: float | None, hidden_from: int
+) -> str:
+    """One line. compute_s: of a micro-batch of the shape that hides least, None: not known;
+    hidden_from: `hidden_from_tokens`.
+    """
     copy_s = moved.copied_bytes / link_bytes
+    where = "are in shares on all cards"
+    if moved.host_bytes:
+        where = (
+            f"wait in the host's memory, {moved.host_bytes / 2**30:.1f} GiB for all cards of the "
+            f"run"
+        )
     line = (
-        f"weights of {moved.num_blocks} of {num_blocks} blocks wait in the host's memory, "
-        f"{moved.host_bytes / 2**30:.1f} GiB for all cards of the run; {copy_s:.1f} s of copying a "
-        f"micro-batch at {link_bytes / 1e9:.0f} GB/s (modelled)"
+        f"weights of {moved.num_blocks} of {num_blocks} blocks {where}; {copy_s:.1f} s of copying "
+        f"a micro-batch at {link_bytes / 1e9:.0f} GB/s (modelled)"
     )
     if compute_s is None:
         return line
     hidden = "hidden behind" if copy_s <= compute_s else "more than"
-    return f"{line}, {hidden} {compute_s:.1f} s of computing"
+    return (
+        f"{line}, {hidden} {compute_s:.1f} s of computing; it hides from about {hidden_from:,} "
+        f"tokens of a micro-batch on"
+    )
