@@ -9,8 +9,6 @@ few thousand tokens and more that costs no time (tools.plan says from how many),
 the card buys more when it holds what would be recomputed.
 """
 
-import logging
-import time
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -21,8 +19,6 @@ from loader.registered import RegisteredMemory, SharedPages, available_bytes, re
 from train.parallel import mesh
 from train.parallel.mesh import World
 from train.placement.layout import BlockLayout
-
-log = logging.getLogger(__name__)
 
 
 class HostWeights:
@@ -35,7 +31,6 @@ class HostWeights:
         sizes = [layout.num_elements * dtype.itemsize for layout in layouts]
         ends = list(accumulate(sizes))
         self.num_bytes = ends[-1]
-        begin_s = time.perf_counter()
         self._shared = _shared_pages(self.num_bytes, world)
         problem = ""
         try:
@@ -48,7 +43,6 @@ class HostWeights:
             self._memory.tensor[end - size : end].view(dtype)
             for size, end in zip(sizes, ends, strict=True)
         ]
-        log.debug("registered host memory in %.1f s", time.perf_counter() - begin_s)
 
     couples = False
 
@@ -88,17 +82,21 @@ def check_host(num_bytes: int, available: int) -> str:
     )
 
 
-def _shared_pages(num_bytes: int, world: World) -> SharedPages:
-    """Of the first process of each host, and everyone there opens them."""
+def _shared_pages(num_bytes: int, world: World) -> SharedPages | None:
+    """Of the first process of each host, and everyone there opens them; None for a process alone,
+    which needs none.
+    """
     pages, problem = None, ""
     if mesh.is_first_here():
         problem = check_host(registered_bytes(num_bytes), available_bytes())
-        if not problem:
+        if not problem and world.data_size > 1:
             try:
                 pages = SharedPages(num_bytes)
             except OSError as error:
                 problem = f"can't be taken ({error})"
     _raise_together(problem, num_bytes, world)
+    if world.data_size == 1:
+        return None
     path = mesh.from_first_here(pages.path if pages else "", world)
     if pages is None:
         try:
@@ -106,7 +104,6 @@ def _shared_pages(num_bytes: int, world: World) -> SharedPages:
         except OSError as error:
             problem = f"can't be shared with this process ({error})"
     _raise_together(problem, num_bytes, world)
-    assert pages is not None
     return pages
 
 
