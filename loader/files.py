@@ -5,6 +5,7 @@ power cut. So the bytes go to a temporary file beside the target, are synced, an
 by a rename, whose folder is synced too. A killed process leaves at most a `*.tmp` file.
 """
 
+import errno
 import fcntl
 import filecmp
 import os
@@ -20,10 +21,30 @@ import xxhash
 TEMPORARY, LOCK_FILE = ".tmp", ".lock"
 _READ_BYTES = 1 << 20
 NUM_TRIES = 5
+_ADVICE = {
+    errno.ENOENT: "; check the path, or make it first",
+    errno.EEXIST: "; a file stands where a folder is needed, name another folder",
+    errno.ENOTDIR: "; a file stands where a folder is needed, name another folder",
+    errno.ENOSPC: "; free some space and run the same command, what was finished stands",
+    errno.EDQUOT: "; free some space and run the same command, what was finished stands",
+    errno.EROFS: "; name a folder on a disk that can be written",
+    errno.EACCES: "; make it accessible to this user, or name another folder",
+    errno.EPERM: "; make it accessible to this user, or name another folder",
+}
 
 
 class FolderInUseError(ValueError):
     """Another process writes to this folder; the message names both."""
+
+
+def told(error: Exception) -> str:
+    """What to print of an error: of the system's where, what and what to do about it in one line,
+    of ours the text, which says all of that.
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}{_ADVICE.get(error.errno, '')}"
 
 
 @contextmanager

@@ -5,7 +5,6 @@ given, 130 interrupted.
 """  # the last paragraph is printed by --help
 
 import argparse
-import errno
 import os
 import sqlite3
 import sys
@@ -16,6 +15,7 @@ import msgspec
 from tqdm import tqdm
 
 from loader.config import ConfigError, load_toml
+from loader.files import told
 from loader.manifest import read_manifest
 from shardgen.build import CATALOG_FILE, CONFIG_FILE, STAGES, build
 from shardgen.config import ShardgenConfig, rules_of, take_apart
@@ -30,15 +30,6 @@ from shardgen.report.summary import summary, summary_of_checks
 from shardgen.verify import verify_dataset
 
 OK, FAULTS, CANNOT, INTERRUPTED = 0, 1, 2, 130
-_ADVICE = {
-    errno.EEXIST: "; a file stands where a folder is needed, name another folder",
-    errno.ENOTDIR: "; a file stands where a folder is needed, name another folder",
-    errno.ENOSPC: "; free some space and run the same command, what was finished stands",
-    errno.EDQUOT: "; free some space and run the same command, what was finished stands",
-    errno.EROFS: "; name a folder on a disk that can be written",
-    errno.EACCES: "; make it accessible to this user, or name another folder",
-    errno.EPERM: "; make it accessible to this user, or name another folder",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return CANNOT
     except OSError as error:
-        print(f"shardgen: {_advised(error)}", file=sys.stderr)
+        print(f"shardgen: {told(error)}", file=sys.stderr)
         return CANNOT
     except (ValueError, ExecutorError) as error:
         print(f"shardgen: {error}", file=sys.stderr)
@@ -68,15 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sys.stderr.flush()
         os._exit(INTERRUPTED)  # not by way of the workers' last units: they end with this process
-
-
-def _advised(error: OSError) -> str:
-    """What the system says, where, and what to do about it."""
-    if error.errno is None:
-        return str(error)  # one of ours, which says all of it
-    where = f"{error.filename}: " if error.filename else ""
-    advice = _ADVICE.get(error.errno, "")
-    return f"{where}{error.strerror}{advice}"
 
 
 def run_build(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """files.py: a file has its name only when all of its bytes are there."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -19,6 +20,7 @@ from loader.files import (
     file_xxh3,
     has_writer,
     sole_writer,
+    told,
     write_atomic,
 )
 
@@ -108,3 +110,18 @@ def test_who_only_asks_whether_somebody_writes_keeps_nobody_from_writing(tmp_pat
         with sole_writer(tmp_path, "second"):
             assert has_writer(tmp_path)
         timer.join()
+
+
+def test_an_error_of_the_system_says_where_what_and_what_to_do(tmp_path: Path) -> None:
+    assert told(ValueError("lora.rank = 3")) == "lora.rank = 3"
+    assert told(OSError("one of ours")) == "one of ours"
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a"))
+    assert told(full) == (
+        f"{tmp_path / 'a'}: No space left on device; free some space and run the same command, "
+        f"what was finished stands"
+    )
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "none").read_bytes()
+    assert told(caught.value) == f"{tmp_path / 'none'}: No such file or directory; check the " + (
+        "path, or make it first"
+    )

@@ -36,6 +36,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
+from loader.files import told
 from loader.models import ModelKind, read_kind
 from loader.mp4 import encode_mp4
 from loader.shape import Bucket
@@ -342,7 +343,7 @@ def main() -> None:
             getattr(torch, dtype),
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"generate: {error}")
+        sys.exit(f"generate: {told(error)}")
 
 
 if __name__ == "__main__":

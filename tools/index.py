@@ -31,7 +31,7 @@ import torch
 import xxhash
 from PIL import Image
 
-from loader.files import file_xxh3, write_atomic
+from loader.files import file_xxh3, told, write_atomic
 from loader.manifest import (
     MANIFEST_FILE,
     MEDIA,
@@ -337,7 +337,7 @@ def main() -> None:
             layout=kind.layout,
         )
     except (ValueError, OSError) as error:
-        raise SystemExit(f"tools.index: {error}") from error
+        raise SystemExit(f"tools.index: {told(error)}") from error
     num = sum(shard.num_samples for shard in manifest.splits[arguments.split])
     print(f"{arguments.output}: {num} samples of {num + refused.total()}")
     for reason, count in refused.most_common():

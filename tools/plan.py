@@ -24,6 +24,7 @@ from typing import NamedTuple
 import msgspec
 
 from loader.config import load_toml
+from loader.files import told
 from loader.order import describe_counts
 from loader.shape import Bucket
 from tools.budget import GIB, Budget, CardBudget, Span, buckets_of, budget, order_of
@@ -261,7 +262,7 @@ def main() -> None:
                 print(f"{name}: {describe_counts(counts, config.global_batch)}")
         print(report(config, wan, shares, arguments.gpus))
     except (ValueError, OSError) as error:
-        sys.exit(f"plan: {error}")
+        sys.exit(f"plan: {told(error)}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from loader.files import told
 from train.records import METRICS_FILE, StepRecord, read_records
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     try:
         plot(read_metrics(run / METRICS_FILE), run.resolve().name, run / "metrics.png")
     except (ValueError, OSError) as error:
-        sys.exit(f"plot: {error}")
+        sys.exit(f"plot: {told(error)}")
     print(run / "metrics.png")
 
 

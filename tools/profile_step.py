@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from loader import models
 from loader.config import load_toml
+from loader.files import told
 from loader.shape import Bucket
 from tools.cards import CARDS, Card
 from tools.fake.step import random_batch, random_transformer
@@ -236,7 +237,7 @@ def main() -> None:
             )
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"profile_step: {error}")
+        sys.exit(f"profile_step: {told(error)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import transformers
 from safetensors.numpy import save
 from transformers import AutoTokenizer
 
-from loader.files import write_atomic
+from loader.files import told, write_atomic
 from loader.sample import MAX_TEXT_TOKENS
 from shardgen.encode.text import TextEncoder, TextError
 from shardgen.rules.prompt import prompt_clean
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = encode(prompts, arguments.model, arguments.device, dtype)
         write(arguments.output, prompts, rows)
     except (PromptsError, TextError, OSError) as error:
-        sys.exit(f"prompts: {error}")
+        sys.exit(f"prompts: {told(error)}")
     print(
         f'{arguments.output}: {len(prompts)} prompts; samples.prompts = "{arguments.output}" and '
         f'samples.shape = "WIDTHxHEIGHTxFRAMES" draw them'

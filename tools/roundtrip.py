@@ -22,6 +22,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
+from loader.files import told
 from loader.shape import Bucket
 from loader.vae.encoder import VAEError, load_vae_encoder
 from shardgen.media.decode import Frames, decode_window
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         dtype = getattr(torch, options.dtype)
         decoded = reconstruct(frames, options.model, options.device, dtype)
     except (MediaError, VAEError, OSError, ValueError) as error:
-        print(f"tools.roundtrip: {options.clip}: {error}", file=sys.stderr)
+        print(f"tools.roundtrip: {options.clip}: {told(error)}", file=sys.stderr)
         return 1
     by_frame = [similarity(*pair) for pair in zip(frames, decoded, strict=True)]
     result: dict[str, Any] = {

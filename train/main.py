@@ -24,7 +24,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from loader.config import dump_toml, load_toml
-from loader.files import sole_writer
+from loader.files import sole_writer, told
 from train import checkpoint, optim, setup, watch
 from train.cards import NOT_MEASURED, CardReader
 from train.config import TrainConfig, in_steps
@@ -241,7 +241,7 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         # every fault of the user's is one of these, and says what to do
-        sys.exit(f"train: {error}")
+        sys.exit(f"train: {told(error)}")
     except Stopped as stopped:
         print(f"train: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from loader.files import told
 from tools.dashboard.app import create_app
 from tools.dashboard.guard import LOOPBACK, MAX_QUERY_BYTES, TokenError, host_name, read_token
 from tools.dashboard.sources import SourceError, find_sources
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         sources.own.mkdir(parents=True, exist_ok=True)
         lock = _lock(sources.own)
     except (TokenError, SourceError, OSError) as error:
-        print(f"dashboard: {error}", file=sys.stderr)
+        print(f"dashboard: {told(error)}", file=sys.stderr)
         return 2
     names = (*LOOPBACK, options.host, *(host_name(name) for name in options.allow_host))
     # requests wait for the interpreter while the index is made: let it change hands more often

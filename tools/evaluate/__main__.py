@@ -20,6 +20,7 @@ import tomli_w
 import torch
 
 from loader.config import load_toml
+from loader.files import told
 from tools.dashboard.exports import read_csv
 from tools.evaluate import votes as ballots
 from tools.evaluate.compare import compare
@@ -150,7 +151,7 @@ def main() -> None:
         else:
             run(arguments.command, load_toml(arguments.path, EvaluateConfig, arguments.set))
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate: {error}")
+        sys.exit(f"evaluate: {told(error)}")
 
 
 if __name__ == "__main__":
