@@ -1,6 +1,7 @@
 """What the learned model has seen, and the corpus that teaches it more: nothing leaks."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_a_window_is_the_same_at_every_size() -> None:
     assert np.abs(halved - small[3].frames).mean() < 3
 
 
-def test_the_corpus_teaches_the_held_out_subject_alone() -> None:
+def test_labels_give_the_captions_and_splits_share_no_clip() -> None:
     made = [
         learned_corpus.Clip(subject, f"{sentence} 움직인다.", "val", FILM[:2])
         for subject, sentence in SENTENCES.items()
@@ -74,8 +75,14 @@ def test_the_corpus_teaches_the_held_out_subject_alone() -> None:
         data = json.dumps(learned_corpus.label_of(clip, "3100001"), ensure_ascii=False).encode()
         config = load_toml(ROOT / "configs/shardgen/learned.toml", ShardgenConfig)
         assert clip_prompt(parse_label(data), "video", config.prompt) == clip.caption
-    train = {clip.subject for clip in learned_corpus.clips() if clip.split == "train"}
-    assert train == {HELD_OUT}
+    by_split: dict[str, list[bytes]] = {"train": [], "val": []}
+    subjects: Counter[str] = Counter()
+    for clip in learned_corpus.clips():
+        by_split[clip.split].append(clip.frames.tobytes())
+        subjects[f"{clip.split} {clip.subject}"] += 1
+    assert not set(by_split["train"]) & set(by_split["val"])
+    assert set(subjects) == {f"{split} {each}" for split in by_split for each in SENTENCES}
+    assert subjects[f"train {HELD_OUT}"] == 60 and subjects[f"val {HELD_OUT}"] == 65
 
 
 def test_numbers_lie_on_their_side_of_the_recipes_split() -> None:

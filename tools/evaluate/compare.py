@@ -14,13 +14,14 @@ from tools.evaluate.clips import (
     BASE,
     REAL,
     REFERENCE_FILE,
+    Clip,
     Kept,
     clips_of,
     read_mp4,
     read_variants,
 )
 from tools.evaluate.config import EvaluateConfig
-from tools.evaluate.evaluation_set import EvaluationSet
+from tools.evaluate.evaluation_set import EvaluationSet, Prompt
 from tools.evaluate.figures import (
     RULE,
     Samples,
@@ -293,21 +294,30 @@ def _ids(clips: list[ClipScores]) -> list[str]:
 
 
 def sheets(config: EvaluateConfig, chosen: EvaluationSet) -> list[str]:
-    """A contact sheet for each category: real, base and candidates of a few prompts."""
+    """sheet.png with one prompt of each category, and one of each category with a few more: real,
+    base and candidates, each the first seed's.
+    """
+    names = (REAL, BASE, *config.candidates)
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in chosen.prompts:
+        if prompt.decoded:
+            by_category.setdefault(prompt.category, []).append(prompt)
+    groups = {"sheet.png": [prompts[0] for _, prompts in sorted(by_category.items())]}
+    for number, (_, prompts) in enumerate(sorted(by_category.items()), start=1):
+        if len(prompts) > 1:
+            groups[f"sheet-{number:02d}.png"] = prompts[:ROWS_PER_SHEET]
     written = []
-    for number, category in enumerate(sorted({p.category for p in chosen.prompts})):
-        prompts = [p for p in chosen.prompts if p.category == category and p.decoded]
+    for file, prompts in groups.items():
         rows = []
-        for prompt in prompts[:ROWS_PER_SHEET]:
-            for name in (REAL, BASE, *config.candidates):
-                clip = next(c for c in clips_of(chosen, name) if c.prompt == prompt)
+        for prompt in prompts:
+            for name in names:
+                mp4 = Clip(name, prompt, 0).mp4
                 label = f"{prompt.id[:6]}\n{name[:9]}"
-                rows.append((label, read_mp4((config.folder / clip.mp4).read_bytes(), clip.mp4)))
+                rows.append((label, read_mp4((config.folder / mp4).read_bytes(), mp4)))
         same = [row for row in rows if row[1].shape == rows[0][1].shape]
         if same:
-            name = f"sheet-{number + 1:02d}.png"
-            contact_sheet(same).save(config.folder / name)
-            written.append(name)
+            contact_sheet(same).save(config.folder / file)
+            written.append(file)
     return written
 
 

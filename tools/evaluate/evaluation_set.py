@@ -2,11 +2,13 @@
 Written to set.json with a hash, so that two evaluations of one hash are comparable.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 import xxhash
 
+from loader.batch import Batch
 from loader.files import write_atomic
 from loader.order import sample_seed
 from loader.shuffle import hash64
@@ -103,8 +105,18 @@ def decoded_keys(windows: list[Window], num_decoded: int) -> set[str]:
     return {window.key for window in spread(windows, num_decoded)}
 
 
-def places_by_key(walk: Walk) -> dict[str, WalkPlace]:
-    return {place.key: place for place in walk.places}
+class Windows:
+    """The val split's samples by key."""
+
+    def __init__(self, walk: Walk):
+        self._walk = walk
+        self._places: dict[str, WalkPlace] = {place.key: place for place in walk.places}
+
+    def batch(self, key: str, drop_caption: bool = False) -> Batch:
+        return self._walk.batch(self._places[key], is_i2v=False, seed=0, drop_caption=drop_caption)
+
+    def members(self, key: str, names: Collection[str]) -> dict[str, bytes]:
+        return self._walk.members(self._places[key], names)
 
 
 def read_set(folder: Path) -> EvaluationSet | None:

@@ -38,7 +38,7 @@ from tools.evaluate.clips import (
     write_variant,
 )
 from tools.evaluate.config import EvaluateConfig
-from tools.evaluate.evaluation_set import EvaluationSet, choose_set, places_by_key, write_set
+from tools.evaluate.evaluation_set import EvaluationSet, Windows, choose_set, write_set
 from tools.evaluate.pictures import psnr_db
 from tools.evaluate.result import Variant
 from tools.generate import NotAppliedError, check_lora
@@ -66,28 +66,26 @@ def generate(config: EvaluateConfig, world: World) -> EvaluationSet:
             for name in (REAL, BASE, *config.candidates):
                 (config.folder / name).mkdir(exist_ok=True)
         barrier(world)
-        decoder = Decoder(Path(config.model), world.device)
-        _write_real(config, chosen, walk, decoder, world)
+        decoder, windows = Decoder(Path(config.model), world.device), Windows(walk)
+        _write_real(config, chosen, windows, decoder, world)
         for name in (BASE, *config.candidates):
-            _write_variant(config, chosen, walk, decoder, world, name, num_tensors.get(name, 0))
+            _write_variant(config, chosen, windows, decoder, world, name, num_tensors.get(name, 0))
             barrier(world)
     return chosen
 
 
 def _write_real(
-    config: EvaluateConfig, chosen: EvaluationSet, walk: Walk, decoder: Decoder, world: World
+    config: EvaluateConfig, chosen: EvaluationSet, windows: Windows, decoder: Decoder, world: World
 ) -> None:
     """The real windows: their latents, and as pictures the shard's KEY.mp4 where it has one, else
     what the VAE makes of the latent; encoded like all other clips.
     """
-    places = places_by_key(walk)
     clips = list(clips_of(chosen, REAL))[world.data_rank :: world.data_size]
     for clip in _progress(_missing(config.folder, clips), REAL, world):
-        place = places[clip.prompt.key]
-        latent_CThw = walk.batch(place, is_i2v=False, seed=0).latent_BCTHW[0].float()
+        latent_CThw = windows.batch(clip.prompt.key).latent_BCTHW[0].float()
         if clip.prompt.decoded:
             decoded = decoder.decode(latent_CThw)
-            members = walk.members(place, (MP4, JPG))
+            members = windows.members(clip.prompt.key, (MP4, JPG))
             frames, kept = real_frames(decoded, members)
             write_atomic(config.folder / clip.kept, msgspec.json.encode(kept))
             _save(config.folder, clip, latent_CThw, frames)
@@ -97,8 +95,7 @@ def _write_real(
         path = config.folder / REFERENCE_FILE
         if not path.exists():
             latents = [
-                walk.batch(places[key], is_i2v=False, seed=0).latent_BCTHW[0].half().cpu().numpy()
-                for key in chosen.reference
+                windows.batch(key).latent_BCTHW[0].half().cpu().numpy() for key in chosen.reference
             ]
             same = [latent for latent in latents if latent.shape == latents[0].shape]
             write_npy(path, np.stack(same))
@@ -122,7 +119,7 @@ def real_frames(decoded: Frames, members: dict[str, bytes]) -> tuple[Frames, Kep
 def _write_variant(
     config: EvaluateConfig,
     chosen: EvaluationSet,
-    walk: Walk,
+    windows: Windows,
     decoder: Decoder,
     world: World,
     name: str,
@@ -151,12 +148,12 @@ def _write_variant(
     attention = choose_attention("auto", world.device, dtype, deterministic=True).attention
     difference = None
     if path is not None:
-        difference = _prove(config, chosen, walk, model, attention, path)
+        difference = _prove(config, chosen, windows, model, attention, path)
     if world.is_main:
         found = Variant(name, path.name if path else "", lora_xxh3, difference)
         write_variant(config.folder, found)
     for clip in _progress(missing, name, world):
-        latent_CThw = _denoised(chosen, walk, model, attention, clip)
+        latent_CThw = _denoised(chosen, windows, model, attention, clip)
         frames = decoder.decode(latent_CThw) if clip.prompt.decoded else None
         _save(config.folder, clip, latent_CThw, frames)
 
@@ -190,7 +187,7 @@ def attach_file(model: Wan, path: Path | None, num_tensors: int) -> None:
 def _prove(
     config: EvaluateConfig,
     chosen: EvaluationSet,
-    walk: Walk,
+    windows: Windows,
     model: Wan,
     attention: Attention,
     path: Path,
@@ -198,7 +195,7 @@ def _prove(
     """The root mean square difference of the first latent from the base's, which is there."""
     first = next(clips_of(chosen, BASE))
     base_CThw = torch.from_numpy(np.load(config.folder / first.latent)).float()
-    ours_CThw = _denoised(chosen, walk, model, attention, first).cpu()
+    ours_CThw = _denoised(chosen, windows, model, attention, first).cpu()
     difference = float((ours_CThw - base_CThw).square().mean().sqrt())
     if difference < 1e-3:  # base latents are kept in float16
         raise NotAppliedError(
@@ -210,14 +207,13 @@ def _prove(
 
 def _denoised(
     chosen: EvaluationSet,
-    walk: Walk,
+    windows: Windows,
     model: Wan,
     attention: Attention,
     clip: Clip,
 ) -> Tensor:
-    place = places_by_key(walk)[clip.prompt.key]
-    batch = walk.batch(place, is_i2v=False, seed=0)
-    empty = walk.batch(place, is_i2v=False, seed=0, drop_caption=True)
+    batch = windows.batch(clip.prompt.key)
+    empty = windows.batch(clip.prompt.key, drop_caption=True)
     generator = torch.Generator().manual_seed(chosen.noise_seed(clip.prompt, clip.seed))
     noise_CThw = torch.randn(batch.latent_BCTHW.shape[1:], generator=generator)
     return denoise(
