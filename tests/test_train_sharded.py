@@ -54,7 +54,7 @@ def test_sharded_weights_give_the_bits_of_resident_ones_on_every_rank() -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(300)
         process.kill()
     assert [process.exitcode for process in ranks] == [0] * NUM_RANKS
 
