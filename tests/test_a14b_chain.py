@@ -21,8 +21,8 @@ from loader.manifest import read_manifest
 from loader.models import FIRST_FRAME_AND_GREY, KINDS, TRANSFORMER_OF, Expert
 from loader.shape import WAN21
 from shardgen.cli import main as shardgen
-from tools.experts import files_by_transformer
-from tools.generate import NotAppliedError, Options, compare
+from tools.applied import NotAppliedError
+from tools.generate import Options, compare, files_by_transformer
 from train.checkpoint import CheckpointConfig
 from train.config import TrainConfig
 from train.lora import adapters as lora
@@ -45,6 +45,7 @@ RECIPE = """
 output = "{output}"
 [labels]
 root = "{corpus}"
+sample_fraction = 0.5
 [filters]
 media_types = ["video"]
 min_caption_chars = 50

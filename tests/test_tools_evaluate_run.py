@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tools.applied import NotAppliedError
 from tools.evaluate.clips import read_mp4
 from tools.evaluate.compare import compare
 from tools.evaluate.config import EvaluateConfig, SamplingConfig, SetConfig, check
@@ -17,7 +18,6 @@ from tools.evaluate.generate import generate
 from tools.evaluate.result import Result, read_result, write_result
 from tools.evaluate.score import score
 from tools.fake.batch import write_synthetic_dataset
-from tools.generate import NotAppliedError
 from train.lora import adapters as lora
 from train.lora.files import save_comfyui, save_diffusers
 from train.model.load import load_transformer

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from loader.shape import Bucket
-from tools.generate import NotAppliedError, Options, compare, load_pipeline, main
+from tools.applied import NotAppliedError
+from tools.generate import Options, compare, load_pipeline, main
 from train.contact_sheet import contact_sheet
 
 PROMPT = "커다란 토끼가 풀밭에 서 있다."

@@ -12,7 +12,7 @@ A14B each changes what its transformer answers and that one has run, and the pic
 differ. OUT gets an MP4 of each clip, contact_sheet.png with base above LoRA, and samples.json with
 what was measured. With --image every clip starts from that picture (I2V).
 
-For other programs: `check_lora`, `load_pipeline`, `apply_lora`, `generate`, `contact_sheet`.
+For other programs: `load_pipeline`, `generate`, and tools/applied.py.
 """
 
 import argparse
@@ -34,19 +34,21 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 
 from loader.files import told
 from loader.models import ModelKind, read_kind
 from loader.mp4 import encode_mp4
 from loader.shape import Bucket
 from shardgen.media.images import load_image
-from tools.experts import EXPERT_OF, counting_passes, files_by_transformer, output_change
+from tools.applied import (
+    apply_lora,
+    check_experts,
+    check_lora,
+    counting_passes,
+    mean_difference,
+)
 from train.contact_sheet import Frames, contact_sheet
-
-
-class NotAppliedError(ValueError):
-    """The LoRA is not in effect; the message says what is missing."""
+from train.lora.formats import expert_of
 
 
 @dataclass(frozen=True)
@@ -63,35 +65,6 @@ class Options:
     image: Image.Image | None
     shift: float | None = None
     guidance_low: float | None = None
-
-
-def check_lora(path: Path) -> int:
-    """Read a LoRA file through before minutes are spent on clips; returns its number of tensors.
-
-    Raises NotAppliedError for a file that is missing or damaged, holds no LoRA, holds NaN or
-    infinity, or whose lora_B are all zero: none of these has a picture to show.
-    """
-    num_tensors, has_effect = 0, False
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                tensor = file.get_tensor(name)
-                if not torch.isfinite(tensor).all():
-                    raise NotAppliedError(
-                        f"{path}: {name} holds NaN or infinity: training had failed when this was "
-                        f"written; take the file of an earlier step"
-                    )
-                num_tensors += not name.endswith(".alpha")
-                has_effect |= ".lora_B." in name and bool(tensor.any())
-    except (OSError, SafetensorError) as error:
-        raise NotAppliedError(f"{path}: can't be read as safetensors: {error}") from error
-    if num_tensors == 0:
-        raise NotAppliedError(f"{path}: there is no LoRA tensor in it")
-    if not has_effect:
-        raise NotAppliedError(
-            f"{path}: all of its lora_B are zero: a LoRA before its first step has no effect"
-        )
-    return num_tensors
 
 
 def load_pipeline(
@@ -146,61 +119,34 @@ def generate(pipeline: Any, prompt: str, options: Options, subject: str) -> Fram
     return np.asarray(np.clip(np.rint(frames * 255), 0, 255), np.uint8)
 
 
-def apply_lora(
-    pipeline: Any, path: Path, num_tensors: int, transformer: str = "transformer"
-) -> list[float]:
-    """Load a LoRA file of `num_tensors` tensors (diffusers or ComfyUI keys) into this transformer
-    of the pipeline; returns the scales alpha/r in effect.
-
-    Raises NotAppliedError unless exactly the file's tensors are in the transformer.
+def files_by_transformer(
+    kind: ModelKind, lora: Path | None, high: Path | None, low: Path | None
+) -> dict[str, Path]:
+    """The pipeline's attribute -> the LoRA for it: `lora` of a model of one transformer, `high` and
+    `low`, or one of them, of A14B. Raises ValueError for options that don't fit the model, and for
+    a file that says to be of the other expert.
     """
-    is_second = {"load_into_transformer_2": True} if transformer == "transformer_2" else {}
-    pipeline.load_lora_weights(str(path), **is_second)
-    module = getattr(pipeline, transformer)
-    loaded = [
-        name for name, _ in module.named_parameters() if ".lora_A." in name or ".lora_B." in name
-    ]
-    if len(loaded) != num_tensors:
-        raise NotAppliedError(
-            f"{path}: the file has {num_tensors} LoRA tensors, {len(loaded)} are in the "
-            f"{transformer}; its keys do not fit this model"
+    if kind.boundary is None:
+        if lora is None or high is not None or low is not None:
+            raise ValueError(f"{kind.name} is one transformer: give its LoRA as --lora")
+        return {"transformer": lora}
+    if lora is not None or (high is None and low is None):
+        raise ValueError(
+            f"{kind.name} is two transformers with a LoRA each: give --lora-high and --lora-low, "
+            f"or one of them"
         )
-    scales = {scale for part in module.modules() for scale in getattr(part, "scaling", {}).values()}
-    return sorted(scales)
-
-
-def check_experts(
-    pipeline: Any, loras: Mapping[str, Path], passes: Mapping[str, int]
-) -> dict[str, dict[str, float]]:
-    """Of each transformer of A14B with a LoRA: how much that changes its answer, and how often it
-    ran. Raises NotAppliedError where one of them is 0.
-    """
-    found = {}
-    for name, path in loras.items():
-        change = output_change(pipeline, name)
-        if change == 0.0:
-            raise NotAppliedError(
-                f"{path}: its tensors are loaded, but the {EXPERT_OF[name]}-noise transformer "
-                f"answers as without them"
+    files = {}
+    for expert, path in (("high", high), ("low", low)):
+        if path is None:
+            continue
+        found = expert_of(path)
+        if found not in (None, expert):
+            raise ValueError(
+                f"--lora-{expert} {path}: is a LoRA of the {found}-noise expert by its metadata; "
+                f"give it as --lora-{found}"
             )
-        if passes[name] == 0:
-            raise NotAppliedError(
-                f"{path}: the {EXPERT_OF[name]}-noise transformer did not run once, because no "
-                f"step was on its side of the boundary; raise --steps"
-            )
-        found[EXPERT_OF[name]] = {"output_change": change, "num_passes": passes[name]}
-    return found
-
-
-def mean_difference(base: Frames, lora: Frames) -> float:
-    """Mean absolute difference in 8-bit levels. Raises NotAppliedError where it is 0."""
-    difference = float(np.abs(base.astype(np.int16) - lora.astype(np.int16)).mean())
-    if difference == 0.0:
-        raise NotAppliedError(
-            "the LoRA's tensors are loaded, but its pictures equal the base model's: its effect is "
-            "below one 8-bit level"
-        )
-    return difference
+        files["transformer" if expert == "high" else "transformer_2"] = path
+    return files
 
 
 def compare(
@@ -213,19 +159,19 @@ def compare(
     dtype: torch.dtype,
 ) -> None:
     """Generate every prompt with the base and with the LoRA, prove the difference, then write all
-    files. loras: see tools.experts.files_by_transformer.
+    files. loras: see `files_by_transformer`.
     """
     num_tensors = {name: check_lora(path) for name, path in loras.items()}
     kind = read_kind(model)
     pipeline = load_pipeline(model, device, dtype, options.image is not None, options.shift)
-    base = [generate(pipeline, prompt, options, "the base model") for prompt in prompts]
+    with counting_passes(pipeline) as passes:
+        base = [generate(pipeline, prompt, options, "the base model") for prompt in prompts]
     scales = {
         name: apply_lora(pipeline, path, num_tensors[name], name) for name, path in loras.items()
     }
-    subject = " and ".join(map(str, loras.values()))
-    with counting_passes(pipeline) as passes:
-        tuned = [generate(pipeline, prompt, options, subject) for prompt in prompts]
     experts = check_experts(pipeline, loras, passes) if kind.boundary is not None else {}
+    subject = " and ".join(map(str, loras.values()))
+    tuned = [generate(pipeline, prompt, options, subject) for prompt in prompts]
     differences = [mean_difference(*pair) for pair in zip(base, tuned, strict=True)]
 
     output.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from loader.files import write_atomic
 from loader.mp4 import encode_mp4
 from loader.sample import JPG, MP4
 from loader.walk import Walk
+from tools.applied import NotAppliedError, check_lora
 from tools.evaluate.clips import (
     BASE,
     FPS,
@@ -41,7 +42,6 @@ from tools.evaluate.config import EvaluateConfig
 from tools.evaluate.evaluation_set import EvaluationSet, Windows, choose_set, write_set
 from tools.evaluate.pictures import psnr_db
 from tools.evaluate.result import Variant
-from tools.generate import NotAppliedError, check_lora
 from train.denoise import Decoder, Schedule, denoise
 from train.lora import adapters as lora
 from train.lora.formats import read_lora
