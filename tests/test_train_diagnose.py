@@ -1,9 +1,13 @@
 """A planted NaN or overflow is located, and the hooks that found it do not stay."""
 
+import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from trainer_runs import train_here
 
 from loader.shape import Bucket
 from tools.fake.step import random_batch
@@ -11,6 +15,7 @@ from train import setup
 from train.config import TrainConfig
 from train.diagnose import find_non_finite
 from train.lora.adapters import LoRAProjections
+from train.optim import OptimConfig
 from train.parallel.mesh import World
 from train.run import Run
 from train.step import Inputs, prepare
@@ -81,3 +86,23 @@ def test_the_samples_of_the_batch_are_named(run: Run, tmp_path: Path) -> None:
         assert "blocks.0.attn2.q.weight" in found and found.endswith(f"samples {keys[0]}")
         # beside the sequence: the first batch still comes first
         assert next(feed)[0].index == 0
+
+
+def test_a_planted_overflow_ends_a_float16_run_with_module_dtype_and_samples(
+    run_config: TrainConfig, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    # finite in float16, and so is the input; the products are not
+    tensors["blocks.1.ffn.net.0.proj.weight"].fill_(6e4)
+    save_file(tensors, path)
+    half = msgspec.structs.replace(run_config.model, path=str(model), dtype="float16")
+    with pytest.raises(ValueError) as caught:
+        train_here(run_config, tmp_path / "run", model=half, optim=OptimConfig(lr=1e-3))
+    said = str(caught.value)
+    assert said.startswith("step 3: 3 steps were skipped, the last 3 in a row")
+    assert "the output of blocks.1.ffn.up (float16) is the first not finite; samples " in said
+    keys = said.partition("; samples ")[2].split(".")[0]
+    assert all(len(key) == 32 for key in keys.split(", "))
+    assert "not the learning rate" in said
