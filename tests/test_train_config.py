@@ -7,16 +7,16 @@ import pytest
 import torch
 from trainer_runs import records, train_here
 
-from loader.config import ConfigError, load_toml
+from loader.config import ConfigError, dump_toml, load_toml
 from loader.exclusions import Exclusion, write_exclusions
 from loader.feed_config import FeedConfig
 from loader.sample import JSON
 from loader.shard import open_shard, read_members
 from loader.store import read_dataset
-from tools import budget
+from tools import budget, plan
 from tools.fake.batch import write_synthetic_dataset
 from train import setup
-from train.config import TrainConfig, in_steps, resumable_changes
+from train.config import TrainConfig, defaults, in_steps, resumable_changes
 from train.parallel.mesh import World
 from train.records import read_status
 
@@ -76,3 +76,39 @@ def test_only_with_a_constant_rate_the_length_may_change(run_config: TrainConfig
         optim = msgspec.structs.replace(run_config.optim, schedule=schedule)
         config = msgspec.structs.replace(run_config, optim=optim)
         assert ("num_steps" in resumable_changes(config, is_validated=True)) is changes
+
+
+def test_a_table_of_shifts_is_read_and_echoed(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("num_steps = 3\n" + MINIMAL + '[flow.shifts]\n"832x480x9" = 3.0\n')
+    config = load_toml(path, TrainConfig, ["flow.shift=5.0"])
+    assert config.flow.shifts == {"832x480x9": 3.0} and config.flow.shift == 5.0
+    path.write_text(dump_toml(config))
+    assert load_toml(path, TrainConfig) == config
+    with pytest.raises(ConfigError, match=r"flow\.shifts"):
+        load_toml(path, TrainConfig, ['flow.shifts={"832x480x9"=0.0}'])
+
+
+def test_what_is_trained_and_what_is_exported_may_not_change_on_resume(
+    run_config: TrainConfig,
+) -> None:
+    changeable = resumable_changes(run_config, is_validated=False)
+    flow = {f"flow.{key}" for key in ("shifts", "weighting", "timesteps")}
+    optim = {f"optim.{key}" for key in ("ema", "lora_plus_ratio", "schedule", "lr")}
+    assert flow | optim <= defaults().keys() and not changeable & (flow | optim)
+
+
+def test_the_plan_counts_the_steps_of_the_epochs(
+    run_config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lora = msgspec.structs.replace(run_config.lora, rank=8)
+    config = msgspec.structs.replace(run_config, output="o", lora=lora, num_steps=0, num_epochs=3)
+    path = tmp_path / "run.toml"
+    path.write_text(dump_toml(config))
+    for more in ([], ["--shape", "96x64x9"]):
+        monkeypatch.setattr("sys.argv", ["plan", str(path), "--gpus", "1", *more])
+        plan.main()
+        assert "24 steps of 2 samples on 1 GPU(s)" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from loader.shape import WAN21, WAN22, Bucket
 from tools.fake.batch import write_synthetic_dataset
 from train import setup
 from train.config import TrainConfig
+from train.lora.adapters import LoRAError
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.parallel.mesh import World
@@ -49,6 +50,18 @@ def test_what_can_not_run_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         setup.build(msgspec.structs.replace(config, **changes), ALONE, [BUCKET])
+
+
+def test_what_is_no_lora_file_is_refused_before_the_model_is_loaded(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(setup, "load_transformer")
+    (tmp_path / "init.safetensors").write_bytes(b"{}")
+    changed = msgspec.structs.replace(
+        config, lora=LoRAConfig(rank=4, init=str(tmp_path / "init.safetensors"))
+    )
+    with pytest.raises(LoRAError, match=r"init\.safetensors: can't be read as a LoRA file"):
+        setup.build(changed, ALONE, [BUCKET])
 
 
 def test_deterministic_refuses_attention_that_is_not(config: TrainConfig) -> None:

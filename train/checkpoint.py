@@ -105,10 +105,11 @@ def save(output: Path, step: int, state: dict[str, Any], save_lora: Callable[[Pa
         lines = [f"{file_xxh3(path)}  {path.name}\n" for path in files]
         write_atomic(temporary / HASH_FILE, "".join(lines).encode())
         target = _folder_of(output, step)
-        if target.exists():
-            # the one before its validation
-            _delete(target)
+        # the one before its validation: deleted when the new one is there
+        before = _aside(target) if target.exists() else None
         os.replace(temporary, target)
+        if before is not None:
+            shutil.rmtree(before)
     except BaseException:
         # what fills a disk is given back
         shutil.rmtree(temporary, ignore_errors=True)
@@ -123,7 +124,7 @@ def prune(output: Path, retention: Retention) -> None:
         if step in retention.states:
             continue
         if step not in retention.loras:
-            _delete(folder)
+            shutil.rmtree(_aside(folder))
         elif (folder / STATE_FILE).exists():
             (folder / STATE_FILE).unlink()
 
@@ -269,11 +270,11 @@ def _folder_of(output: Path, step: int) -> Path:
     return output / FOLDER / f"step-{step:08d}"
 
 
-def _delete(folder: Path) -> None:
+def _aside(folder: Path) -> Path:
     # a kill while it is deleted must not leave half of a checkpoint
     doomed = folder.with_name(f".tmp-{folder.name}")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def _all(output: Path) -> list[tuple[int, Path]]:

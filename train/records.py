@@ -36,7 +36,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     # passes over all datasets so far, 0 in the first
     epoch: int | None = None
-    # over the global batch, without steps whose loss is not finite
+    # over the global batch, weighted as in flow.weighting, without steps whose loss is not finite
     loss: float | None = None
     # over the samples of that task
     loss_t2v: float | None = None

@@ -21,7 +21,7 @@ from loader.models import ModelKind
 from loader.registered import available_bytes, check_available, processes_here
 from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
-from train import optim
+from train import checkpoint, optim
 from train.activations import plan as activations
 from train.activations.budget import (
     parse_activation_memory,
@@ -37,6 +37,7 @@ from train.config import TrainConfig
 from train.flow import check_shifts
 from train.lora import adapters as lora
 from train.lora.config import parse_blocks
+from train.lora.formats import read_lora
 from train.model.identity import weights_xxh3
 from train.model.load import load_transformer, read_config
 from train.model.wan import Wan, WanConfig
@@ -139,6 +140,9 @@ def build(
     shapes = micro_shapes(config, world.data_size, buckets, kind.layout)
     budget_bytes = parse_activation_memory(config.activation_memory)
     check_placement(config.model, config.lora, config.activation_memory)
+    if config.lora.init and checkpoint.latest(config.output_dir) is None:
+        # what is no LoRA file is told before minutes go into the model
+        read_lora(Path(config.lora.init))
     _set_precision(config)
 
     # -- attention kernels, timed while the card is empty ------------------------------------
