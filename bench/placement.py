@@ -47,7 +47,8 @@ from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import Bucket
 from tools.budget import CONTEXT_BYTES, GIB, budget
 from tools.fake.step import random_batch, random_transformer
-from train.activations.plan import describe, output_bytes
+from train.activations.plan import describe
+from train.activations.sizes import output_bytes
 from train.config import TrainConfig
 from train.model.attention import choose_attention
 from train.model.wan import T2V_A14B, WanConfig

@@ -1,5 +1,5 @@
 """Two GPUs against one: `torchrun --nproc-per-node 2 -m bench.scaling [--json FILE]`, also with
-NCCL_P2P_DISABLE=1.
+NCCL_P2P_DISABLE=1. One sample on several GPUs: bench/sequence.py.
 
 The trainer's step at the real size with random weights: each rank alone and all ranks together
 take turns, with 1 and 8 micro-batches accumulated. Two cards of one kind differ, and the slower

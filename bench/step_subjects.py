@@ -22,6 +22,7 @@ from loader.shape import WAN22
 from train import flow
 from train.activations import plan as remat
 from train.activations.runner import block_runner
+from train.activations.sizes import Shape
 from train.flow import NoiseLaws
 from train.kernels import lowrank
 from train.lora import adapters as lora
@@ -83,7 +84,7 @@ def our_step(run: Run) -> Step:
 def frozen_step(
     model: Wan,
     attention: Attention,
-    shape: remat.Shape,
+    shape: Shape,
     plan: remat.ShapePlan,
     max_graph_tokens: int,
 ) -> Step:
@@ -95,7 +96,7 @@ def frozen_step(
     bias.grad = torch.zeros_like(bias)
     micro_step = MicroStep(
         model,
-        set_seeds=lambda seeds_B: None,
+        set_seeds=lambda seeds_B, first_token: None,
         attention=attention,
         run_block=block_runner(model, {shape: plan}),
         scaler=torch.amp.GradScaler(device.type, enabled=False),
@@ -174,10 +175,10 @@ def use_compiled(reference: Any, compiled: list[Any] | None) -> None:
         block._compiled_call_impl = compiled[i] if compiled else None
 
 
-def floor_step(model: Wan, shape: remat.Shape, dtype: torch.dtype, attention: Attention) -> Step:
+def floor_step(model: Wan, shape: Shape, dtype: torch.dtype, attention: Attention) -> Step:
     """The GEMMs and attention calls of one step of `model`, adapters included, and nothing else."""
     device, config = model.scale_shift_table.device, model.config
-    batch, length, text_length = shape
+    batch, length, text_length = shape[:3]
     dim, heads = config.dim, config.num_attention_heads
     buffers: dict[tuple[int, ...], Tensor] = {}
 

@@ -11,7 +11,7 @@ from loader.models import ModelKind
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import Bucket
 from tools.budget import CONTEXT_BYTES, GIB
-from train.activations.plan import Shape
+from train.activations.sizes import Shape
 from train.model.attention import AttentionName
 from train.model.wan import WanConfig
 from train.run import Run

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loader.shape import WAN22, Bucket
 from tools import counts
-from train.activations.plan import Shape, plan_run
+from train.activations.plan import plan_run
 from train.activations.runner import block_runner
+from train.activations.sizes import Shape
 from train.lora import adapters as lora
 from train.model.attention import choose_attention
 from train.model.load import load_transformer

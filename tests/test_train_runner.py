@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train.activations import plan, runner
 from train.activations.offload import HostInputs
+from train.activations.sizes import Shape, output_bytes
 from train.lora import adapters as lora
 from train.model.attention import OPERATIONS, choose_attention, run_kernel
 from train.model.load import load_transformer
@@ -23,7 +24,7 @@ from train.model.wan import Wan
 
 CPU = torch.device("cpu")
 TOKENS, TEXT_TOKENS = 2 * 3 * 4, 512
-SHAPE = plan.Shape(2, TOKENS, TEXT_TOKENS)
+SHAPE = Shape(2, TOKENS, TEXT_TOKENS)
 
 
 class Count(TorchDispatchMode):
@@ -84,7 +85,7 @@ def test_every_budget_gives_the_same_bits_and_a_larger_one_computes_less_again(
     tiny_checkpoint: Path,
 ) -> None:
     expected, operations, model = gradients(tiny_checkpoint, float("inf"))
-    sizes = plan.output_bytes(model.config, TOKENS, TEXT_TOKENS, 4)
+    sizes = output_bytes(model.config, TOKENS, TEXT_TOKENS, 4)
     everything = 2 * 2 * sum(sizes.values())  # two samples, two blocks
     budgets = [0, 2 * sizes["attn1"], 4 * sizes["attn1"], everything // 2, everything]
     num_gemms, num_attentions = [], []

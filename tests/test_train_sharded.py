@@ -12,7 +12,7 @@ import torch.distributed as dist
 from msgspec.structs import replace
 from placed_runs import CPU, build, numbers, same, sample_of
 from soak_runs import struck_config
-from trainer_runs import finish, server, start
+from trainer_runs import finish, fork_server, start
 
 from train.config import TrainConfig
 from train.lora.files import DIFFUSERS_FILE
@@ -50,7 +50,9 @@ def test_sharded_weights_give_the_bits_of_resident_ones_on_every_rank() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [server().Process(target=as_a_rank, args=(rank, port)) for rank in range(NUM_RANKS)]
+    ranks = [
+        fork_server().Process(target=as_a_rank, args=(rank, port)) for rank in range(NUM_RANKS)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -175,7 +175,7 @@ def test_text_of_another_width_than_the_model_takes_is_named(folder: Path) -> No
     model = load_transformer(folder, torch.device("cpu"), torch.float32)
     step = MicroStep(
         model,
-        lambda seeds_B: None,
+        lambda seeds_B, first_token: None,
         choose_attention("auto", torch.device("cpu"), torch.float32).attention,
         None,
         torch.amp.GradScaler("cpu", enabled=False),

@@ -72,7 +72,7 @@ class Rank:
 
     def __init__(self, log: Path, argv: list[str], environment: dict[str, str]):
         self._log = log
-        self._process = server().Process(target=_main, args=(log, argv, environment))
+        self._process = fork_server().Process(target=_main, args=(log, argv, environment))
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -102,7 +102,7 @@ class Rank:
 
 
 @cache
-def server() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
     # the server takes no sys.path, only the environment
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     context = get_context("forkserver")
@@ -139,14 +139,7 @@ def start(
     output.mkdir(parents=True, exist_ok=True)
     path = output / "test.toml"
     path.write_text(dump_toml(msgspec.structs.replace(config, output=str(output), **changes)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num_ranks),
-    }
+    group = group_environment(num_ranks)
     return [
         Rank(
             output / f"test-rank-{rank}.log",
@@ -155,6 +148,14 @@ def start(
         )
         for rank in range(num_ranks)
     ]
+
+
+def group_environment(num_ranks: int) -> dict[str, str]:
+    """What torchrun tells all processes of a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
 
 
 def finish(processes: list[Rank]) -> str:

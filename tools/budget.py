@@ -11,15 +11,24 @@ from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import Bucket
 from loader.store import read_dataset
 from tools.cards import CARDS, Card, Rates
-from tools.counts import Step, layers, num_adapter_parameters, num_parameters, step_of
+from tools.counts import (
+    Step,
+    exchanged_bytes,
+    layers,
+    num_adapter_parameters,
+    num_parameters,
+    step_of,
+)
 from tools.streaming import Moved, hidden_from_tokens, moved_on, planner
-from train.activations.plan import Shape, ShapePlan, kernels_by_tag, scratch_bytes
+from train.activations.plan import ShapePlan
+from train.activations.sizes import Shape, kernels_by_tag, scratch_bytes
 from train.base import layout_of
 from train.choices import attention_shapes, micro_shapes
 from train.config import TrainConfig
 from train.lora.config import parse_blocks
 from train.model.attention import NOT_DETERMINISTIC, Choice, Row, fixed_kernel
 from train.model.wan import WanConfig
+from train.parallel.sequence import check_heads
 
 GIB = 2**30
 CONTEXT_BYTES = 0.7 * GIB  # CUDA context, cuBLAS and cuDNN workspaces: an allowance, not measured
@@ -53,6 +62,8 @@ class CardBudget(NamedTuple):
     compute_s: dict[Bucket, Span]
     # tokens of a micro-batch from which on the copies of moved weights hide; 0: nothing moves
     hidden_from: int
+    # that a card sends to those that share its samples, in a micro-batch
+    exchanged_bytes: dict[Bucket, float]
 
 
 class Budget(NamedTuple):
@@ -69,10 +80,18 @@ def budget(
     """
     if num_gpus < 1:
         raise ValueError(f"--gpus {num_gpus}: use at least 1")
-    shapes = micro_shapes(config, num_gpus, shares, layout_of(wan))
+    sequence = config.parallel.sequence
+    if num_gpus % sequence:
+        raise ValueError(
+            f"--gpus {num_gpus}: parallel.sequence = {sequence} takes a multiple of {sequence}"
+        )
+    check_heads(sequence, wan.num_attention_heads)
+    # those that train a sample together count as one
+    num_groups = num_gpus // sequence
+    shapes = micro_shapes(config, num_groups, shares, layout_of(wan))
     resident = resident_parts(config, wan)
     cards = [
-        _on_card(card, kernels, config, wan, shares, shapes, sum(resident.values()), num_gpus)
+        _on_card(card, kernels, config, wan, shares, shapes, sum(resident.values()), num_groups)
         for card in CARDS
         for kernels in kernels_on(card, config, wan, list(shapes.values()))
     ]
@@ -87,12 +106,13 @@ def _on_card(
     shares: dict[Bucket, float],
     shapes: dict[Bucket, Shape],
     resident_bytes: float,
-    num_gpus: int,
+    num_groups: int,
 ) -> CardBudget:
-    samples_per_gpu = config.global_batch / num_gpus
+    samples_per_group = config.global_batch / num_groups
     dtype_bytes, memory_bytes = _dtype_bytes(config), card.memory_gib * GIB
     first_block = parse_blocks(config.lora.blocks, wan.num_layers)[0]
     room_bytes = 0.95 * (memory_bytes - CONTEXT_BYTES)
+    num_gpus = num_groups * config.parallel.sequence
     moved = moved_on(config, wan, kernels, list(shapes.values()), room_bytes, num_gpus)
     resident_bytes -= moved.freed_bytes
     plan = planner(config, wan, kernels, list(shapes.values()))
@@ -102,6 +122,12 @@ def _on_card(
     plans = {bucket: by_shape[shape] for bucket, shape in shapes.items()}
     step_s, no_time = None, why_no_time(config, card, kernels)
     compute_s: dict[Bucket, Span] = {}
+    exchanged = {
+        bucket: exchanged_bytes(
+            wan, shape, config.lora.targets, dtype_bytes, plans[bucket], first_block
+        )
+        for bucket, shape in shapes.items()
+    }
     if not no_time:
         steps = {
             bucket: step_of(
@@ -112,6 +138,7 @@ def _on_card(
                 dtype_bytes,
                 plans[bucket],
                 first_block,
+                shapes[bucket].num_parts,
             )
             for bucket in shares
         }
@@ -119,11 +146,15 @@ def _on_card(
         for bucket in shares:
             by_tag = kernels_by_tag(shapes[bucket], kernels)
             sample_s = Span(*(seconds(steps[bucket], rates, by_tag) for rates in card.rates))
-            compute_s[bucket] = Span(*(shapes[bucket].batch * each for each in sample_s))
+            # an exchange stands between two kernels: nothing runs beside it
+            exchange_s = exchanged[bucket] / card.peer_bytes
+            compute_s[bucket] = Span(
+                *(shapes[bucket].batch * each + exchange_s for each in sample_s)
+            )
         # copies run beside the computing: the longer of both counts
         step_s = Span(
             *(
-                samples_per_gpu
+                samples_per_group
                 * sum(
                     share * max(compute_s[bucket][end], copy_s) / shapes[bucket].batch
                     for bucket, share in shares.items()
@@ -145,6 +176,7 @@ def _on_card(
         moved=moved,
         compute_s=compute_s,
         hidden_from=_hidden_from(card, kernels, config, wan, moved) if compute_s else 0,
+        exchanged_bytes=exchanged,
     )
 
 

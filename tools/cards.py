@@ -42,6 +42,8 @@ class Card(NamedTuple):
     fast: Rates
     # from the host per second, one direction: PCIe 3, 4 or 5 of 16 lanes less its overhead
     link_bytes: float
+    # from one card to another of the same host, while as much comes back: PCIe 3, NVLink
+    peer_bytes: float
 
     @property
     def rates(self) -> tuple[Rates, Rates]:
@@ -96,8 +98,9 @@ def _card(
     slow: Rates,
     fast: Rates | None,
     link_bytes: float,
+    peer_bytes: float,
 ) -> Card:
-    return Card(name, memory_gib, has_bfloat16, source, slow, fast or slow, link_bytes)
+    return Card(name, memory_gib, has_bfloat16, source, slow, fast or slow, link_bytes, peer_bytes)
 
 
 _V100_SLOW = _rates(112e12, 0.9e12, {"efficient": _FUSED["efficient"]})
@@ -118,6 +121,7 @@ CARDS = (
         slow=_V100_SLOW,
         fast=_V100_FAST,
         link_bytes=12e9,
+        peer_bytes=10e9,
     ),
     _card(
         "A100-SXM-80GB",
@@ -127,6 +131,7 @@ CARDS = (
         slow=_rates(312e12, 2.0e12, {"flash": _FUSED["cudnn"], "efficient": _FUSED["efficient"]}),
         fast=None,
         link_bytes=24e9,
+        peer_bytes=200e9,
     ),
     _card(
         "H100-SXM-80GB",
@@ -136,6 +141,7 @@ CARDS = (
         slow=_rates(989e12, 3.35e12, _FUSED),
         fast=None,
         link_bytes=50e9,
+        peer_bytes=300e9,
     ),
     _card(
         "H200",
@@ -145,5 +151,6 @@ CARDS = (
         slow=_rates(989e12, 4.8e12, _FUSED),
         fast=None,
         link_bytes=50e9,
+        peer_bytes=300e9,
     ),
 )

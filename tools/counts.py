@@ -5,10 +5,12 @@ Attention counts 4 L S dim operations forward (S keys) and 2.5 times that backwa
 do it. A GEMM of [M, K] by [K, N] counts 2 M K N.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from loader.sample import MAX_TEXT_TOKENS
-from train.activations.plan import GROUPS, ShapePlan
+from train.activations.plan import ShapePlan
+from train.activations.sizes import GROUPS, Shape, exchange_bytes
 from train.model.wan import WanConfig
 
 KERNELS_PER_BLOCK = 70  # forward and backward, at 832x480x9 on an H200
@@ -117,10 +119,12 @@ def gemm_flops(
     return flops
 
 
-def attention_flops(config: WanConfig, num_tokens: int) -> dict[str, float]:
-    """Forward operations of a block's two attentions for one sample."""
+def attention_flops(config: WanConfig, num_tokens: int, num_parts: int = 1) -> dict[str, float]:
+    """Forward operations of a block's two attentions for one sample, or for one of `num_parts`
+    equal parts of its tokens (all tokens for a part of the heads).
+    """
     return {
-        "attn1": 4.0 * num_tokens**2 * config.dim,
+        "attn1": 4.0 * num_tokens**2 * num_parts * config.dim,
         "attn2": 4.0 * num_tokens * MAX_TEXT_TOKENS * config.dim,
     }
 
@@ -133,13 +137,15 @@ def step_of(
     dtype_bytes: int,
     activations: ShapePlan,
     first_block: int = 0,
+    num_parts: int = 1,
 ) -> Step:
-    """Count one sample of `num_tokens` video tokens: forward, the backward pass with respect to
-    activations and adapters, and what is recomputed. Blocks before `first_block` have no adapters
+    """Count one sample, or one of `num_parts` equal parts of it, of `num_tokens` video tokens:
+    forward, the backward pass with respect to activations and adapters, and what is recomputed.
+    Blocks before `first_block` have no adapters
     and run forward only; those after it count as adapted.
     """
     num_blocks = config.num_layers - first_block
-    attention_once = attention_flops(config, num_tokens)
+    attention_once = attention_flops(config, num_tokens, num_parts)
     frozen = gemm_flops(config, num_tokens, [], rank, is_first_block=True)
     first = gemm_flops(config, num_tokens, targets, rank, is_first_block=True)
     other = gemm_flops(config, num_tokens, targets, rank, is_first_block=False)
@@ -199,6 +205,29 @@ def _forward_bytes(config: WanConfig, num_tokens: int, dtype_bytes: int) -> floa
     row = dtype_bytes * num_tokens * config.dim
     wide = dtype_bytes * num_tokens * config.ffn_dim
     return 6 * stream + 12 * row + 2 * wide
+
+
+def exchanged_bytes(
+    config: WanConfig,
+    shape: Shape,
+    targets: Collection[str],
+    dtype_bytes: int,
+    activations: ShapePlan,
+    first_block: int = 0,
+) -> float:
+    """What a rank sends to those that share its samples, for one micro-batch: forward, backward,
+    and where it is done again.
+    """
+    sizes = exchange_bytes(config, shape, dtype_bytes)
+    num_blocks = config.num_layers - first_block
+    # the first block's q, k and v need no gradient if nothing of them is adapted
+    needs_gradient = not set(GROUPS["attn1.qkv"]).isdisjoint(targets)
+    num_backward = num_blocks if needs_gradient else num_blocks - 1
+    total = sum(sizes.values()) * float(config.num_layers + num_backward)
+    for saved in activations.saved or ():
+        total += sum(size for name, size in sizes.items() if name not in saved)
+    # what it would send to itself stays
+    return shape.batch * total * (shape.num_parts - 1) / shape.num_parts
 
 
 def _adapter_columns(config: WanConfig, targets: list[str]) -> int:

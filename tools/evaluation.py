@@ -14,7 +14,7 @@ from loader.shape import Bucket, LatentLayout
 from tools.budget import CardBudget, Span, seconds
 from tools.cards import Rates
 from tools.counts import forward_of
-from train.activations.plan import Shape, kernels_by_tag
+from train.activations.sizes import Shape, kernels_by_tag
 from train.base import layout_of
 from train.config import TrainConfig
 from train.flow import unshifted

@@ -93,6 +93,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
             for one in found.cards
         ),
         *_weights(found, wan),
+        *_exchanges(config, found, largest),
         "",
         f"days at {LARGE} on {num_gpus} GPU(s)",
         _recipes_table(config, wan, num_gpus),
@@ -118,6 +119,23 @@ def _weights(found: Budget, wan: WanConfig) -> list[str]:
         )
         lines.append(f"  {one.card.name}, {one.kernels.names}: {text}")
     return ["", "weights that are not resident", *lines] if lines else []
+
+
+def _exchanges(config: TrainConfig, found: Budget, largest: Bucket) -> list[str]:
+    """Of the cards that share samples, a line each."""
+    if config.parallel.sequence == 1:
+        return []
+    lines = ["", f"{config.parallel.sequence} cards train each sample together, at {largest}"]
+    for one in found.cards:
+        num_bytes, rate = one.exchanged_bytes[largest], one.card.peer_bytes
+        exchange_s, share = num_bytes / rate, ""
+        if largest in one.compute_s:
+            share = f", {exchange_s / one.compute_s[largest].slow:.1%} of its time"
+        lines.append(
+            f"  {one.card.name}, {one.kernels.names}: each sends {num_bytes / 1e9:.1f} GB a "
+            f"micro-batch, {exchange_s:.2f} s at {rate / 1e9:.0f} GB/s (modelled){share}"
+        )
+    return lines
 
 
 def _micro(config: TrainConfig) -> str:
@@ -209,7 +227,9 @@ def _recipes_table(config: TrainConfig, wan: WanConfig, num_gpus: int) -> str:
         changed = msgspec.structs.replace(
             config, lora=lora, global_batch=recipe.global_batch, micro_batch=1, micro_tokens=0
         )
-        if recipe.global_batch % num_gpus:
+        sequence = config.parallel.sequence
+        is_divided = layout_of(wan).num_tokens(LARGE) % sequence == 0
+        if recipe.global_batch % (num_gpus // sequence) or not is_divided:
             continue
         for one in budget(changed, wan, {LARGE: 1.0}, num_gpus).cards:
             cells = rows.setdefault((one.card.name, one.kernels.names), [])

@@ -154,6 +154,11 @@ def report(rows: list[Row], num_shown: int = 10) -> str:
 
 def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool) -> str:
     """Profile NUM_STEPS micro-batches; writes the trace and returns the table."""
+    if config.parallel.sequence > 1:
+        raise ValueError(
+            f"parallel.sequence = {config.parallel.sequence}: one process is profiled here; use "
+            f"--set parallel.sequence=1"
+        )
     device, dtype = torch.device("cuda", 0), getattr(torch, config.model.dtype)
     # one micro-batch on one GPU, and not as CUDA graphs, in which the profiler sees no operations
     found = Path(config.model.path) / "transformer" / "config.json"

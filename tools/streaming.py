@@ -12,7 +12,8 @@ import torch
 
 from loader.registered import registered_bytes
 from train.activations.budget import parse_activation_memory, peak_bytes
-from train.activations.plan import Shape, plan_run
+from train.activations.plan import plan_run
+from train.activations.sizes import Shape
 from train.config import TrainConfig
 from train.lora.config import parse_blocks
 from train.model.attention import Choice
@@ -86,7 +87,8 @@ def planner(
     """(room_bytes, weights_move) -> what each shape saves there."""
 
     def plan(room_bytes: float, weights_move: bool) -> ActivationPlans:
-        graph_tokens = 0 if weights_move else config.cuda_graph_tokens
+        no_graphs = weights_move or config.parallel.sequence > 1
+        graph_tokens = 0 if no_graphs else config.cuda_graph_tokens
         plans = plan_run(
             wan,
             list(shapes),

@@ -15,7 +15,7 @@ from loader.batching import Batching
 from loader.sample import MAX_TEXT_TOKENS
 from loader.shape import Bucket, LatentLayout
 from train import checkpoint
-from train.activations.plan import Shape
+from train.activations.sizes import Shape
 from train.config import TrainConfig
 from train.model.attention import (
     AttentionShape,
@@ -27,13 +27,14 @@ from train.model.attention import (
 from train.model.wan import WanConfig
 from train.parallel import mesh
 from train.parallel.mesh import World
+from train.parallel.sequence import check_sequence
 
 log = logging.getLogger(__name__)
 
 
 def batching(config: TrainConfig, rank: int, world_size: int) -> Batching:
-    """How the global batches are cut up for process `rank` of `world_size`. Raises ValueError if
-    they can't be divided equally.
+    """How the global batches are cut up for process `rank` of `world_size`, or for one of so many
+    sequence groups. Raises ValueError if they can't be divided equally.
     """
     if config.micro_tokens and config.micro_batch != 1:
         raise ValueError(
@@ -41,8 +42,10 @@ def batching(config: TrainConfig, rank: int, world_size: int) -> Batching:
             f"of them"
         )
     if config.global_batch % (config.micro_batch * world_size):
+        sequence = config.parallel.sequence
+        who = "processes" if sequence == 1 else f"groups of {sequence} processes"
         raise ValueError(
-            f"global_batch = {config.global_batch} is not a multiple of micro_batch x processes = "
+            f"global_batch = {config.global_batch} is not a multiple of micro_batch x {who} = "
             f"{config.micro_batch} x {world_size}"
         )
     return Batching(
@@ -58,13 +61,20 @@ def batching(config: TrainConfig, rank: int, world_size: int) -> Batching:
 def micro_shapes(
     config: TrainConfig, world_size: int, buckets: Iterable[Bucket], layout: LatentLayout
 ) -> dict[Bucket, Shape]:
-    """A micro-batch of each bucket, of the model's layout. Raises ValueError as `batching` does."""
+    """A process's part of a micro-batch of each bucket, of the model's layout; world_size: of data,
+    as in `batching`. Raises ValueError as that does, and where parallel.sequence does not divide
+    the tokens.
+    """
     cut = batching(config, rank=0, world_size=world_size)
-    shapes = {}
-    for bucket in buckets:
-        num_tokens = layout.num_tokens(bucket)
-        shapes[bucket] = Shape(cut.micro_batch_of(num_tokens), num_tokens, MAX_TEXT_TOKENS)
-    return shapes
+    num_tokens = {bucket: layout.num_tokens(bucket) for bucket in buckets}
+    sequence = config.parallel.sequence
+    check_sequence(sequence, {str(bucket): number for bucket, number in num_tokens.items()})
+    return {
+        bucket: Shape(
+            cut.micro_batch_of(number), number // sequence, MAX_TEXT_TOKENS, num_parts=sequence
+        )
+        for bucket, number in num_tokens.items()
+    }
 
 
 def attention_shapes(wan: WanConfig, shapes: Iterable[Shape]) -> list[AttentionShape]:
@@ -72,13 +82,21 @@ def attention_shapes(wan: WanConfig, shapes: Iterable[Shape]) -> list[AttentionS
     return [
         AttentionShape(
             batch=shape.batch,
-            num_heads=wan.num_attention_heads,
-            num_queries=shape.num_tokens,
+            num_heads=num_heads,
+            num_queries=num_queries,
             num_keys=num_keys,
             head_dim=wan.attention_head_dim,
         )
         for shape in shapes
-        for num_keys in (shape.num_tokens, shape.num_text_tokens)
+        for num_heads, num_queries, num_keys in (
+            # of a part of the heads, all tokens
+            (
+                wan.num_attention_heads // shape.num_parts,
+                shape.num_all_tokens,
+                shape.num_all_tokens,
+            ),
+            (wan.num_attention_heads, shape.num_tokens, shape.num_text_tokens),
+        )
     ]
 
 

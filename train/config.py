@@ -16,6 +16,7 @@ from train.flow import FlowConfig
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
+from train.parallel.config import ParallelConfig
 from train.sampling import SamplesConfig
 from train.tracking import WandbConfig
 from train.validate import ValidationConfig
@@ -40,13 +41,14 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     checkpoint: CheckpointConfig = CheckpointConfig()
     watch: WatchConfig = WatchConfig()
     wandb: WandbConfig = WandbConfig()
+    parallel: ParallelConfig = ParallelConfig()
     # how long it trains: optimizer steps, or passes over the datasets; one of the two
     num_steps: Annotated[int, Meta(ge=0)] = 0
     num_epochs: Annotated[int, Meta(ge=0)] = 0
     # samples of an optimizer step, over all GPUs
     global_batch: Positive
     # samples of one forward pass on one GPU; global_batch / (micro_batch * GPUs) passes are
-    # accumulated
+    # accumulated. With parallel.sequence a group of GPUs counts as one
     micro_batch: Positive = 1
     # instead: as many samples as have at most so many video tokens together, for each shape; what
     # divides a GPU's share of the global batch, and at least one. 0: micro_batch decides
@@ -60,7 +62,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     activation_offload: bool = False
     # equal runs give equal bits on a GPU too, with slower attention (on a CPU they always do)
     deterministic: bool = False
-    # a micro-batch of at most so many tokens runs on a GPU as CUDA graphs; 0: none does
+    # a micro-batch of at most so many tokens runs on a GPU as CUDA graphs; 0: none does, nor with
+    # parallel.sequence
     cuda_graph_tokens: Annotated[int, Meta(ge=0)] = 4096
     # optimizer steps between lines of the log
     log_every: Positive = 1
@@ -123,6 +126,7 @@ _RESUMABLE = frozenset(
         "samples.guidance",
         "samples.seed",
         "model.path",
+        "parallel.sequence",
         "model.attention",
         "model.placement",
         "model.resident_blocks",

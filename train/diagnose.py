@@ -61,14 +61,15 @@ def _find_output(inputs: Inputs, model: nn.Module, micro_step: MicroStep) -> str
     ]
     try:
         with torch.no_grad():
-            losses_B = micro_step.losses(inputs)
+            # of whole samples: processes that share them find the same
+            loss = micro_step.loss(inputs)
     finally:
         for hook in hooks:
             hook.remove()
     if found:
         return found[0]
-    if not _is_finite(losses_B):
-        return f"the output of every module is finite, the loss ({_dtype(losses_B)}) is not"
+    if not _is_finite(loss):
+        return f"the output of every module is finite, the loss ({_dtype(loss)}) is not"
     return None
 
 

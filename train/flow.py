@@ -245,3 +245,20 @@ def sample_losses(
     frames_T = torch.arange(error_BT.shape[1], device=error_BT.device)
     noised_BT = frames_T >= num_clean_frames_B[:, None]
     return (error_BT * noised_BT).sum(1) / noised_BT.sum(1)
+
+
+def token_losses(
+    velocity_BLP: Tensor,
+    target_BLP: Tensor,
+    clean_tokens_B: Tensor,
+    first_token: int,
+    num_tokens: int,
+) -> Tensor:
+    """What the tokens from `first_token` on contribute to each of `sample_losses`: float32 [B]; the
+    sum over all parts of a sample is its loss. Both cut up as train.model.wan.velocity_tokens does;
+    clean_tokens_B, num_tokens: of the whole sample.
+    """
+    error_BL = (velocity_BLP - target_BLP).square().mean(dim=2)
+    token_L = torch.arange(first_token, first_token + error_BL.shape[1], device=error_BL.device)
+    noised_BL = token_L >= clean_tokens_B[:, None]
+    return (error_BL * noised_BL).sum(1) / (num_tokens - clean_tokens_B)

@@ -32,6 +32,7 @@ from train.evaluation import BEST_FOLDER, Evaluation
 from train.lora import files as lora_files
 from train.model.attention import describe
 from train.parallel import mesh
+from train.parallel.beats import with_output
 from train.progress import Progress, Report
 from train.reports import Reports
 from train.signals import Signals, Stopped, Wish
@@ -51,7 +52,7 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         me = f"a run (process {os.getpid()} on {socket.gethostname()})"
         stack.enter_context(sole_writer(output, me))
         watch.clear(output)
-    mesh.barrier(world)
+    world = with_output(world, output / watch.FOLDER)
     status = stack.enter_context(Status(output, world, config.num_steps))
 
     # -- build and resume --------------------------------------------------------------------
@@ -127,7 +128,7 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
             watched.start_micro_batch(step, batch.keys)
             stopwatch.lap("data_wait_s")
             losses_B = micro_step.forward(prepare(batch, run.laws))
-            add_losses(flat, losses_B, batch, config.global_batch)
+            add_losses(flat, losses_B, batch, config.global_batch, world.sequence_rank)
             stopwatch.lap("forward_s")
             micro_step.backward()
             stopwatch.lap("backward_s")
@@ -208,7 +209,8 @@ def run(config_path: Path, overrides: list[str]) -> None:
     """What it raises, torchrun repeats in its last block."""
     with ExitStack() as stack:
         config = load_toml(config_path, TrainConfig, overrides)
-        train(config, stack.enter_context(mesh.process_group()), stack)
+        world = stack.enter_context(mesh.process_group(config.parallel.sequence))
+        train(config, world, stack)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ class Reports:
                 self._tell(record, faults)
 
     def _tell(self, record: StepRecord, faults: Faults) -> None:
-        rank, dtype = self._run.world.data_rank, self._run.config.model.dtype
+        rank, dtype = self._run.world.rank, self._run.config.model.dtype
         if not self._found:
             with self._watch.busy("looks for what was not finite"):
                 self._found = self._run.trace(self._feed, faults.newest)

@@ -29,7 +29,7 @@ from train.lora import files as lora_files
 from train.lora.start import start_from
 from train.model.attention import Choice, describe
 from train.model.wan import Wan
-from train.parallel.mesh import World
+from train.parallel.mesh import World, first_found, from_main
 from train.placement.weights import MovedWeights
 from train.records import VALIDATION_FILE, ValidationRecord, read_records
 from train.step import MicroStep, prepare
@@ -93,21 +93,15 @@ class Run:
         `lora.init`. Raises CheckpointError, LoRAError, and
         ValueError for a run that is longer than `num_steps`.
         """
-        newest, damaged = checkpoint.latest_intact(self.config.output_dir)
-        if self.world.is_main:
-            for line in damaged:
-                log.warning("%s; going on from the checkpoint before it", line)
+        # others may be on hosts that don't have these files
+        newest, state = from_main(self._read_newest, self.world)
         if newest is None:
             if self.config.lora.init:
-                read = start_from(
-                    self.adapters, Path(self.config.lora.init), self.config.model.expert
-                )
-                if self.world.is_main:
-                    log.info("starts from %s", read)
+                self.flat.vector.data.copy_(from_main(self._start, self.world))
+                self.adapters.refresh()
                 if self.average:
                     self.average.vector.copy_(self.flat.vector.detach())
             return Resumed(num_done=0, validation=None, is_evaluated=False)
-        state = checkpoint.read_state(newest)
         # older versions had none, and a run without validation has none
         validation = state.get("validation")
         checkpoint.check_config(
@@ -142,6 +136,19 @@ class Run:
         feed.load_state_dict(state["feed"])
         # older versions evaluated before they saved
         return Resumed(num_done, validation, state.get("is_evaluated", True))
+
+    def _read_newest(self) -> tuple[Path | None, dict[str, Any]]:
+        """The newest intact checkpoint and its state, if there is one."""
+        newest, damaged = checkpoint.latest_intact(self.config.output_dir)
+        for line in damaged:
+            log.warning("%s; going on from the checkpoint before it", line)
+        return newest, {} if newest is None else checkpoint.read_state(newest)
+
+    def _start(self) -> Tensor:
+        """The parameters that `lora.init` makes, on the CPU."""
+        read = start_from(self.adapters, Path(self.config.lora.init), self.config.model.expert)
+        log.info("starts from %s", read)
+        return self.flat.vector.detach().cpu()
 
     def save_checkpoint(
         self,
@@ -276,9 +283,11 @@ class Run:
                 self.flat,
                 self.micro_step,
             )
+            # who trains a sample together goes on together
+            found = first_found(found, self.world)
             if found:
                 return f"{found}; samples {', '.join(batch.keys)}"
-        return f"it does not show again on rank {self.world.data_rank} with the parameters of now"
+        return f"it does not show again on rank {self.world.rank} with the parameters of now"
 
     def uneven(self) -> AbstractContextManager[None]:
         """Around forward passes without gradients of which ranks make different numbers, and
@@ -296,11 +305,17 @@ class Run:
         newest = checkpoint.latest(self.config.output_dir)
         summary = (
             f"{len(self.adapters.tensors())} adapters, {self.flat.vector.numel():,} parameters on "
-            f"{self.world.data_size} x {self.world.device.type}; {self.config.model.dtype}, "
+            f"{self.world.size} x {self.world.device.type}; {self.config.model.dtype}, "
             f"{self.kernels.names} attention, activation_memory = "
             f"{self.config.activation_memory}; "
             f"{f'resumed from {newest}' if newest else 'from the start'}"
         )
         plans = [f"{bucket}: {activations.describe(plan)}" for bucket, plan in self.plans.items()]
         moved = [self.weights.describe()] if self.weights else []
+        size = self.world.sequence_size
+        split = (
+            f"{size} processes train each sample together, of {self.world.data_size} at a time; "
+            f"CUDA graphs are off, validation and samples are made by each process alone"
+        )
+        moved += [split] if size > 1 else []
         return [summary, *moved, *describe(self.kernels), *plans]

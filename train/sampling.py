@@ -141,7 +141,10 @@ class Sampler:
         """
         begin_s = time.perf_counter()
         folder, whole = self._folder / f".step-{step:08d}", self.folder_of(step)
-        folder.mkdir(parents=True, exist_ok=True)
+        # the processes that can write there share them out
+        makers = self._world.output_ranks or range(self._world.size)
+        if self._world.sees_output:
+            folder.mkdir(parents=True, exist_ok=True)
         num_subjects = len(self._subjects)
         # Each difference is written by one rank and zero on the others: the sum is exact.
         differences = torch.zeros(num_subjects, dtype=torch.float64, device=self._world.device)
@@ -149,7 +152,9 @@ class Sampler:
         self._model.eval()  # no dropout
         try:
             with self._uneven():
-                for number in range(self._world.data_rank, num_subjects, self._world.data_size):
+                for number in range(num_subjects):
+                    if makers[number % len(makers)] != self._world.rank:
+                        continue
                     subject, name = self._subjects[number], self._name(number)
                     base = self._base(subject)
                     tuned = self._frames(subject)

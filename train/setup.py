@@ -11,6 +11,7 @@ Left out: the order of a step, which stands in train/main.py.
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,11 +39,13 @@ from train.flow import check_shifts
 from train.lora import adapters as lora
 from train.lora.config import parse_blocks
 from train.lora.formats import read_lora
+from train.model.attention import Choice
 from train.model.identity import weights_xxh3
 from train.model.load import load_transformer, read_config
-from train.model.wan import Wan, WanConfig
+from train.model.wan import TokenShare, Wan, WanConfig
 from train.parallel import mesh
 from train.parallel.mesh import World
+from train.parallel.sequence import check_heads, sequence_attention
 from train.placement.layout import layouts, spread
 from train.placement.plan import (
     ActivationPlans,
@@ -140,9 +143,12 @@ def build(
     shapes = micro_shapes(config, world.data_size, buckets, kind.layout)
     budget_bytes = parse_activation_memory(config.activation_memory)
     check_placement(config.model, config.lora, config.activation_memory)
-    if config.lora.init and checkpoint.latest(config.output_dir) is None:
-        # what is no LoRA file is told before minutes go into the model
-        read_lora(Path(config.lora.init))
+    # the file is on the main process's host alone
+    mesh.from_main(partial(_check_init, config), world)
+    is_split = world.sequence_size > 1
+    assert world.sequence_size == config.parallel.sequence
+    # an exchange with other processes, or weights that come, would not be part of a graph
+    has_graphs = device.type == "cuda" and not is_split
     _set_precision(config)
 
     # -- attention kernels, timed while the card is empty ------------------------------------
@@ -150,6 +156,7 @@ def build(
         wan = read_config(Path(config.model.path) / transformer_folder(config) / "config.json")
     else:
         wan = model.config
+    check_heads(world.sequence_size, wan.num_attention_heads)
     choice = attention_kernels(config, world, attention_shapes(wan, shapes.values()), kernels)
     if choice.kernel == "math" and config.activation_memory not in ("all", "block"):
         raise ValueError(
@@ -161,7 +168,7 @@ def build(
     blocks = parse_blocks(config.lora.blocks, wan.num_layers)
 
     def plan_activations(room_bytes: float, weights_move: bool) -> ActivationPlans:
-        graph_tokens = config.cuda_graph_tokens if device.type == "cuda" else 0
+        graph_tokens = config.cuda_graph_tokens if has_graphs else 0
         graph_tokens = 0 if weights_move else graph_tokens
         plans = activations.plan_run(
             wan,
@@ -218,6 +225,9 @@ def build(
     if budget_bytes is None:
         optimizer_bytes = 8 * flat_parameters.vector.numel()  # made by its first step
         planned_bytes = free_bytes(device) - optimizer_bytes
+    if is_split:
+        # who shares samples must do the same exchanges again, so all plan for the fullest card
+        planned_bytes = -float(mesh.maximum(-int(planned_bytes), world))
     plans = plan_activations(planned_bytes, weights is not None).plans
 
     host_bytes = max(plan.host_bytes for plan in plans.values())
@@ -230,10 +240,11 @@ def build(
         model,
         set_seeds=adapters.set_seeds,
         attention=choice.attention,
-        run_block=block_runner(model, plans, adapters.first_block),
+        run_block=block_runner(model, plans, adapters.first_block, world.sequence_size),
         scaler=scaler,
         global_batch=config.global_batch,
-        max_graph_tokens=0 if weights else config.cuda_graph_tokens,
+        max_graph_tokens=0 if weights or is_split else config.cuda_graph_tokens,
+        share=_token_share(world, choice) if is_split else None,
     )
     return Run(
         config=config,
@@ -252,6 +263,21 @@ def build(
         tally=Tally(device, scaling),
         base_weights=base_weights,
         weights=weights,
+    )
+
+
+def _check_init(config: TrainConfig) -> None:
+    """What is no LoRA file is told before minutes go into the model. Raises LoRAError."""
+    if config.lora.init and checkpoint.latest(config.output_dir) is None:
+        read_lora(Path(config.lora.init))
+
+
+def _token_share(world: World, choice: Choice) -> TokenShare:
+    """This process's share of each sample's tokens."""
+    return TokenShare(
+        number=world.sequence_rank,
+        num_parts=world.sequence_size,
+        attention=sequence_attention(choice.attention, world),
     )
 
 

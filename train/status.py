@@ -84,7 +84,7 @@ class Status:
         """Any process may be the one that failed. only_if_running: another one knows better."""
         if only_if_running and not self._says_running():
             return
-        self._write("failed", f"rank {self._world.data_rank}: {reason}")
+        self._write("failed", f"rank {self._world.rank}: {reason}")
 
     def _says_running(self) -> bool:
         """Whether no process has written yet how the run ended."""
@@ -105,6 +105,9 @@ class Status:
             host=socket.gethostname(),
             time=time.time(),
         )
+        if not self._world.sees_output:
+            # of another host: the main process notices its end
+            return
         try:
             write_status(self._output, status)
         except OSError as error:

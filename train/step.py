@@ -23,7 +23,7 @@ from loader.batch import Batch
 from train import flow
 from train.flow import NoiseLaws
 from train.model.attention import Attention
-from train.model.wan import RunBlock, Wan
+from train.model.wan import RunBlock, TokenShare, Wan, latent_grid, velocity_tokens
 
 
 class Inputs(NamedTuple):
@@ -143,20 +143,25 @@ class MicroStep:
     """`forward` and then `backward` of one micro-batch after another.
 
     The gradient of its part of the mean over `global_batch` samples, scaled by `scaler`, is added
-    to the parameters' `.grad`. `set_seeds(seeds_B)` is called before each pass; `run_block` decides
-    what blocks save for the backward pass (train/activations/).
+    to the parameters' `.grad`. `set_seeds(seeds_B, first_token)` is called before each pass;
+    `run_block` decides what blocks save for the backward pass (train/activations/). `share`: this
+    process trains on so many tokens of each sample, and its losses and gradients are parts of the
+    sample's, whose sum over the processes is the whole.
     """
 
     def __init__(
         self,
         model: Wan,
-        set_seeds: Callable[[Tensor], None],
+        set_seeds: Callable[[Tensor, int], None],
         attention: Attention,
         run_block: RunBlock,
         scaler: torch.amp.GradScaler,
         global_batch: int,
         max_graph_tokens: int,
+        share: TokenShare | None = None,
     ):
+        assert not (share and max_graph_tokens), "exchanges are not captured"
+        self._share = share
         self._model, self._set_seeds = model, set_seeds
         self._attention, self._run_block = attention, run_block
         self._scaler, self._global_batch = scaler, global_batch
@@ -184,20 +189,31 @@ class MicroStep:
         self._eager.backward()
 
     def loss(self, inputs: Inputs) -> Tensor:
-        """The mean loss of the micro-batch, float32 scalar; see `losses`."""
-        return self.losses(inputs).mean()
+        """The mean loss of the micro-batch, float32 scalar, of all tokens; see `losses`. Other
+        processes have no part in it.
+        """
+        self._begin(inputs, first_token=0)
+        return self._of_samples(inputs).mean()
 
     def losses(self, inputs: Inputs) -> Tensor:
-        """The weighted loss of each sample, float32 [B]. Without gradients (torch.no_grad)
-        nothing is saved, so any shape will do.
+        """The weighted loss of each sample, float32 [B], or this process's part of it. Without
+        gradients (torch.no_grad) nothing is saved, so any shape will do.
         """
+        if self._share is None:
+            self._begin(inputs, first_token=0)
+            return self._of_samples(inputs)
+        return self._of_tokens(inputs, self._share)
+
+    def _begin(self, inputs: Inputs, first_token: int) -> None:
         if inputs.text_BSD.shape[2] != self._model.config.text_dim:
             raise ValueError(
                 f"the dataset's text embeddings are {inputs.text_BSD.shape[2]} wide, the model's "
                 f"text_dim is {self._model.config.text_dim}: build the dataset with this model, "
                 f"or set model.path"
             )
-        self._set_seeds(inputs.seeds_B)
+        self._set_seeds(inputs.seeds_B, first_token)
+
+    def _of_samples(self, inputs: Inputs) -> Tensor:
         velocity_BCThw = self._model(
             inputs.latent_BCThw,
             inputs.t_BR,
@@ -208,6 +224,30 @@ class MicroStep:
         )
         losses_B = flow.sample_losses(
             velocity_BCThw, inputs.target_BCThw, inputs.num_clean_frames_B
+        )
+        return losses_B * inputs.weight_B
+
+    def _of_tokens(self, inputs: Inputs, share: TokenShare) -> Tensor:
+        patch_size = self._model.config.patch_size
+        grid = latent_grid(inputs.latent_BCThw.shape, patch_size)
+        first = share.first(grid.num_tokens)
+        self._begin(inputs, first)
+        velocity_BLP = self._model.token_velocity(
+            inputs.latent_BCThw,
+            inputs.t_BR,
+            inputs.num_clean_frames_B,
+            inputs.text_BSD,
+            self._attention,
+            self._run_block if torch.is_grad_enabled() else None,
+            share,
+        )
+        target_BLP = velocity_tokens(inputs.target_BCThw, patch_size)
+        losses_B = flow.token_losses(
+            velocity_BLP,
+            target_BLP[:, first : first + velocity_BLP.shape[1]],
+            clean_tokens_B=inputs.num_clean_frames_B * (grid.rows * grid.columns),
+            first_token=first,
+            num_tokens=grid.num_tokens,
         )
         return losses_B * inputs.weight_B
 

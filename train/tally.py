@@ -105,8 +105,16 @@ class Tally:
         self._faults.copy_(state)
 
 
-def add_losses(flat: FlatParameters, losses_B: Tensor, batch: Batch, global_batch: int) -> None:
-    """Add a micro-batch's losses to the vector that all processes sum."""
+def add_losses(
+    flat: FlatParameters,
+    losses_B: Tensor,
+    batch: Batch,
+    global_batch: int,
+    sequence_rank: int = 0,
+) -> None:
+    """Add a micro-batch's losses to the vector that all processes sum. sequence_rank: of those
+    that have parts of the losses the first one counts the samples.
+    """
     flat.loss.add_(losses_B.mean() / (global_batch // len(batch.keys)))
     is_image = batch.bucket.num_frames == 1
     tasks = ["image" if is_image else "i2v" if i2v else "t2v" for i2v in batch.is_i2v]
@@ -116,7 +124,8 @@ def add_losses(flat: FlatParameters, losses_B: Tensor, batch: Batch, global_batc
     # not a product: a NaN of one task is none of another
     losses_3B = torch.where(of_task_3B, losses_B, torch.zeros_like(losses_B))
     flat.losses[1 : 1 + NUM_TASKS].add_(losses_3B.sum(dim=1))
-    flat.losses[1 + NUM_TASKS :].add_(of_task_3B.sum(dim=1))
+    if sequence_rank == 0:
+        flat.losses[1 + NUM_TASKS :].add_(of_task_3B.sum(dim=1))
 
 
 def sums_of(values: Sequence[float]) -> Sums:

@@ -94,7 +94,7 @@ def measure(
     # Each entry is written by one rank and is zero on the others, so that their sum is exact.
     table = torch.zeros(len(windows), num_columns, dtype=torch.float64, device=world.device)
     with uneven():
-        for row in range(world.data_rank, len(windows), world.data_size):
+        for row in range(world.rank, len(windows), world.size):
             window, task = windows[row], tasks[row]
             batch = walk.batch(window.place, is_i2v=task == "i2v", seed=seed)
             law = laws.of(batch.bucket)

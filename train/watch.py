@@ -1,10 +1,12 @@
 """A run that can't go on ends, and says who is to blame.
 
-Every process beats: a thread rewrites OUTPUT/.alive/rank-N every few seconds with where the main
-thread is. The same thread reads the files of the others. It ends its process, and torchrun then
-all of them, when another process is silent (dead, stopped, its host gone), or when no process has
-got any further for `stuck_s` plus three times the longest micro-batch so far. A thread, because the
-main thread may wait inside a collective; files, because they outlive who wrote them.
+Every process beats: a thread writes every few seconds where the main thread is, to
+OUTPUT/.alive/rank-N or, where not all hosts see that folder, to the store that torchrun keeps
+(train/parallel/beats.py). The same thread reads what the others wrote. It ends its process, and
+torchrun then all of them, when another process is silent (dead, stopped, its host gone), or when no
+process has got any further for `stuck_s` plus three times the longest micro-batch so far. A
+thread, because the main thread may wait inside a collective; files, or the agent's store, because
+they outlive who wrote them.
 
 Validation, samples and checkpoints count as progress: the main thread calls `mark` on its way
 through them, or does one long thing inside `busy`.
@@ -25,7 +27,7 @@ from typing import Annotated, Self
 import msgspec
 from msgspec import Meta
 
-from loader.files import atomic_file
+from train.parallel.beats import Beats, FolderBeats, StoreBeats
 from train.parallel.mesh import World
 
 log = logging.getLogger(__name__)
@@ -73,9 +75,10 @@ class Watch:
     """Used as a context manager around the loop by every process. `end(reason)` ends it."""
 
     def __init__(self, output: Path, world: World, config: WatchConfig, end: Callable[[str], None]):
-        self._folder, self._config, self._end = output / FOLDER, config, end
-        self._num_ranks = world.data_size
-        self._mine = Beat(rank=world.data_rank, host=socket.gethostname(), pid=os.getpid())
+        self._config, self._end, self._world = config, end, world
+        self._folder = output / FOLDER
+        self._num_ranks = world.size
+        self._mine = Beat(rank=world.rank, host=socket.gethostname(), pid=os.getpid())
         self._longest_s: float | None = None
         self._micro_start_s = time.monotonic()
         self._finished = threading.Event()
@@ -108,7 +111,8 @@ class Watch:
             self.mark("trains")
 
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        is_shared = self._world.output_ranks is None
+        self._beats: Beats = FolderBeats(self._folder) if is_shared else StoreBeats()
         self._beat()
         self._thread.start()
         return self
@@ -121,7 +125,7 @@ class Watch:
     ) -> None:
         self._finished.set()
         self._thread.join()
-        self._path(self._mine.rank).unlink(missing_ok=True)
+        self._beats.remove(self._mine.rank)
 
     def _run(self) -> None:
         """Of the thread."""
@@ -129,11 +133,18 @@ class Watch:
         beats: dict[int, Beat] = {}
         progress_s = time.monotonic()
         interval_s = min(2.0, self._config.silent_s / 8)
+        heard_s = time.monotonic()
         while not self._finished.wait(interval_s):
             now_s = time.monotonic()
             self._beat()
-            for rank in range(self._num_ranks):
-                beat = self._read(rank)
+            try:
+                current = [self._read(rank) for rank in range(self._num_ranks)]
+                heard_s = now_s
+            except OSError as error:
+                if now_s - heard_s > self._config.silent_s and not self._finished.is_set():
+                    self._end(f"nobody was heard for {self._config.silent_s:g} s: {error}")
+                continue
+            for rank, beat in enumerate(current):
                 before = beats.get(rank)
                 if beat is None:
                     # not there yet, or finished and gone: the end of a process is torchrun's
@@ -169,20 +180,18 @@ class Watch:
     def _beat(self) -> None:
         self._mine.number += 1
         try:
-            with atomic_file(self._path(self._mine.rank), durable=False) as file:
-                file.write(msgspec.json.encode(self._mine))
+            self._beats.write(self._mine.rank, msgspec.json.encode(self._mine))
         except OSError as error:
             # a full disk: the loop will meet it too, and can say what it means
             log.warning("the sign of life could not be written: %s", error)
 
     def _read(self, rank: int) -> Beat | None:
+        """Raises OSError where nobody can be heard."""
         try:
-            return msgspec.json.decode(self._path(rank).read_bytes(), type=Beat)
-        except (FileNotFoundError, msgspec.DecodeError):
+            words = self._beats.read(rank)
+            return None if words is None else msgspec.json.decode(words, type=Beat)
+        except msgspec.DecodeError:
             return None
-
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}"
 
 
 def clear(output: Path) -> None:

@@ -37,6 +37,10 @@ def one_step(config: TrainConfig) -> Iterator[Finding]:
     """The second of two steps on one card, or on the CPU for a small model; random weights of the
     model's size where its own are missing; on a card without a dataset the usual shape.
     """
+    sequence = config.parallel.sequence
+    if sequence > 1:
+        yield Finding(NAME, "skipped", f"parallel.sequence = {sequence} takes as many processes")
+        return
     folder = Path(config.model.path) / transformer_folder(config)
     has_weights, has_config = not missing_files(folder), (folder / "config.json").exists()
     wan = read_config(folder / "config.json") if has_config else TI2V_5B

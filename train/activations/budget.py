@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from loader.shape import Bucket
-from train.activations.plan import Shape, ShapePlan
+from train.activations.plan import ShapePlan
+from train.activations.sizes import Shape
 
 # of what is free, for what does not fit exactly
 _USABLE = 0.95

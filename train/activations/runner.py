@@ -16,10 +16,12 @@ from torch.utils.checkpoint import (
 )
 
 from train.activations.offload import HostInputs
-from train.activations.plan import Shape, ShapePlan
+from train.activations.plan import ShapePlan
+from train.activations.sizes import Shape
 from train.model.attention import OPERATIONS as ATTENTION_OPERATIONS
 from train.model.tag import current_tag
 from train.model.wan import Block, BlockInputs, RunBlock, Wan
+from train.parallel.sequence import EXCHANGES
 
 _FLOAT32_BYTES = 4
 # what a tag may name: other operations inside of it, as views, cost nothing
@@ -28,9 +30,12 @@ SAVEABLE_OPERATIONS = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default} 
 )
 
 
-def block_runner(model: Wan, plans: dict[Shape, ShapePlan], first_block: int = 0) -> RunBlock:
+def block_runner(
+    model: Wan, plans: dict[Shape, ShapePlan], first_block: int = 0, num_parts: int = 1
+) -> RunBlock:
     """The `run_block` of Wan.forward for micro-batches of these shapes. Blocks before `first_block`
-    need no gradient, and are no part of the plans. Raises ValueError where the host can't pin what
+    need no gradient, and are no part of the plans. num_parts: of a sample's tokens, one of which
+    passes through. Raises ValueError where the host can't pin what
     the plans offload.
     """
     if all(plan.saved is None for plan in plans.values()):
@@ -50,7 +55,7 @@ def block_runner(model: Wan, plans: dict[Shape, ShapePlan], first_block: int = 0
         tables_BR6D: Tensor,
         inputs: BlockInputs,
     ) -> tuple[Tensor, Tensor]:
-        plan = plans[Shape(x_BLD.shape[0], x_BLD.shape[1], inputs.text_BSD.shape[1])]
+        plan = plans[Shape(x_BLD.shape[0], x_BLD.shape[1], inputs.text_BSD.shape[1], num_parts)]
         if plan.saved is None or index < first_block:
             # where no input and no parameter needs a gradient, autograd saves nothing
             out: tuple[Tensor, Tensor] = block(
@@ -111,7 +116,12 @@ def contexts(saved: frozenset[str]) -> Any:
     """The context managers of one checkpoint call: its forward pass and its recomputation."""
 
     def policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-        if operation in SAVEABLE_OPERATIONS and current_tag() in saved:
+        # exchanges are inside of what is tagged as attention
+        if operation in EXCHANGES:
+            is_saved = EXCHANGES[operation] in saved
+        else:
+            is_saved = operation in SAVEABLE_OPERATIONS and current_tag() in saved
+        if is_saved:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

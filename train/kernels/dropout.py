@@ -36,6 +36,13 @@ def dropout_keys(seeds_B: Tensor, num_layers: int) -> Tensor:
     return _mix32((seeds_B & _MASK32) ^ layer_hash)
 
 
+def keys_from(key_B: Tensor, first_token: int) -> Tensor:
+    """The keys under which token 0 has what token `first_token` has under `key_B`: of a rank that
+    has a sample's tokens from there on.
+    """
+    return (key_B + first_token * _TOKEN) & _MASK32
+
+
 def dropout_survivors(key_B: Tensor, length: int, width: int, p: float) -> Tensor:
     """Which elements survive: bool [B, L, K]."""
     token_L = torch.arange(length, device=key_B.device)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.kernels.dropout import Dropout, dropout_keys
+from train.kernels.dropout import Dropout, dropout_keys, keys_from
 from train.kernels.layout import Span, has_columns, weight_with_columns, widen_weight
 from train.kernels.refresh import Copy, CopyTable, copy_table, refresh, refresh_eager
 from train.lora.linear import AdapterParameter, FusedLayers, LoRALinear
@@ -222,12 +222,17 @@ class LoRA:
         finally:
             self.refresh()
 
-    def set_seeds(self, seeds_B: Tensor) -> None:
-        """Seeds (int64 [B]) of the samples of the next forward pass, for dropout."""
+    def set_seeds(self, seeds_B: Tensor, first_token: int = 0) -> None:
+        """Seeds (int64 [B]) of the samples of the next forward pass, for dropout. first_token: of
+        the video tokens that pass through, where these are a part of a sample.
+        """
         if any(module.dropout for module in self._all):
             keys_NB = dropout_keys(seeds_B, 1 + max(module.layer for module in self._all))
             for module in self._all:
-                module.key_B = keys_NB[module.layer]
+                key_B = keys_NB[module.layer]
+                # the text is there as a whole
+                reads_text = module.tag == "attn2.kv"
+                module.key_B = key_B if reads_text else keys_from(key_B, first_token)
 
     def tensors(self) -> dict[str, Factors]:
         """ "blocks.N.TARGET" -> its A [rank, in] and B [out, rank], float32 views."""

@@ -171,6 +171,7 @@ class BlockInputs(NamedTuple):
     boundary_B: Tensor  # int64: tokens before it use modulation row 0
     rope: tuple[Tensor, Tensor]  # `rope_tables`
     attention: Attention
+    self_attention: Attention  # another one where the tokens are a part of a sample's
 
 
 class Block(nn.Module):
@@ -203,7 +204,7 @@ class Block(nn.Module):
         """x: float32. `pending_BLD` times `pending_gate_BRD` is to be added to it (None in the
         first block). Tables: see `modulation_tables`.
         """
-        text_BSD, boundary_B, rope, attention = inputs
+        text_BSD, boundary_B, rope, attention, self_attention = inputs
         dtype = text_BSD.dtype
         shift1, scale1, gate1, shift3, scale3, _ = (
             Rows(rows_BRD, boundary_B) for rows_BRD in tables_BR6D.unbind(2)
@@ -222,7 +223,7 @@ class Block(nn.Module):
         )
         x_BLD, h_BLD = residual_norm(
             x_BLD,
-            y_BLD=self.attn1(h_BLD, rope, attention),
+            y_BLD=self.attn1(h_BLD, rope, self_attention),
             gate=gate1,
             shift=shift2,
             scale=scale2,
@@ -241,6 +242,20 @@ class Block(nn.Module):
             num_padding=self.ffn.up.num_padding,
         )
         return x_BLD, self.ffn(h_BLD)
+
+
+class TokenShare(NamedTuple):
+    """Which tokens of every sample pass through: part `number` of `num_parts` equal ones.
+    `attention` is self-attention of these with the tokens of all parts.
+    """
+
+    number: int
+    num_parts: int
+    attention: Attention
+
+    def first(self, num_tokens: int) -> int:
+        """The first one of this part's tokens, of `num_tokens` altogether."""
+        return self.number * (num_tokens // self.num_parts)
 
 
 # run_block(index, block, x, pending, pending_gate, tables, inputs) -> (x, pending): how a block
@@ -294,21 +309,48 @@ class Wan(nn.Module):
         **before** this call. `run_block` decides what each block saves for the backward pass
         (train/activations/runner.py); None: everything.
         """
+        velocity_BLP = self.token_velocity(
+            latent_BCThw, t_BR, num_clean_frames_B, text_BSD, attention, run_block
+        )
+        patch_size = self.config.patch_size
+        return unpatchify(velocity_BLP, latent_grid(latent_BCThw.shape, patch_size), patch_size)
+
+    def token_velocity(
+        self,
+        latent_BCThw: Tensor,
+        t_BR: Tensor,
+        num_clean_frames_B: Tensor,
+        text_BSD: Tensor,
+        attention: Attention,
+        run_block: RunBlock = None,
+        share: TokenShare | None = None,
+    ) -> Tensor:
+        """The same for each token, or each of `share`: float32 [B, L, pt*ph*pw*C], as
+        `velocity_tokens` cuts a velocity up.
+        """
         config, dtype = self.config, self.patch_embedding.weight.dtype
+        grid = latent_grid(latent_BCThw.shape, config.patch_size)
         patches_BLP = patchify(latent_BCThw, config.patch_size)
-        x_BLD = self.patch_embedding(patches_BLP.to(dtype)).float()
+        share = TokenShare(0, 1, attention) if share is None else share
+        first = share.first(grid.num_tokens)
+        num_tokens = grid.num_tokens // share.num_parts
+        tokens = slice(first, first + num_tokens)
+        x_BLD = self.patch_embedding(patches_BLP[:, tokens].to(dtype)).float()
 
         # two modulation rows per sample: the time embedding stays in float32
         embedding = timestep_embedding(t_BR, config.freq_dim)
         time_BRD = self.time_2(F.silu(self.time_1(embedding)))
         time_BR6D = self.time_proj(F.silu(time_BRD)).unflatten(-1, (6, -1))
 
-        grid = latent_grid(latent_BCThw.shape, config.patch_size)
+        # counted from the first token here
+        boundary_B = num_clean_frames_B * (grid.rows * grid.columns) - first
+        cosines_LE, sines_LE = rope_tables(*grid, config.attention_head_dim, x_BLD.device)
         inputs = BlockInputs(
             text_BSD=self.text_2(gelu_tanh(self.text_1(text_BSD.to(dtype)))),
-            boundary_B=num_clean_frames_B * (grid.rows * grid.columns),
-            rope=rope_tables(*grid, config.attention_head_dim, x_BLD.device),
+            boundary_B=boundary_B.clamp(0, num_tokens),
+            rope=(cosines_LE[tokens], sines_LE[tokens]),
             attention=attention,
+            self_attention=share.attention,
         )
         pending_BLD, pending_gate_BRD = None, None
         tables_NBR6D = self.modulation_tables(time_BR6D)
@@ -333,7 +375,8 @@ class Wan(nn.Module):
             eps=config.eps,
             dtype=dtype,
         )
-        return unpatchify(self.proj_out(h_BLD).float(), grid, config.patch_size)
+        velocity_BLP: Tensor = self.proj_out(h_BLD).float()
+        return velocity_BLP
 
     def modulation_tables(self, time_BR6D: Tensor) -> Sequence[Tensor]:
         """Per block float32 [B, R, 6, D]: shift, scale and gate of self-attention, then of the
@@ -372,6 +415,10 @@ class Grid(NamedTuple):
     rows: int
     columns: int
 
+    @property
+    def num_tokens(self) -> int:
+        return self.frames * self.rows * self.columns
+
 
 def latent_grid(shape: torch.Size, patch_size: tuple[int, int, int]) -> Grid:
     """Of a latent of shape [B, C, T, h, w]."""
@@ -399,6 +446,15 @@ def unpatchify(x_BLP: Tensor, grid: Grid, patch_size: tuple[int, int, int]) -> T
     # B C T pt h ph w pw
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def velocity_tokens(x_BCThw: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
+    """[B, C, T, h, w] -> [B, L, pt*ph*pw*C]: what `unpatchify` puts together."""
+    pt, ph, pw = patch_size
+    # B C T pt h ph w pw
+    x = x_BCThw.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
+    # B T h w pt ph pw C
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 7).flatten(1, 3)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

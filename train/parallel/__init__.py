@@ -1,4 +1,7 @@
 """Which process does what, and what they exchange.
 
-mesh    the place of this process, the all-reduce of a step
+sequence    one sample on several processes: tokens for heads
+mesh        the place of this process, the all-reduce of a step
+beats       signs of life
+config      its table
 """

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from train.activations.plan import Shape, ShapePlan
+from train.activations.plan import ShapePlan
+from train.activations.sizes import Shape
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.model.load import held_as

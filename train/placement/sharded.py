@@ -33,24 +33,24 @@ class CardShares:
     loads = couples = True
 
     def __init__(self, layouts: Sequence[BlockLayout], dtype: torch.dtype, world: World):
-        if world.data_size == 1:
+        if world.size == 1:
             raise ValueError(
                 'model.placement = "sharded": one process has nobody to share weights with; start '
                 'one per GPU with torchrun, or set "streamed"'
             )
         self._world, self._group = world, mesh.new_group()
         self._sizes = [
-            round_up(-(-layout.num_elements // world.data_size), _ALIGNMENT_BYTES // dtype.itemsize)
+            round_up(-(-layout.num_elements // world.size), _ALIGNMENT_BYTES // dtype.itemsize)
             for layout in layouts
         ]
         self._shares = [torch.empty(size, dtype=dtype, device=world.device) for size in self._sizes]
 
     def slot_elements(self, place: int) -> int:
-        return self._sizes[place] * self._world.data_size
+        return self._sizes[place] * self._world.size
 
     def keep(self, place: int, slot: Tensor) -> None:
         size = self._sizes[place]
-        begin = self._world.data_rank * size
+        begin = self._world.rank * size
         self._shares[place].copy_(slot[begin : begin + size])
 
     def loaded(self) -> None:
@@ -66,6 +66,5 @@ class CardShares:
     def describe(self) -> str:
         num_bytes = sum(share.nbytes for share in self._shares)
         return (
-            f"are in {self._world.data_size} shares on as many cards, {num_bytes / 2**30:.1f} GiB "
-            f"each,"
+            f"are in {self._world.size} shares on as many cards, {num_bytes / 2**30:.1f} GiB each,"
         )

@@ -89,13 +89,13 @@ def _shared_pages(num_bytes: int, world: World) -> SharedPages | None:
     pages, problem = None, ""
     if mesh.is_first_here():
         problem = check_host(registered_bytes(num_bytes), available_bytes())
-        if not problem and world.data_size > 1:
+        if not problem and world.size > 1:
             try:
                 pages = SharedPages(num_bytes)
             except OSError as error:
                 problem = f"can't be taken ({error})"
     _raise_together(problem, num_bytes, world)
-    if world.data_size == 1:
+    if world.size == 1:
         return None
     path = mesh.from_first_here(pages.path if pages else "", world)
     if pages is None:

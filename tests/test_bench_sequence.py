@@ -1,0 +1,62 @@
+"""bench.sequence on two small processes: the gradient is right, and the bytes that are exchanged
+are those that tools.plan predicts, whatever is saved.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from sequence_runs import BUCKET, TINY
+from trainer_runs import fork_server, group_environment
+
+from bench.our_step import Model
+from bench.sequence import CHECK_LIMIT, Case, report
+from loader.models import TI2V_5B
+from train.parallel import mesh
+
+
+def rank(environment: dict[str, str], path: Path) -> None:
+    """Of a forked process."""
+    os.environ |= environment
+    torch.set_num_threads(1)
+    cases = [Case(BUCKET, memory) for memory in ("all", "block", "0.00004GiB")]
+    with mesh.process_group(2) as world:
+        found = [
+            report(Model(TINY, TI2V_5B), [case], torch.float32, world, rounds=1, check_layers=2)
+            for case in cases
+        ]
+        path.with_suffix("." + environment["RANK"]).write_bytes(msgspec.json.encode(found))
+
+
+def test_the_bytes_exchanged_are_those_of_the_plan(tmp_path: Path) -> None:
+    environment, path = group_environment(2), tmp_path / "found.x"
+    processes = [
+        fork_server().Process(
+            target=rank, args=(environment | {"RANK": str(i), "LOCAL_RANK": str(i)}, path)
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    sent = []
+    for i in range(2):
+        found: list[Any] = msgspec.json.decode(path.with_suffix(f".{i}").read_bytes())
+        for each in found:
+            assert each["gradient_error"]["torch.float32"] < CHECK_LIMIT
+            of_shape = each[str(BUCKET)]
+            assert of_shape["sent_bytes"] == pytest.approx(of_shape["predicted_bytes"], rel=1e-12)
+            sent.append(of_shape["sent_bytes"])
+    # "block" exchanges once more, a budget between the two
+    assert sent[:3] == sent[3:] and sent[0] < sent[2] < sent[1] == pytest.approx(1.5 * sent[0])
+    assert found[0][str(BUCKET)].keys() == {
+        "activation_memory",
+        "sent_bytes",
+        "predicted_bytes",
+        "exchange_bytes_a_second",
+    }
