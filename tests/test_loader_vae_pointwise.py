@@ -2,13 +2,11 @@
 its reference implementation; and it compiles for the GPUs that matter.
 """
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from compiled import outputs
 from torch import Tensor
 
 from loader.vae import pointwise_triton
@@ -200,24 +198,21 @@ print("kinds", kinds)
 """
 
 
-@pytest.mark.parametrize(
-    ("capability", "half", "max_spilled_bytes"),
-    # on Hopper ptxas spills a register or two of one kind to fit six programs on a processor
-    [("70", "*fp16", "0"), ("90", "*bf16", "8")],
-    ids=["V100", "Hopper"],
-)
+# Capability, pointers, bytes that may spill: on Hopper ptxas spills a register or two of one kind
+# to fit six programs on a processor.
+TARGETS = [("70", "*fp16", "0"), ("90", "*bf16", "8")]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
+    return outputs(COMPILE, TARGETS, timeout_s=400)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=["V100", "Hopper"])
 def test_the_kernel_compiles_without_spills_for(
-    capability: str, half: str, max_spilled_bytes: str
+    target: tuple[str, ...], runs: dict[tuple[str, ...], subprocess.CompletedProcess[str]]
 ) -> None:
     """To machine code, by the compiler in triton's wheel: no GPU is needed for that."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, capability, half, max_spilled_bytes],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-    )
+    run = runs[target]
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-1] == "kinds 34"

@@ -2,12 +2,11 @@
 is needed for that.
 """
 
-import os
 import subprocess
-import sys
-from pathlib import Path
+from itertools import product
 
 import pytest
+from compiled import outputs
 
 COMPILE = """
 import subprocess, sys, tempfile
@@ -51,18 +50,22 @@ for name, (block, num_warps) in {"_softmax": SIZE, "_softmax_backward": SIZE,
 """
 
 
-@pytest.mark.parametrize("num_keys", ["512", "46800"])
-@pytest.mark.parametrize("capability", ["70", "90"], ids=["V100", "Hopper"])
-def test_nothing_spills_and_loads_are_wide(capability: str, num_keys: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, capability, num_keys],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+CAPABILITIES, NUM_KEYS = ("70", "90"), ("512", "46800")
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
+    return outputs(COMPILE, list(product(CAPABILITIES, NUM_KEYS)), timeout_s=240)
+
+
+@pytest.mark.parametrize("num_keys", NUM_KEYS)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=["V100", "Hopper"])
+def test_nothing_spills_and_loads_are_wide(
+    capability: str,
+    num_keys: str,
+    runs: dict[tuple[str, ...], subprocess.CompletedProcess[str]],
+) -> None:
+    run = runs[capability, num_keys]
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
     assert [line[0] for line in lines] == ["_softmax", "_softmax_backward", "_row_dots"]

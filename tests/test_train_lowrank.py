@@ -2,13 +2,11 @@
 implementations.
 """
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from compiled import outputs
 from torch import Tensor
 
 from train.kernels import lowrank, lowrank_launch
@@ -242,23 +240,25 @@ if NUM_LOW:
 """
 
 
-@pytest.mark.parametrize(
-    ("capability", "num_low", "limit_kib"),
-    [(70, 0, 96), (80, 256, 163), (89, 128, 99), (90, 256, 227)],
-)
+# Capability, R, KiB of shared memory.
+TARGETS = [(70, 0, 96), (80, 256, 163), (89, 128, 99), (90, 256, 227)]
+
+
+@pytest.fixture(scope="module")
+def compilations() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
+    commands = [(str(capability), str(num_low)) for capability, num_low, _ in TARGETS]
+    return outputs(COMPILE, commands, timeout_s=400)
+
+
+@pytest.mark.parametrize(("capability", "num_low", "limit_kib"), TARGETS)
 def test_every_kernel_compiles_and_fits_into_shared_memory_at_the_largest_rank(
-    capability: int, num_low: int, limit_kib: int
+    capability: int,
+    num_low: int,
+    limit_kib: int,
+    compilations: dict[tuple[str, ...], subprocess.CompletedProcess[str]],
 ) -> None:
     """Up to the R that `has_kernels` allows; the limits are those of CUDA's programming guide."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability), str(num_low)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        timeout=200,
-    )
+    run = compilations[str(capability), str(num_low)]
     assert run.returncode == 0, run.stderr
     sizes = [int(line.split()[-1]) for line in run.stdout.splitlines()]
     assert len(sizes) == (14 if num_low else 4) and max(sizes) <= limit_kib * 1024, run.stdout
