@@ -23,32 +23,36 @@ begin "verify every hash, shape and count; report"
 shardgen verify $demo/dataset
 shardgen inspect "$(ls $demo/dataset/train/train-160x96x9-*.tar | head -n 1)"
 shardgen report $demo/dataset
-begin "train a LoRA with two processes"
-torchrun --standalone --nproc-per-node 2 train/main.py configs/train/demo.toml
+begin "clips of a subject that a small learned model has never seen (tools/fake/learned)"
+python -m tools.fake.learned_corpus $demo/taught-corpus
+begin "to shards"
+shardgen build configs/shardgen/learned.toml
+begin "teach it: a LoRA with two processes"
+torchrun --standalone --nproc-per-node 2 train/main.py configs/train/learned.toml
 begin "what validation said"
-tail -n 1 $demo/train/validation.jsonl
-begin "sample: base against LoRA, text to video"
-python -m tools.generate --model $demo/model --lora $demo/train/lora.safetensors --output $demo/samples \
-    --shape 160x96x9 --steps 10 \
-    --prompt "커다란 토끼가 풀밭에 서서 기지개를 켠다." "헬멧을 쓴 남자가 자전거를 타고 거리를 지나간다."
-begin "sample: image to video"
-python -m tools.generate --model $demo/model --lora $demo/train/lora_comfyui.safetensors --output $demo/samples-i2v \
-    --shape 160x96x9 --steps 10 --image $demo/corpus/image/batch_0001/2500101.png \
-    --prompt "토끼가 두 팔을 높이 들고 하품을 한다."
+tail -n 1 $demo/taught-lora/validation.jsonl
+begin "evaluate: base against LoRA, the same prompts and noise"
+torchrun --standalone --nproc-per-node 2 -m tools.evaluate generate configs/evaluate/learned.toml
+python -m tools.evaluate score configs/evaluate/learned.toml
+python -m tools.evaluate compare configs/evaluate/learned.toml
+begin "sample: image to video, with the ComfyUI file"
+python -m tools.generate --model tools/fake/learned --lora $demo/taught-lora/lora_comfyui.safetensors \
+    --output $demo/samples-i2v --shape 160x96x9 --steps 10 --guidance 3 --image tools/fake/learned/pictures/coffee.jpg \
+    --prompt "나무 탁자 위 붉은 받침에 커피 한 잔이 놓여 있다. 점점 가까이 다가간다."
 begin "plot"
-python -m tools.plot $demo/train
+python -m tools.plot $demo/taught-lora
 
 cat <<END
 
-[$(printf %3d $SECONDS) s] done. The model's weights are random, so its pictures are noise; what the demo shows is the way.
-  shards         $demo/dataset/manifest.json
-  what became of each label file
+[$(printf %3d $SECONDS) s] done. The learned model knows five subjects by heart and nothing else; the LoRA taught it a sixth.
+  look           $demo/taught-lora/evaluations/demo/sheet.png: real, base and LoRA of each subject
+                 $demo/samples-i2v/contact_sheet.png: from an image, base above LoRA
+  does it help?  $demo/taught-lora/evaluations/demo/result.json
+  shards         $demo/taught/manifest.json
+  LoRA           $demo/taught-lora/lora.safetensors (diffusers), lora_comfyui.safetensors (ComfyUI)
+  loss plot      $demo/taught-lora/metrics.png, validation.jsonl, and samples in training: $demo/taught-lora/samples
+  what became of each defective label file
                  $demo/dataset/report.html, clean_dataset.csv and defective_samples.csv
-  LoRA           $demo/train/lora.safetensors (diffusers), lora_comfyui.safetensors (ComfyUI)
-  contact sheet  $demo/samples/contact_sheet.png, base above LoRA
-                 $demo/samples-i2v/contact_sheet.png, from an image
-  loss plot      $demo/train/metrics.png
-  validation     $demo/train/validation.jsonl, and samples in training: $demo/train/samples
   dashboard      python -m tools.dashboard --dataset $demo/dataset --runs $demo
-  TensorBoard    .venv/bin/tensorboard --logdir $demo/train/tensorboard
+  TensorBoard    .venv/bin/tensorboard --logdir $demo/taught-lora/tensorboard
 END
