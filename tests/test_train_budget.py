@@ -22,5 +22,5 @@ def test_the_allowance_of_the_raw_path_is_of_the_largest_picture_and_larger_for_
 
 
 def test_auto_asks_for_a_gpu() -> None:
-    with pytest.raises(ValueError, match='on a CPU use "block" or "all"'):
+    with pytest.raises(ValueError, match='on a CPU set activation_memory to "block" or "all"'):
         budget.room_bytes(torch.device("cpu"))
