@@ -49,6 +49,7 @@ def folder(tiny_checkpoint: Path) -> Iterator[Path]:
                 path / f"labels/200000{number}.png"
             )
         shutil.copytree(tiny_checkpoint, path / "model")
+        (path / "model").chmod(0o755)
         (path / "recipe.toml").write_text(RECIPE.format(folder=path))
         yield path
         for each in (path, *path.rglob("*")):
