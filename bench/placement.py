@@ -1,13 +1,16 @@
-"""What weights cost that are not on the card: `python -m bench.placement [--cases t2v,i2v]`.
+"""What weights cost that are not on the card: `python -m bench.placement [--cases t2v,i2v]`; with
+those in shares on all cards: `torchrun --nproc-per-node 2 -m bench.placement`.
 
 Random weights of Wan2.2-A14B's size, drawn on the card and never written to disk. T2V at 832x480x49
 and I2V at 832x480x17, rank 16 on the six q/k/v, a whole optimizer step, interleaved, CUDA events.
-"resident" has all weights on the card, "streamed" in the host's memory; both have the same
-activation plan: the outputs of self-attention saved in all blocks, the inputs of blocks offloaded.
+"resident" has all weights on the card, "streamed" in the host's memory, "sharded" in shares on all
+cards; they have the same activation plan: the outputs of self-attention saved in all blocks, the
+inputs of blocks offloaded. With several processes each has its own sample, and the gradient is
+summed over them.
 
-Beside what "resident" holds, the process may take what a card of 32 GiB has: so the streamed run
-is capped, and the resident one, which could not fit, is not. First both must give the same
-gradient, bit for bit, with deterministic attention. What tools.plan says of the run stands beside
+Beside what the others hold, the process may take what a card of 32 GiB has: so the streamed run is
+capped, and the resident one, which could not fit, is not. First all must give the same gradient,
+bit for bit, with deterministic attention. What tools.plan says of the run stands beside
 what was measured.
 
 `python -m bench.placement_peers`: streamed against diffusers + PEFT.
@@ -16,6 +19,7 @@ what was measured.
 import argparse
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -52,6 +56,8 @@ from train.activations.sizes import output_bytes
 from train.config import TrainConfig
 from train.model.attention import choose_attention
 from train.model.wan import T2V_A14B, WanConfig
+from train.parallel import mesh
+from train.parallel.mesh import World
 from train.run import Run
 
 # the bars: streamed in times of resident; its peak
@@ -67,9 +73,16 @@ CASES = {"t2v": Case(models.T2V_A14B, "832x480x49"), "i2v": Case(models.I2V_A14B
 
 
 def config_of(
-    case: Case, wan: WanConfig, placement: str, dtype: torch.dtype, attention: str
+    case: Case,
+    wan: WanConfig,
+    placement: str,
+    dtype: torch.dtype,
+    attention: str,
+    num_gpus: int = 1,
 ) -> TrainConfig:
-    """One sample a step; the outputs of self-attention are saved in all blocks, nothing else."""
+    """One sample a card and step; the outputs of self-attention are saved in all blocks, nothing
+    else.
+    """
     num_tokens = case.kind.layout.num_tokens(case.kind.layout.parse(case.shape))
     sizes = output_bytes(wan, num_tokens, MAX_TEXT_TOKENS, dtype.itemsize)
     config = our_config(
@@ -77,6 +90,7 @@ def config_of(
         dtype,
         attention,
         kind=case.kind,
+        global_batch=num_gpus,
         activation_memory=f"{(wan.num_layers * sizes['attn1'] + 1) / GIB:.12f}GiB",
         activation_offload=True,
         cuda_graph_tokens=0,
@@ -85,16 +99,15 @@ def config_of(
     return msgspec.structs.replace(config, model=model)
 
 
-def our_subject(
-    config: TrainConfig, bucket: Bucket, wan: WanConfig, device: torch.device
-) -> Subject:
+def our_subject(config: TrainConfig, bucket: Bucket, wan: WanConfig, world: World) -> Subject:
+    device, dtype = world.device, getattr(torch, config.model.dtype)
     before = allocated(device)
-    dtype = getattr(torch, config.model.dtype)
-    run = our_run(config, bucket, random_transformer(wan, device, dtype))
+    run = our_run(config, bucket, random_transformer(wan, device, dtype), world)
     run.model.train()
 
     def step(batch: Batch) -> Tensor:
         loss = add_gradients(run, [batch])
+        mesh.all_reduce_sum(run.flat.buffer, world)
         update(run)
         return loss
 
@@ -131,7 +144,7 @@ def check_bits(runs: dict[str, Run], batch: Batch, device: torch.device) -> None
 
 def planned(config: TrainConfig, wan: WanConfig, bucket: Bucket, card_name: str) -> str:
     """What tools.plan says of this run on this card."""
-    for one in budget(config, wan, {bucket: 1.0}, num_gpus=1).cards:
+    for one in budget(config, wan, {bucket: 1.0}, config.global_batch).cards:
         if one.card.name.split("-")[0] in card_name:
             times = "no time" if one.step_s is None else f"{one.step_s.slow:.3f} s"
             return f"{times}, {(one.num_bytes - CONTEXT_BYTES) / GIB:.2f} GiB ({one.card.name})"
@@ -141,32 +154,42 @@ def planned(config: TrainConfig, wan: WanConfig, bucket: Bucket, card_name: str)
 def compare(
     name: str,
     wan: WanConfig,
-    device: torch.device,
+    world: World,
     dtype: torch.dtype,
     attention: str,
     num_rounds: int,
     deadline_s: float,
     case: Case | None = None,
 ) -> list[dict[str, Any]]:
-    """Resident against streamed; prints as it goes."""
-    case = case or CASES[name]
+    """Resident against the others; prints as it goes."""
+    case, device = case or CASES[name], world.device
+    sharded = ("sharded",) if world.size > 1 else ()
     wan = msgspec.structs.replace(wan, in_channels=case.kind.in_channels)
     bucket = case.kind.layout.parse(case.shape)
     is_i2v = [bool(case.kind.condition)]
-    batch = random_batch(bucket, device, is_i2v=is_i2v, text_dim=wan.text_dim, kind=case.kind)
+    batch = random_batch(
+        bucket,
+        device,
+        is_i2v=is_i2v,
+        text_dim=wan.text_dim,
+        seed=world.data_rank,
+        kind=case.kind,
+    )
     subjects = {}
-    for placement in ("resident", "streamed"):
+    for placement in ("resident", *sharded, "streamed"):
         begin_s = time.perf_counter()
-        config = config_of(case, wan, placement, dtype, attention)
-        subjects[placement] = our_subject(config, bucket, wan, device)
+        config = config_of(case, wan, placement, dtype, attention, world.size)
+        subjects[placement] = our_subject(config, bucket, wan, world)
         say(f"{name}: {placement} is set up in {time.perf_counter() - begin_s:.1f} s")
     runs = {key: subject.run for key, subject in subjects.items() if subject.run is not None}
     streamed = runs["streamed"]
     assert streamed.plans[bucket] == runs["resident"].plans[bucket] and streamed.weights is not None
     say(f"{name} {case.shape}: {describe(streamed.plans[bucket])}\n  {streamed.weights.describe()}")
     check_bits(runs, batch, device)
-    cap_beside(subjects["resident"].held_bytes, device)
     held = sum(subject.held_bytes for subject in subjects.values())
+    cap_beside(held - subjects["streamed"].held_bytes, device)
+    # processes that wait for each other must do the same number of rounds
+    deadline_s = deadline_s if world.size == 1 else math.inf
     found = rounds_of(subjects, held, batch, device, num_rounds, deadline_s)
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -197,13 +220,19 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := {*arguments.cases.split(",")} - CASES.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; cases are {', '.join(CASES)}")
-    begin_s, device = time.perf_counter(), torch.device("cuda")
+    with mesh.process_group() as world:
+        run_cases(arguments, world)
+
+
+def run_cases(arguments: argparse.Namespace, world: World) -> None:
+    begin_s = time.perf_counter()
     wan = msgspec.structs.replace(T2V_A14B, num_layers=arguments.layers)
-    rate = host_to_device_gb_s(device)
-    say(f"{torch.cuda.get_device_name()}: host to device {rate:.1f} GB/s, registered memory, alone")
+    rate = host_to_device_gb_s(world.device)
+    say(f"{torch.cuda.get_device_name()}: host to device {rate:.1f} GB/s, registered memory")
     result: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "processes": world.size,
         "host_to_device_gb_s": rate,
         "rows": [],
     }
@@ -212,13 +241,13 @@ def main() -> None:
         result["rows"] += compare(
             name,
             wan,
-            device,
+            world,
             torch.bfloat16,
             arguments.attention,
             arguments.rounds,
             deadline_s,
         )
-        if arguments.json:
+        if arguments.json and world.is_main:
             arguments.json.write_text(json.dumps(result, indent=1))
         gc.collect()
         torch.cuda.empty_cache()

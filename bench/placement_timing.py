@@ -1,5 +1,6 @@
 """The clock, the cap on the card's memory and the rows of bench.placement."""
 
+import os
 import random
 import statistics
 import time
@@ -21,7 +22,7 @@ CAP_GIB = 32
 class Timing(NamedTuple):
     seconds: float
     loss: float
-    # of the subject's own: what the other holds is subtracted
+    # of the subject's own: what the others hold is subtracted
     peak_gib: float
 
 
@@ -32,7 +33,9 @@ class Subject(NamedTuple):
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    """By one process of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def allocated(device: torch.device) -> int:

@@ -12,9 +12,11 @@ from bench.placement import CASES, Case, check_bits, compare, config_of, our_sub
 from bench.placement_timing import Timing, rows_of
 from tools.fake.step import random_batch
 from train.model.wan import T2V_A14B
+from train.parallel.mesh import World
 from train.placement.streamed import HostWeights
 
 CPU = torch.device("cpu")
+ALONE = World(data_rank=0, data_size=1, device=CPU)
 TINY = msgspec.structs.replace(
     T2V_A14B,
     num_layers=4,
@@ -32,7 +34,7 @@ def test_streamed_and_resident_run_side_by_side(
 ) -> None:
     case = CASES[name]._replace(shape="32x32x5")
     deadline_s = time.perf_counter() + 60
-    rows = compare(name, TINY, CPU, torch.float32, "auto", 2, deadline_s, case)
+    rows = compare(name, TINY, ALONE, torch.float32, "auto", 2, deadline_s, case)
     assert [(row["subject"], row["n"]) for row in rows] == [("resident", 2), ("streamed", 2)]
     assert rows[0]["loss"] == rows[1]["loss"]
     said = capsys.readouterr().out
@@ -46,7 +48,7 @@ def test_other_bits_end_it() -> None:
     runs = {}
     for placed in ("resident", "streamed"):
         config = config_of(case, TINY, placed, torch.float32, "auto")
-        run = our_subject(config, bucket, TINY, CPU).run
+        run = our_subject(config, bucket, TINY, ALONE).run
         assert run is not None
         runs[placed] = run
     batch = random_batch(bucket, CPU, is_i2v=[False], text_dim=16, kind=case.kind)
