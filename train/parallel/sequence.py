@@ -35,18 +35,30 @@ _groups: dict[str, dist.ProcessGroup] = {}
 def tokens_to_heads(x_BLHE: Tensor, group: str) -> Tensor:
     """[B, L/P, H, E] -> [B, L, H/P, E]: this rank's heads of everyone's tokens."""
     num_ranks = _groups[group].size()
-    send_PBLHE = x_BLHE.unflatten(2, (num_ranks, -1)).movedim(2, 0).contiguous()
+    send_PBLHE = _as_words(x_BLHE).unflatten(2, (num_ranks, -1)).movedim(2, 0).contiguous()
     received_PBLHE = all_to_all(send_PBLHE, group)
-    return received_PBLHE.transpose(0, 1).flatten(1, 2).contiguous()
+    return received_PBLHE.transpose(0, 1).flatten(1, 2).contiguous().view(x_BLHE.dtype)
 
 
 @torch.library.custom_op("newsreel::heads_to_tokens", mutates_args=())
 def heads_to_tokens(x_BLHE: Tensor, group: str) -> Tensor:
     """[B, L, H/P, E] -> [B, L/P, H, E]: all heads of this rank's tokens."""
     num_ranks = _groups[group].size()
-    send_PBLHE = x_BLHE.unflatten(1, (num_ranks, -1)).transpose(0, 1).contiguous()
+    send_PBLHE = _as_words(x_BLHE).unflatten(1, (num_ranks, -1)).transpose(0, 1).contiguous()
     received_PBLHE = all_to_all(send_PBLHE, group)
-    return received_PBLHE.movedim(0, 2).flatten(2, 3).contiguous()
+    return received_PBLHE.movedim(0, 2).flatten(2, 3).contiguous().view(x_BLHE.dtype)
+
+
+def _as_words(x: Tensor) -> Tensor:
+    """The same bytes as int64 where they can be read so. A copy that rearranges moves element by
+    element: 2 bytes at a time it reaches 1.6 TB/s on an H200, less than half of what a plain copy
+    does.
+    """
+    per_word = 8 // x.element_size()
+    *strides, last = x.stride()
+    places = (x.shape[-1], x.storage_offset(), *strides)
+    fits = last == 1 and not any(place % per_word for place in places)
+    return x.view(torch.int64) if fits else x
 
 
 def all_to_all(send_P: Tensor, group: str) -> Tensor:
