@@ -7,7 +7,7 @@ from loader.feed_config import FeedConfig
 from loader.shape import WAN21, Bucket
 from tools import budget, plan
 from tools.evaluation import sampled_steps
-from tools.streaming import hidden_from_tokens
+from tools.streaming import hidden_from_tokens, with_copies
 from train.config import TrainConfig
 from train.model.config import ModelConfig
 from train.model.wan import T2V_A14B
@@ -73,6 +73,13 @@ def test_copies_hide_from_the_tokens_on_that_the_plan_names() -> None:
     assert 1_560 < v100.hidden_from < 7_800
     assert hidden_from_tokens(lambda n: n / 1e3, 4.55) == 4600
     assert copy_s > 0 and on_card(CLIP, "H200", "resident").hidden_from == 0
+
+
+def test_copies_hide_in_each_pass_or_not_at_all() -> None:
+    assert with_copies(forward_s=2.0, compute_s=6.0, copy_s=3.0) == 6.0
+    # there is time enough for all of it, but not in the forward pass
+    assert with_copies(forward_s=1.0, compute_s=6.0, copy_s=3.0) == 6.5
+    assert with_copies(forward_s=1.0, compute_s=2.0, copy_s=3.0) == 3.0
 
 
 def test_shares_on_two_cards_take_half_of_the_weights_of_each() -> None:

@@ -14,12 +14,13 @@ from tools.cards import CARDS, Card, Rates
 from tools.counts import (
     Step,
     exchanged_bytes,
+    forward_of,
     layers,
     num_adapter_parameters,
     num_parameters,
     step_of,
 )
-from tools.streaming import Moved, hidden_from_tokens, moved_on, planner
+from tools.streaming import Moved, hidden_from_tokens, moved_on, planner, with_copies
 from train.activations.plan import ShapePlan
 from train.activations.sizes import Shape, kernels_by_tag, scratch_bytes
 from train.base import layout_of
@@ -60,6 +61,8 @@ class CardBudget(NamedTuple):
     moved: Moved
     # of a micro-batch, without what is copied; empty where why_no_time says why
     compute_s: dict[Bucket, Span]
+    # of these the forward pass's
+    forward_s: dict[Bucket, Span]
     # tokens of a micro-batch from which on the copies of moved weights hide; 0: nothing moves
     hidden_from: int
     # that a card sends to those that share its samples, in a micro-batch
@@ -122,6 +125,7 @@ def _on_card(
     plans = {bucket: by_shape[shape] for bucket, shape in shapes.items()}
     step_s, no_time = None, why_no_time(config, card, kernels)
     compute_s: dict[Bucket, Span] = {}
+    forward_s: dict[Bucket, Span] = {}
     exchanged = {
         bucket: exchanged_bytes(
             wan, shape, config.lora.targets, dtype_bytes, plans[bucket], first_block
@@ -151,12 +155,24 @@ def _on_card(
             compute_s[bucket] = Span(
                 *(shapes[bucket].batch * each + exchange_s for each in sample_s)
             )
-        # copies run beside the computing: the longer of both counts
+            forward = forward_of(
+                wan,
+                shapes[bucket].num_tokens,
+                config.lora.targets,
+                config.lora.rank,
+                dtype_bytes,
+                shapes[bucket].num_parts,
+            )
+            forward_s[bucket] = Span(
+                *(shapes[bucket].batch * seconds(forward, rates, by_tag) for rates in card.rates)
+            )
         step_s = Span(
             *(
                 samples_per_group
                 * sum(
-                    share * max(compute_s[bucket][end], copy_s) / shapes[bucket].batch
+                    share
+                    * with_copies(forward_s[bucket][end], compute_s[bucket][end], copy_s)
+                    / shapes[bucket].batch
                     for bucket, share in shares.items()
                 )
                 for end in (0, 1)
@@ -175,6 +191,7 @@ def _on_card(
         plans=plans,
         moved=moved,
         compute_s=compute_s,
+        forward_s=forward_s,
         hidden_from=_hidden_from(card, kernels, config, wan, moved) if compute_s else 0,
         exchanged_bytes=exchanged,
     )
@@ -183,18 +200,17 @@ def _on_card(
 def _hidden_from(
     card: Card, kernels: Choice, config: TrainConfig, wan: WanConfig, moved: Moved
 ) -> int:
-    """With the outputs of self-attention saved, at the card's fast rates."""
+    """Of the forward pass, which is the shorter one, at the card's fast rates."""
     if not moved.num_blocks:
         return 0
-    saved = ShapePlan([frozenset({"attn1"})] * wan.num_layers, num_bytes=0.0)
 
-    def compute_s(num_tokens: int) -> float:
+    def forward_s(num_tokens: int) -> float:
         targets, rank = config.lora.targets, config.lora.rank
-        step = step_of(wan, num_tokens, targets, rank, _dtype_bytes(config), saved)
+        step = forward_of(wan, num_tokens, targets, rank, _dtype_bytes(config))
         by_tag = kernels_by_tag(Shape(1, num_tokens, MAX_TEXT_TOKENS), kernels)
         return seconds(step, card.fast, by_tag)
 
-    return hidden_from_tokens(compute_s, moved.copied_bytes / card.link_bytes)
+    return hidden_from_tokens(forward_s, moved.copied_bytes / card.link_bytes / 2)
 
 
 def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:

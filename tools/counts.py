@@ -186,11 +186,18 @@ def step_of(
 
 
 def forward_of(
-    config: WanConfig, num_tokens: int, targets: list[str], rank: int, dtype_bytes: int
+    config: WanConfig,
+    num_tokens: int,
+    targets: list[str],
+    rank: int,
+    dtype_bytes: int,
+    num_parts: int = 1,
 ) -> Step:
-    """Count the forward pass alone of one sample of `num_tokens`, as validation and samples do."""
+    """Count the forward pass alone of one sample, or of one of `num_parts` equal parts of it, of
+    `num_tokens` video tokens.
+    """
     gemms = gemm_flops(config, num_tokens, targets, rank, is_first_block=False)
-    attention_once = attention_flops(config, num_tokens)
+    attention_once = attention_flops(config, num_tokens, num_parts)
     return Step(
         gemm_flops=config.num_layers * sum(gemm.forward for gemm in gemms.values()),
         attention_flops={name: config.num_layers * each for name, each in attention_once.items()},

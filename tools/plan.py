@@ -113,9 +113,9 @@ def _weights(found: Budget, wan: WanConfig) -> list[str]:
     moved = [one for one in found.cards if one.moved.num_blocks]
     lines = []
     for one in moved:
-        compute_s = min((span.fast for span in one.compute_s.values()), default=None)
+        forward_s = min((span.fast for span in one.forward_s.values()), default=None)
         text = describe_moved(
-            one.moved, wan.num_layers, one.card.link_bytes, compute_s, one.hidden_from
+            one.moved, wan.num_layers, one.card.link_bytes, forward_s, one.hidden_from
         )
         lines.append(f"  {one.card.name}, {one.kernels.names}: {text}")
     return ["", "weights that are not resident", *lines] if lines else []

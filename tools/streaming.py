@@ -107,6 +107,15 @@ def planner(
     return plan
 
 
+def with_copies(forward_s: float, compute_s: float, copy_s: float) -> float:
+    """A micro-batch's seconds. compute_s: of both passes, forward_s of it forward. Copies run
+    beside the computing, half of them in each pass, and none run ahead into the other: in each the
+    longer counts, and the forward pass is the shorter one.
+    """
+    half_s = copy_s / 2
+    return max(forward_s, half_s) + max(compute_s - forward_s, half_s)
+
+
 def hidden_from_tokens(compute_s: Callable[[int], float], copy_s: float) -> int:
     """The fewest video tokens of a micro-batch, in hundreds, whose computing takes as long as the
     copies. compute_s(num_tokens) grows with its argument.
@@ -121,10 +130,10 @@ def hidden_from_tokens(compute_s: Callable[[int], float], copy_s: float) -> int:
 
 
 def describe(
-    moved: Moved, num_blocks: int, link_bytes: float, compute_s: float | None, hidden_from: int
+    moved: Moved, num_blocks: int, link_bytes: float, forward_s: float | None, hidden_from: int
 ) -> str:
-    """One line. compute_s: of a micro-batch of the shape that hides least, None: not known;
-    hidden_from: `hidden_from_tokens`.
+    """One line. forward_s: of a micro-batch of the shape that hides least, None: not known;
+    hidden_from: `hidden_from_tokens` of the forward pass.
     """
     copy_s = moved.copied_bytes / link_bytes
     where = "are in shares on all cards"
@@ -137,10 +146,10 @@ def describe(
         f"weights of {moved.num_blocks} of {num_blocks} blocks {where}; {copy_s:.1f} s of copying "
         f"a micro-batch at {link_bytes / 1e9:.0f} GB/s (modelled)"
     )
-    if compute_s is None:
+    if forward_s is None:
         return line
-    hidden = "hidden behind" if copy_s <= compute_s else "more than"
+    hidden = "hidden behind" if copy_s / 2 <= forward_s else "more than"
     return (
-        f"{line}, {hidden} {compute_s:.1f} s of computing; it hides from about {hidden_from:,} "
-        f"tokens of a micro-batch on"
+        f"{line}, half of it in the forward pass, {hidden} {forward_s:.1f} s of computing there; "
+        f"all hides from about {hidden_from:,} tokens of a micro-batch on"
     )
