@@ -112,6 +112,19 @@ def test_a_package_outside_its_range_is_a_failure(monkeypatch: pytest.MonkeyPatc
     assert finding.status == "failure" and "diffusers 0.1 is not" in finding.text
 
 
+def test_what_is_not_installed_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    for check in (host.interpreter, host.packages, host.bitsandbytes):
+        (finding,) = guarded("name", check)
+        assert finding.status != "ok" and "not installed" in finding.text
+        assert "tools/install.sh" in finding.advice
+
+
 def test_a_check_that_breaks_off_is_a_failure_and_the_others_go_on() -> None:
     def broken() -> Iterator[Finding]:
         yield Finding("first", "ok", "before the fault")

@@ -13,11 +13,16 @@ from tools.doctor.finding import Finding
 
 # The packages of pyproject.toml that decide numbers or bytes; each must import, too.
 IMPORTED = {"torch": "torch", "diffusers": "diffusers", "av": "av", "transformers": "transformers"}
+INSTALL = "bash tools/install.sh ENV installs what configs/env/ENV.txt pins"
 LOCKED_LIMIT_BYTES = 16 * 2**30  # what offloading at 1280x704x121 registers on one card
 
 
 def interpreter() -> Iterator[Finding]:
     """The running Python against the range that pyproject.toml states."""
+    if not _has("newsreel"):
+        text = f"newsreel is not installed for {sys.executable}: its ranges can't be read"
+        yield Finding("python", "failure", text, INSTALL)
+        return
     needed = metadata.metadata("newsreel")["Requires-Python"]
     version = ".".join(map(str, sys.version_info[:3]))
     inside = Requirement(f"python{needed}").specifier.contains(version)
@@ -31,6 +36,9 @@ def interpreter() -> Iterator[Finding]:
 
 def packages() -> Iterator[Finding]:
     """Each dependency of newsreel against its range; the optional ones only where installed."""
+    if not _has("newsreel"):
+        yield Finding("packages", "skipped", "newsreel is not installed", INSTALL)
+        return
     wrong = []
     num_right = 0
     for line in metadata.requires("newsreel") or []:
@@ -53,7 +61,7 @@ def packages() -> Iterator[Finding]:
         "packages",
         "failure" if wrong else "ok",
         "; ".join(wrong) if wrong else f"{num_right} packages are inside their ranges",
-        "bash tools/install.sh ENV installs what configs/env/ENV.txt pins" if wrong else "",
+        INSTALL if wrong else "",
     )
 
 
@@ -76,6 +84,9 @@ def imports() -> Iterator[Finding]:
 
 def bitsandbytes() -> Iterator[Finding]:
     """Whether 8-bit AdamW and NF4 find their compiled library."""
+    if not _has("bitsandbytes"):
+        yield Finding("bitsandbytes", "failure", "not installed", INSTALL)
+        return
     import bitsandbytes as bnb
 
     library = type(getattr(bnb.cextension, "lib", None)).__name__
@@ -86,6 +97,14 @@ def bitsandbytes() -> Iterator[Finding]:
         f"{metadata.version('bitsandbytes')}, library {library}",
         'set optim.name = "adamw" and lora.base = "dense", or reinstall it' if broken else "",
     )
+
+
+def _has(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def pinned_memory() -> Iterator[Finding]:

@@ -205,7 +205,9 @@ def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
     PeerLostError.
     """
     with peers():
-        dist.all_gather_into_tensor(whole, part, group=group)
+        # torch 2.13 has another name for it, and warns of this one
+        gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather_into(whole, part, group=group)
 
 
 def first_found(value: T | None, world: World) -> T | None:
