@@ -171,6 +171,7 @@ def test_sound_that_is_less_than_a_frame_early_moves_nothing(tmp_path: Path, suf
         sound = container.add_stream("aac", rate=48_000, layout="mono")
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 76_800), np.float32), "fltp", "mono")
         silence.sample_rate = 48_000
+        silence.pts, silence.time_base = 0, Fraction(1, 48_000)
         container.mux(sound.encode(silence) + sound.encode(None))
         for i in range(40):
             y, u, v = grey(16 + 4 * i)

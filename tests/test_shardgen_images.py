@@ -15,7 +15,7 @@ from shardgen.media import images
 from shardgen.media.decode import decode_window
 from shardgen.media.errors import MediaError
 from shardgen.media.geometry import EXIF_ORIENTATIONS
-from shardgen.media.images import load_image
+from shardgen.media.images import load_image, shown_pixels
 from shardgen.media.probe import probe
 from shardgen.rules.windows import nearest_aspect
 from tools.fake.stills import (
@@ -65,6 +65,31 @@ def test_grey_of_16_bits_is_scaled_not_clipped() -> None:
     assert np.ptp(grey, axis=-1).max() == 0 and load_image(data).bit_depth == 16
 
 
+@pytest.mark.parametrize(("mode", "level"), [("I", 70_000), ("I", -1), ("F", 0.5), ("HSV", 9)])
+def test_a_kind_of_pixels_that_can_not_be_shown_rightly_is_refused(mode: str, level: float) -> None:
+    with pytest.raises(MediaError) as caught:
+        shown_pixels(Image.new(mode, (4, 4), level))
+    assert caught.value.reason == "media_undecodable"
+
+
+def test_grey_of_16_bits_obeys_what_the_file_states_of_its_colours() -> None:
+    wide = np.full((8, 8), 120 * 257)
+
+    def profile(data: bytes) -> tuple[bytes, bytes]:
+        return b"iCCP", b"name\0\0" + zlib.compress(data)
+
+    # level 120 of linear light is level 181 of sRGB
+    for chunk in (
+        profile(grey_profile(1.0)),
+        profile(rgb_profile(SRGB_XYZ, 1.0)),
+        (b"gAMA", struct.pack(">I", 100_000)),
+    ):
+        assert np.abs(pixels(write_png(wide, 0, 16, chunk)) - 181).max() <= 2
+    primaries = struct.pack(">8I", 31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000)
+    assert reason(write_png(wide, 0, 16, (b"cHRM", primaries))) == "media_colour"
+    assert reason(write_png(wide, 0, 16, profile(b"none"))) == "media_colour"
+
+
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "RGBA in webp"])
 def test_what_is_transparent_is_black_and_what_is_translucent_is_dark(mode: str) -> None:
     mode, _, kind = mode.partition(" in ")
@@ -104,6 +129,11 @@ def test_a_profile_of_another_gamut_is_applied_and_srgb_changes_no_byte() -> Non
         plain = pixels(saved(image, kind))
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
         assert np.array_equal(pixels(saved(image, kind, icc_profile=srgb)), plain)
+        # makers of profiles round the primaries of sRGB in their own ways
+        at = srgb.index(b"XYZ ", 460) + 8  # X of its red
+        red = int.from_bytes(srgb[at : at + 4], "big") + 30
+        other = srgb[:at] + red.to_bytes(4, "big") + srgb[at + 4 :]
+        assert np.array_equal(pixels(saved(image, kind, icc_profile=other)), plain)
         wide = pixels(saved(image, kind, icc_profile=rgb_profile(WIDE_XYZ, 2.2)))
         assert np.abs(wide - plain).max() > 20
     # the full red of a wide gamut lies outside sRGB, a grey is the same grey in both

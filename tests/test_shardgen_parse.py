@@ -272,6 +272,31 @@ def test_a_declared_length_is_read_or_unknown_but_loses_no_label(
     assert parse(make_label("2400101", length=declared)).duration_s == length_s
 
 
+@pytest.mark.parametrize("value", [5, "x", [], ["x", 5, None], [{}], {"x": 1}, True])
+def test_what_no_rule_uses_loses_no_label_whatever_stands_there(value: Any) -> None:
+    made = make_label("2400101")
+    source, raw = made["source_data_info"], made["raw_data_info"]
+    source |= {"clip_proxy_thumbnail_url": value, "broadcast_date": value}
+    source["ai_generated_info"]["keyword"] = value
+    label, texts = parse(made), [text for text in ("x",) if value in ("x", ["x", 5, None])]
+    assert label.broadcast_date == ""
+    assert label.thumbnail_urls == texts and label.keyword == "".join(texts)
+    if isinstance(value, dict):
+        return
+    # where an object is empty some exporters write a list
+    for place in (raw["source_media_info"]["details"], raw):
+        place.clear()
+    raw |= {"source_media_info": {"details": value}, "basic_info": value, "raw_data_info": value}
+    label = parse(made)
+    assert label.width_px is label.duration_s is label.fps is None
+    assert parse(made | {"raw_data_info": value}).width_px is None
+    assert parse(made | {"raw_data_info": {"source_media_info": value}}).media_type == ""
+
+
+def test_several_keywords_are_one_text() -> None:
+    assert parse(make_label("2400101", keyword=["어시장", "새벽"])).keyword == "어시장, 새벽"
+
+
 def test_brackets_in_strings_are_not_nesting() -> None:
     assert not is_too_deep(b'{"a": "' + b"[" * 500 + rb"\"[" + b'"}')
     assert not is_too_deep(b"[" + b"[], " * 500 + b"[]]")

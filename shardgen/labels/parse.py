@@ -18,9 +18,11 @@ import msgspec
 from shardgen.labels.nesting import MAX_DEPTH, is_too_deep
 from shardgen.labels.schema import (
     Bare,
+    Basic,
     Caption,
     Details,
     Generated,
+    InnerRaw,
     LabelFile,
     Levels,
     MediaInfo,
@@ -87,7 +89,8 @@ class Label(msgspec.Struct, frozen=True, array_like=True):
 
 
 _decoder = msgspec.json.Decoder(LabelFile)
-_NO_MEDIA, _NO_DETAILS, _NO_GENERATED, _NO_LEVELS = (
+_NO_RAW, _NO_MEDIA, _NO_DETAILS, _NO_GENERATED, _NO_LEVELS = (
+    RawData(),
     MediaInfo(),
     Details(),
     Generated(),
@@ -120,9 +123,10 @@ def parse_label(data: bytes) -> Label:
         )
     generated = source.ai_generated_info or _NO_GENERATED
     levels = (file.labeling_data_info and file.labeling_data_info.caption_info) or _NO_LEVELS
-    raw = file.raw_data_info
-    media = (raw and raw.source_media_info) or _NO_MEDIA
-    details = media.details or _NO_DETAILS
+    raw = file.raw_data_info if isinstance(file.raw_data_info, RawData) else _NO_RAW
+    media = raw.source_media_info
+    media = media if isinstance(media, MediaInfo) else _NO_MEDIA
+    details = media.details if isinstance(media.details, Details) else _NO_DETAILS
     width_px, height_px = _declared_size(raw, media, details)
     names = media.media_type or "", generated.mid_category or "", source.source_mbc or ""
     if len(joined := "".join(names)) > MAX_FIELD_CHARS or not joined.isprintable():
@@ -132,8 +136,8 @@ def parse_label(data: bytes) -> Label:
         *names,
         iso_date(_short(source.broadcast_date)),
         source.clip_proxy_url or "",
-        [url for url in source.clip_proxy_thumbnail_url or () if url],
-        generated.keyword or "",
+        _texts(source.clip_proxy_thumbnail_url),
+        ", ".join(_texts(generated.keyword)),
         generated.stt_script or "",
         _timed(generated.scene_description_auto),
         _timed(levels.object_level),
@@ -177,10 +181,14 @@ def _timed(entries: Sequence[Scene | Caption | Bare] | None) -> list[Timed]:
 
 
 def _ocr(tags: Any) -> list[str]:
-    """The text that was read in the picture: `auto_tags.ocr`, a list of sentences or one. Other
-    things in its place are skipped: no label is lost for what no rule uses.
+    """The text that was read in the picture: `auto_tags.ocr`."""
+    return _texts(tags.get("ocr") if isinstance(tags, dict) else None)
+
+
+def _texts(found: Any) -> list[str]:
+    """A list of texts, or one. Other things in its place are skipped: no label is lost for what
+    no rule uses.
     """
-    found = tags.get("ocr") if isinstance(tags, dict) else None
     return [
         text
         for text in (found if isinstance(found, list) else [found])
@@ -195,17 +203,14 @@ def _as_caption(entry: Scene | Caption | Bare) -> Scene | Caption:
 
 
 def _declared_size(
-    raw: RawData | None, media: MediaInfo, details: Details
+    raw: RawData, media: MediaInfo, details: Details
 ) -> tuple[int | None, int | None]:
     """The first readable one of the four places where the labels keep a resolution."""
-    inner = raw and raw.raw_data_info and raw.raw_data_info.basic_info
-    outer = raw and raw.basic_info
-    for text in (
-        media.resolution,
-        details.resolution,
-        outer and outer.resolution,
-        inner and inner.resolution,
-    ):
+    inner = raw.raw_data_info.basic_info if isinstance(raw.raw_data_info, InnerRaw) else None
+    for place in (media, details, raw.basic_info, inner):
+        if not isinstance(place, MediaInfo | Details | Basic):
+            continue
+        text = place.resolution
         if isinstance(text, list) and len(text) == 2:
             text = f"{text[0]}, {text[1]}"
         if text and (size := _size(_short(text))):

@@ -21,11 +21,13 @@ class Caption(msgspec.Struct):
 
 # What stands in a list of captions: an object, a bare sentence, or what says nothing.
 Bare = str | float | bool | None
+# What some exporters write in the place of an object that is empty.
+NoObject = list[Any] | str | float | bool | None
 
 
 class Generated(msgspec.Struct):
     stt_script: str | None = None
-    keyword: str | None = None
+    keyword: Any = None  # no rule uses it
     mid_category: str | None = None
     auto_tags: Any = None
     scene_description_auto: list[Scene | Bare] | None = None
@@ -34,9 +36,9 @@ class Generated(msgspec.Struct):
 class Source(msgspec.Struct):
     clip_id: str
     source_mbc: str | None = None
-    broadcast_date: str | None = None
+    broadcast_date: Any = None  # unknown where it can't be read
     clip_proxy_url: str | None = None
-    clip_proxy_thumbnail_url: list[str | None] | None = None
+    clip_proxy_thumbnail_url: Any = None  # no rule uses them
     ai_generated_info: Generated | None = None
 
 
@@ -60,7 +62,7 @@ class Details(msgspec.Struct):
 
 class MediaInfo(msgspec.Struct):
     media_type: str | None = None
-    details: Details | None = None
+    details: Details | NoObject = None
     resolution: Any = None
 
 
@@ -69,16 +71,16 @@ class Basic(msgspec.Struct):
 
 
 class InnerRaw(msgspec.Struct):
-    basic_info: Basic | None = None
+    basic_info: Basic | NoObject = None
 
 
 class RawData(msgspec.Struct):
-    source_media_info: MediaInfo | None = None
-    basic_info: Basic | None = None
-    raw_data_info: InnerRaw | None = None
+    source_media_info: MediaInfo | NoObject = None
+    basic_info: Basic | NoObject = None
+    raw_data_info: InnerRaw | NoObject = None
 
 
 class LabelFile(msgspec.Struct):
     source_data_info: Source
     labeling_data_info: Captions | None = None
-    raw_data_info: RawData | None = None
+    raw_data_info: RawData | NoObject = None

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
-from av.stream import Disposition
 
 from shardgen.media.deinterlace import deinterlaced
 from shardgen.media.errors import MediaError
-from shardgen.media.structure import missing_bytes
+from shardgen.media.structure import has_gap, missing_bytes
+from shardgen.media.tracks import film_of
 
 # Formats that hold their own pictures: a playlist would take them from files that nobody hashed.
 FORMATS = (
@@ -41,8 +41,6 @@ _STATE_A_DURATION = ("mov", "matroska", "avi", "mxf", "asf", "flv", "gxf", "nut"
 _DURATION_TOLERANCE_S = Fraction(1, 2)
 # Encoders put up to some 80 ms of silence before a track's sound; players skip it.
 _PRIMING_S = Fraction(1, 10)
-# Codecs of pictures. Only Motion JPEG is used for films too.
-_PICTURE_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp")
 # The level of libavcodec's messages is one for the process.
 _MESSAGES = threading.Lock()
 # nobody else is to print what is listened to
@@ -81,6 +79,8 @@ def open_video(source: Path | bytes) -> Iterator[Video]:
             raise MediaError("media_empty", "the file has 0 bytes")
         if missing := missing_bytes(source):
             raise MediaError("media_truncated", f"{missing} bytes are missing at the file's end")
+        if has_gap(source):
+            raise MediaError("media_truncated", "packets are missing in the first picture")
         options = {"format_whitelist": FORMATS}
         container = av.open(file, "r", container_options=options, **_TITLES)
     except av.ArgumentError as error:
@@ -90,35 +90,12 @@ def open_video(source: Path | bytes) -> Iterator[Video]:
     except (av.FFmpegError, OSError) as error:
         raise MediaError("media_undecodable", f"can't be opened: {error}") from error
     with container:
-        stream = _best_stream(container)
+        stream = film_of(container)
         if stream.codec_context is None:
             raise MediaError("media_undecodable", "there is no decoder for its codec")
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"err_detect": "explode"}
         yield Video(container, stream, source)
-
-
-def _best_stream(container: Any) -> Any:
-    """The film: what av_find_best_stream takes, but never a cover or a thumbnail."""
-    still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-    films = [each for each in container.streams.video if not each.disposition & still]
-    if not films:
-        what = "only a cover picture" if container.streams.video else "no video stream"
-        raise MediaError("media_no_video", f"the file has {what}")
-    # A cover need not be marked as one: a track of one PNG or JPEG beside a film is no film. How
-    # many frames a track has not every container says.
-    films = [each for each in films if not _is_single_picture(each)] or films
-    best = container.streams.best("video")
-    if best in films:
-        return best
-    # a cover that is marked as the default; among the films the mark counts too
-    return max(films, key=lambda each: bool(each.disposition & Disposition.default))
-
-
-def _is_single_picture(stream: Any) -> bool:
-    return stream.codec_context is not None and (
-        stream.codec_context.name in _PICTURE_CODECS and stream.frames <= 1
-    )
 
 
 class Decoder:
@@ -167,7 +144,7 @@ class Decoder:
                 ) from error
             self._note_sar(time)
             for frame in frames:
-                if num_frames == 0 and not began_at_key and not frame.key_frame:
+                if num_frames == 0 and not began_at_key and self._leans(frame, first_key):
                     continue
                 if self._free_times is not None:
                     frame.pts = self._take_time(first_key if num_frames == 0 else None)
@@ -202,6 +179,16 @@ class Decoder:
             # PyAV's, at the end of a file that got a stream in its middle. The streams that it
             # began with are through by then.
             pass
+
+    def _leans(self, frame: Any, first_key: int | None) -> bool:
+        """Whether a first frame may need one that was cut away. Where no frame is a keyframe, and
+        parts of each are renewed, the decoder gives none before all parts were.
+        """
+        if frame.key_frame:
+            return False
+        if first_key is None or frame.pts is None or self._free_times is not None:
+            return True
+        return bool(frame.pts < first_key)
 
     def _forgets_what_was_cut(self) -> bool:
         """Whether the packet that just failed did so only because it tells the decoder to forget
@@ -239,7 +226,7 @@ class Decoder:
         sar = _as_fraction(self._stream.codec_context.sample_aspect_ratio)
         if time is None or (self._sars and self._sars[-1][1] == sar):
             return
-        if self._sars and self._sars[0][1] == self._container_sar and not self._stream_states_sar:
+        if self._sars and not self._stream_states_sar:
             raise MediaError(
                 "media_aspect",
                 f"the pixel aspect ratio changes from {self._sars[-1][1]} to {sar} in the stream, "

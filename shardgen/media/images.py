@@ -181,16 +181,17 @@ def _alpha(image: Image.Image, bit_depth: int) -> Pixels | None:
 
 def _colours(image: Image.Image) -> Pixels:
     """uint8 RGB [H, W, 3] in sRGB, without regard to opacity."""
+    stated = image.info  # an image that is made anew has none of it
     if image.mode in ("I", "I;16", "I;16B"):
         image = Image.fromarray(_eight_bits(np.asarray(image)))
-    if profile := image.info.get("icc_profile"):
+    if profile := stated.get("icc_profile"):
         return _from_profile(image, profile)
-    is_stated = "srgb" in image.info
-    primaries = image.info.get("chromaticity")
+    is_stated = "srgb" in stated
+    primaries = stated.get("chromaticity")
     if primaries and not is_stated:
         _check_chromaticity(primaries)
     rgb = np.asarray(_opaque(image, "RGB"))
-    gamma = image.info.get("gamma")
+    gamma = stated.get("gamma")
     if not gamma or is_stated or abs(gamma / _SRGB_GAMMA - 1) < _GAMMA_TOLERANCE:
         return rgb
     levels = 255 * (np.arange(256) / 255) ** (_SRGB_GAMMA / gamma)
