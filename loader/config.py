@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 import tomli_w
@@ -20,6 +20,7 @@ import tomli_w
 ConfigT = TypeVar("ConfigT", bound=msgspec.Struct)
 # as msgspec words it; group 2 is the table
 _UNKNOWN_KEY = re.compile(r"unknown field `([^`]+)`(?: - at `\$\.([^`\[]*)[^`]*`)?")
+_NO_OPTION = re.compile(r"Invalid enum value .* - at `\$\.([^`]+)`")
 
 
 class ConfigError(ValueError):
@@ -83,7 +84,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _hint(message: str, kind: type[msgspec.Struct]) -> str:
-    """What was meant by an unknown key: the nearest one, or else the keys of its table."""
+    """What was meant by an unknown key: the nearest one, or else the keys of its table. And what a
+    value may be that is none of a few.
+    """
+    if match := _NO_OPTION.search(message):
+        options = _options_at(kind, re.sub(r"\[[^]]*\]", "", match[1]).split("."))
+        return f"; choose from {', '.join(map(str, options))}"
     match = _UNKNOWN_KEY.search(message)
     if match is None:
         return ""
@@ -109,6 +115,19 @@ def _known_keys(kind: type[msgspec.Struct], prefix: str = "") -> list[str]:
         table = _struct_in(field.type)
         keys += _known_keys(table, f"{name}.") if table else [name]
     return keys
+
+
+def _options_at(kind: type[msgspec.Struct], keys: Sequence[str]) -> list[Any]:
+    """The values that the key may have."""
+    field = next(each for each in msgspec.structs.fields(kind) if each.encode_name == keys[0])
+    table = _struct_in(field.type)
+    return _options_at(table, keys[1:]) if table and keys[1:] else _options_of(field.type)
+
+
+def _options_of(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [option for each in get_args(annotation) for option in _options_of(each)]
 
 
 def _struct_in(annotation: Any) -> type[msgspec.Struct] | None:

@@ -4,7 +4,7 @@ and what is echoed reads back equal.
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
@@ -21,12 +21,14 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     prompt: str = ""
     seed: int | None = None
+    task: Literal["t2v", "i2v"] | None = None
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     output: str
     data: Data = Data()
     num_steps: int = 10
+    dtype: Annotated[Literal["float16", "float32"], "of the model"] = "float16"
     every_s: float | None = None
     samples: list[Sample] = []
 
@@ -49,7 +51,7 @@ def load(folder: Path, text: str, *overrides: str) -> Config:
             "unknown field `zzz` - at `$.data`; known keys here: cache, folders, i2v_share",
         ),
         ("data_folders=['a']", "unknown field `data_folders`; did you mean data.folders?"),
-        ("zzz=1", "`zzz`; known keys here: data, every_s, num_steps, output, samples"),
+        ("zzz=1", "`zzz`; known keys here: data, dtype, every_s, num_steps, output, samples"),
         ("samples=[{promt = 'x'}]", "`promt` - at `$.samples[0]`; did you mean samples.prompt?"),
     ],
 )
@@ -60,6 +62,17 @@ def test_an_unknown_key_is_answered_with_the_one_that_was_meant(
         load(tmp_path, 'output = "o"', override)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path}/c.toml (with --set {override}): ")
+
+
+@pytest.mark.parametrize(
+    ("override", "options"),
+    [("dtype=half", "float16, float32"), ("samples=[{}, {task = 'v2v'}]", "t2v, i2v")],
+)
+def test_a_value_that_is_none_of_a_few_is_answered_with_those(
+    tmp_path: Path, override: str, options: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"Invalid enum value .*; choose from {options}$"):
+        load(tmp_path, 'output = "o"', override)
 
 
 def test_a_wrong_value_names_its_key_and_nothing_else(tmp_path: Path) -> None:

@@ -32,6 +32,15 @@ from train.parallel.sequence import check_sequence
 log = logging.getLogger(__name__)
 
 
+def check_math(kernel: str, activation_memory: str) -> None:
+    """Raises ValueError if this attention kernel leaves nothing to save under a byte budget."""
+    if kernel == "math" and activation_memory not in ("all", "block"):
+        raise ValueError(
+            f'activation_memory = "{activation_memory}": attention = "math" is many small '
+            f'operations, none of which can be saved alone; use "all" or "block"'
+        )
+
+
 def batching(config: TrainConfig, rank: int, world_size: int) -> Batching:
     """How the global batches are cut up for process `rank` of `world_size`, or for one of so many
     sequence groups. Raises ValueError if they can't be divided equally.

@@ -33,7 +33,13 @@ from train.activations.budget import (
 from train.activations.runner import block_runner
 from train.average import Average
 from train.base import base_kind, laws_of, resolve, transformer_folder
-from train.choices import attention_kernels, attention_shapes, batching, micro_shapes
+from train.choices import (
+    attention_kernels,
+    attention_shapes,
+    batching,
+    check_math,
+    micro_shapes,
+)
 from train.config import TrainConfig
 from train.flow import check_shifts
 from train.lora import adapters as lora
@@ -158,11 +164,7 @@ def build(
         wan = model.config
     check_heads(world.sequence_size, wan.num_attention_heads)
     choice = attention_kernels(config, world, attention_shapes(wan, shapes.values()), kernels)
-    if choice.kernel == "math" and config.activation_memory not in ("all", "block"):
-        raise ValueError(
-            f'activation_memory = "{config.activation_memory}": attention = "math" is many small '
-            f'operations, none of which can be saved alone; use "all" or "block"'
-        )
+    check_math(choice.kernel, config.activation_memory)
 
     # -- which blocks' weights are not on the card -------------------------------------------
     blocks = parse_blocks(config.lora.blocks, wan.num_layers)
