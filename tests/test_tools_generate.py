@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from loader.shape import Bucket
-from tools.applied import NotAppliedError
+from tools.applied import NotAppliedError, check_lora
 from tools.generate import Options, compare, load_pipeline, main
 from train.contact_sheet import contact_sheet
 
@@ -156,6 +156,13 @@ def test_contact_sheet_has_base_above_lora() -> None:
         ("--lora", "/nowhere.safetensors", "/nowhere.safetensors: can't be read"),
         ("--output", "/proc/nowhere", "/proc/nowhere"),
         ("--image", "/nowhere.png", "/nowhere.png"),
+        ("--image", __file__, "test_tools_generate.py: media_undecodable: no PNG, JPEG or WebP"),
+        ("--steps", "0", "--steps 0: give at least 1"),
+        ("--steps", "-1", "--steps -1: give at least 1"),
+        ("--shift", "0", "--shift 0.0: give a number above 0"),
+        ("--shift", "nan", "--shift nan: give a number above 0"),
+        ("--guidance", "nan", "--guidance nan: give a number from 0 on"),
+        ("--guidance", "inf", "--guidance inf: give a number from 0 on"),
     ],
 )
 def test_a_wrong_argument_is_told_before_a_model_is_loaded(
@@ -173,6 +180,38 @@ def test_a_wrong_argument_is_told_before_a_model_is_loaded(
     monkeypatch.setattr("tools.generate.load_pipeline", None)
     with pytest.raises(SystemExit, match=said):
         main()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_part_of_the_model_that_is_missing_is_named_before_anything_is_loaded(
+    part: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    shutil.rmtree(model / part)
+    with pytest.raises(ValueError, match=f"model/{part}: nothing is there"):
+        _run(model, _write_lora(tmp_path / "lora.safetensors", 0.5), tmp_path / "out")
+
+
+def test_a_file_without_lora_tensors_is_called_that(tiny_checkpoint: Path) -> None:
+    weights = next((tiny_checkpoint / "transformer").glob("*.safetensors"))
+    with pytest.raises(NotAppliedError, match="there is no LoRA tensor in it"):
+        check_lora(weights)
+
+
+def test_other_names_of_lora_b_count_too(tmp_path: Path) -> None:
+    name = "lora_unet_blocks_0_self_attn_q"
+    for value in (0.0, 1.0):
+        tensors = {
+            f"{name}.lora_down.weight": torch.ones(4, 32),
+            f"{name}.lora_up.weight": torch.full((32, 4), value),
+            f"{name}.alpha": torch.tensor(4.0),
+        }
+        save_file(tensors, tmp_path / "kohya.safetensors")
+        if value:
+            assert check_lora(tmp_path / "kohya.safetensors") == 2
+            continue
+        with pytest.raises(NotAppliedError, match="lora_B are zero"):
+            check_lora(tmp_path / "kohya.safetensors")
 
 
 def test_a_contact_sheet_of_large_clips_is_scaled_down_and_keeps_their_aspect() -> None:

@@ -34,7 +34,7 @@ def check_lora(path: Path) -> int:
     Raises NotAppliedError for a file that is missing or damaged, holds no LoRA, holds NaN or
     infinity, or whose lora_B are all zero: none of these has a picture to show.
     """
-    num_tensors, has_effect = 0, False
+    num_tensors, num_up, has_effect = 0, 0, False
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
@@ -45,10 +45,12 @@ def check_lora(path: Path) -> int:
                         f"written; take the file of an earlier step"
                     )
                 num_tensors += not name.endswith(".alpha")
-                has_effect |= ".lora_B." in name and bool(tensor.any())
+                if ".lora_B." in name or ".lora_up." in name:
+                    num_up += 1
+                    has_effect |= bool(tensor.any())
     except (OSError, SafetensorError) as error:
         raise NotAppliedError(f"{path}: can't be read as safetensors: {error}") from error
-    if num_tensors == 0:
+    if num_up == 0:
         raise NotAppliedError(f"{path}: there is no LoRA tensor in it")
     if not has_effect:
         raise NotAppliedError(

@@ -17,6 +17,7 @@ For other programs: `load_pipeline`, `generate`, and tools/applied.py.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from loader.files import told
 from loader.models import ModelKind, read_kind
 from loader.mp4 import encode_mp4
 from loader.shape import Bucket
+from shardgen.media.errors import MediaError
 from shardgen.media.images import load_image
 from tools.applied import (
     apply_lora,
@@ -49,6 +51,9 @@ from tools.applied import (
 )
 from train.contact_sheet import Frames, contact_sheet
 from train.lora.formats import expert_of
+
+# of a model folder, beside its transformers
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def load_pipeline(
     """WanPipeline or WanImageToVideoPipeline; the VAE in float32. On a GPU each part is there
     only while it works. `shift` replaces that of the folder's scheduler.
     """
+    check_parts(model)
     kind = WanImageToVideoPipeline if image_to_video else WanPipeline
     vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", dtype=torch.float32)
     pipeline = kind.from_pretrained(model, vae=vae, dtype=dtype)
@@ -225,19 +231,52 @@ def options_of(arguments: argparse.Namespace, kind: ModelKind) -> Options:
         raise ValueError(f"{kind.name} starts each clip from a picture: give one, --image FILE")
     if arguments.image is not None and kind.i2v_share == 0.0:
         raise ValueError(f"{kind.name} does text to video alone: leave --image out")
-    image = Image.fromarray(load_image(arguments.image).upright) if arguments.image else None
     has_experts = kind.boundary is not None
-    guidance = arguments.guidance or kind.guidance.high
+    num_steps = (40 if has_experts else 50) if arguments.steps is None else arguments.steps
+    if num_steps < 1:
+        raise ValueError(f"--steps {num_steps}: give at least 1")
+    guidance = _given(arguments.guidance, kind.guidance.high)
+    guidance_low = _given(arguments.guidance_low, kind.guidance.low)
+    for option, value in (("--guidance", guidance), ("--guidance-low", guidance_low)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{option} {value}: give a number from 0 on; 1 is no guidance")
+    shift = _given(arguments.shift, kind.shift)
+    if not 0 < shift < math.inf:
+        raise ValueError(f"--shift {shift}: give a number above 0; 1 is no shift")
+    shape = kind.layout.parse(arguments.shape)
     return Options(
-        shape=kind.layout.parse(arguments.shape),
-        num_steps=arguments.steps or (40 if has_experts else 50),
+        shape=shape,
+        num_steps=num_steps,
         guidance=guidance,
         seed=arguments.seed,
         negative_prompt=arguments.negative_prompt,
-        image=image,
-        shift=arguments.shift or kind.shift,
-        guidance_low=(arguments.guidance_low or kind.guidance.low) if has_experts else None,
+        image=_first_frame(arguments.image) if arguments.image else None,
+        shift=shift,
+        guidance_low=guidance_low if has_experts else None,
     )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _first_frame(path: Path) -> Image.Image:
+    try:
+        return Image.fromarray(load_image(path).upright)
+    except MediaError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_parts(model: Path) -> None:
+    """Are all parts of the pipeline in the folder? Raises ValueError. A tokenizer that is missing
+    would be made up by transformers, without a vocabulary.
+    """
+    for part in PARTS:
+        if not any((model / part).glob("*")):
+            raise ValueError(
+                f"{model / part}: nothing is there, and clips can't be made without it; download "
+                f"the whole of the model again"
+            )
 
 
 def main() -> None:

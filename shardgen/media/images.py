@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
 from shardgen.media.errors import MediaError
@@ -115,7 +115,10 @@ def load_image(source: Path | bytes) -> Still:
         if isinstance(error, MediaError):
             raise
         reason = "media_truncated" if "truncated" in str(error) else "media_undecodable"
-        raise MediaError(reason, str(error)) from error
+        # Pillow's own words for it name an address in memory
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        detail = "no PNG, JPEG or WebP that can be read" if is_unknown else str(error)
+        raise MediaError(reason, detail) from error
     is_png = image.format == "PNG"
     # a PNG's bit depth is the 25th byte; Pillow makes 8 bits of less than 8
     bit_depth = data[24] if is_png else 8
