@@ -1,6 +1,7 @@
 """The command line: stages, exit codes, and a user's faults in one line that names the remedy."""
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from loader.manifest import read_manifest
 from shardgen.build import alone_in
 from shardgen.catalog.catalog import Catalog
 from shardgen.cli import main as shardgen
+from shardgen.media.probe import probe
 
 
 def test_a_dry_run_says_what_to_expect_and_encodes_nothing(
@@ -200,6 +202,47 @@ def test_excluded_labels_of_a_recipe_get_their_reason_and_the_recipe_stays_the_s
         (clip,) = catalog.claims("2400101")
         assert (clip.status, clip.reason) == ("rejected", "excluded_by_review")
         assert catalog.database.recall("recipe_id") == recipe
+
+
+def test_another_folder_keeps_what_the_first_one_has_fetched_and_probed(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ["build", str(tiny_recipe), "--stage", "probe", "--set"]
+    assert shardgen([*command, f"output={first}"]) == 0
+
+    def probe_again(path: Path) -> None:
+        probe(path)
+        raise AssertionError(f"{path}: was sound before")
+
+    monkeypatch.setattr("shardgen.stages.fetch.hash_local", None)
+    # what failed before is tried again
+    monkeypatch.setattr("shardgen.stages.probe.probe", probe_again)
+    assert shardgen([*command, f"output={second}", "--set", f"fetch.reuse={first}"]) == 0
+    catalogs = [Catalog.open_read_only(folder / "catalog.sqlite") for folder in (first, second)]
+    counts = []
+    for catalog in catalogs:
+        with catalog:
+            counts.append([each for each in catalog.status_counts() if each.status == "sound"])
+    assert counts[0] == counts[1] != []
+
+
+def test_a_build_flags_footage_that_was_replaced_since(
+    tiny_recipe: Path, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, output = tmp_path / "corpus", tmp_path / "out"
+    shutil.copytree(tiny_corpus, root)
+    command = ["build", str(tiny_recipe), "--set", f"labels.root={root}"]
+    command += ["--set", f"output={output}", "--stage"]
+    assert shardgen([*command, "plan"]) == 0
+    with Catalog.open_read_only(output / "catalog.sqlite") as catalog:
+        clip = next(clip for clip in catalog.clips("accepted") if clip.media_type == "video")
+    with (root / clip.label).with_suffix(".mp4").open("ab") as file:
+        file.write(bytes(8))
+    assert shardgen([*command, "fetch"]) == 0
+    with Catalog.open_read_only(output / "catalog.sqlite") as catalog:
+        flagged = [row.label for row in catalog.clips("accepted") if "media_changed" in row.flags]
+    assert flagged == [clip.label]
 
 
 def test_an_error_of_the_disk_names_the_file_and_the_remedy(
