@@ -150,7 +150,7 @@ def together(num_ranks: int, cases: Sequence[Case], folder: Path) -> list[tuple[
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(300 + 10 * len(cases))
     assert [process.exitcode for process in processes] == [0] * num_ranks
     found = torch.load(path, weights_only=True)
     return [(Found(*one), Found(*several)) for one, several in found]
