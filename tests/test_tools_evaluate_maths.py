@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
+from torchmetrics.image import fid
 
 from tools.evaluate.frechet import (
     estimate,
@@ -46,9 +48,6 @@ def test_the_frechet_distance_is_scipys_with_more_and_fewer_samples_than_feature
 
 
 def test_the_frechet_distance_is_torchmetrics() -> None:
-    fid = pytest.importorskip("torchmetrics.image.fid", reason="needs torchmetrics")
-    import torch
-
     x, y = drawn(300, 24, 1), drawn(300, 24, 2, shift=0.5)
     moments = [f(each) for each in (x, y) for f in (lambda a: a.mean(0), lambda a: np.cov(a.T))]
     expected = float(fid._compute_fid(*(torch.from_numpy(each) for each in moments)))
@@ -67,7 +66,7 @@ def test_the_distance_does_not_depend_on_the_order_and_is_zero_to_itself() -> No
     shuffled = y[np.random.default_rng(0).permutation(40)]
     assert frechet_distance(x, shuffled) == pytest.approx(frechet_distance(x, y))
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
-    with pytest.raises(ValueError, match="needs two finite"):
+    with pytest.raises(ValueError, match="NaN or infinity"):
         frechet_distance(x, np.full((4, 8), np.nan))
 
 

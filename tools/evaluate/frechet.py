@@ -34,26 +34,61 @@ def frechet_distance(x_ND: Features, y_MD: Features) -> float:
     features it is the nuclear norm of X Y^T over sqrt((N - 1) (M - 1)), X and Y centred; else the
     sum of the roots of the eigenvalues of Sx^(1/2) Sy Sx^(1/2).
     """
+    return _frechet_of_subsets(x_ND, y_MD)(np.arange(len(x_ND)), np.arange(len(y_MD)))
+
+
+# which samples of the one side and of the other -> their distance
+OfSubsets = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], float]
+
+
+def _frechet_of_subsets(x_ND: Features, y_MD: Features) -> OfSubsets:
+    """The products of all pairs of samples are taken once: a subset's, centred, follow from them.
+    They are what costs most where features are many.
+    """
     x_ND, y_MD = np.asarray(x_ND, np.float64), np.asarray(y_MD, np.float64)
     for features in (x_ND, y_MD):
-        if len(features) < 2 or not np.isfinite(features).all():
-            raise ValueError(
-                f"features of shape {features.shape}: a distance needs two finite ones or more"
+        if not np.isfinite(features).all():
+            raise ValueError(f"features of shape {features.shape} hold NaN or infinity")
+    width = x_ND.shape[1]
+    products_NM = x_ND @ y_MD.T if min(len(x_ND), len(y_MD)) <= 2 * width else None
+
+    def distance(rows: np.ndarray[Any, Any], columns: np.ndarray[Any, Any]) -> float:
+        n, m = len(rows), len(columns)
+        if min(n, m) < 2:
+            raise ValueError(f"{n} and {m} samples: a distance needs two on each side")
+        some_nD, other_mD = x_ND[rows], y_MD[columns]
+        mean_x_D, mean_y_D = some_nD.mean(0), other_mD.mean(0)
+        some_nD -= mean_x_D
+        other_mD -= mean_y_D
+        trace_x, trace_y = (
+            np.vdot(some_nD, some_nD) / (n - 1),
+            np.vdot(other_mD, other_mD) / (m - 1),
+        )
+        if products_NM is not None and min(n, m) <= width:
+            of_rows_nM = products_NM[rows]
+            cross_nm = of_rows_nM[:, columns]
+            cross_nm -= cross_nm.mean(0)
+            cross_nm -= cross_nm.mean(1, keepdims=True)
+            root_trace = np.linalg.svd(cross_nm, compute_uv=False).sum() / np.sqrt(
+                (n - 1) * (m - 1)
             )
-    mean_x_D, mean_y_D = x_ND.mean(0), y_MD.mean(0)
-    x_ND, y_MD = x_ND - mean_x_D, y_MD - mean_y_D
-    n, m, width = len(x_ND), len(y_MD), x_ND.shape[1]
-    trace_x, trace_y = np.square(x_ND).sum() / (n - 1), np.square(y_MD).sum() / (m - 1)
-    if min(n, m) <= width:
-        product = np.linalg.svd(x_ND @ y_MD.T, compute_uv=False).sum()
-        root_trace = product / np.sqrt((n - 1) * (m - 1))
-    else:
-        values_D, vectors_DD = np.linalg.eigh(x_ND.T @ x_ND / (n - 1))
-        root_DD = (vectors_DD * np.sqrt(np.clip(values_D, 0, None))) @ vectors_DD.T
-        inner_DD = root_DD @ (y_MD.T @ y_MD / (m - 1)) @ root_DD
-        root_trace = np.sqrt(np.clip(np.linalg.eigvalsh(inner_DD), 0, None)).sum()
-    means = np.square(mean_x_D - mean_y_D).sum()
-    return float(means + trace_x + trace_y - 2 * root_trace)
+        else:
+            values_D, vectors_DD = np.linalg.eigh(some_nD.T @ some_nD / (n - 1))
+            root_DD = (vectors_DD * np.sqrt(np.clip(values_D, 0, None))) @ vectors_DD.T
+            inner_DD = root_DD @ (other_mD.T @ other_mD / (m - 1)) @ root_DD
+            root_trace = np.sqrt(np.clip(np.linalg.eigvalsh(inner_DD), 0, None)).sum()
+        means = np.square(mean_x_D - mean_y_D).sum()
+        return float(means + trace_x + trace_y - 2 * root_trace)
+
+    return distance
+
+
+def _of_subsets(
+    distance: Callable[[Features, Features], float], x_ND: Features, y_MD: Features
+) -> OfSubsets:
+    if distance is frechet_distance:
+        return _frechet_of_subsets(x_ND, y_MD)
+    return lambda rows, columns: distance(x_ND[rows], y_MD[columns])
 
 
 def kernel_distance(x_ND: Features, y_MD: Features) -> float:
@@ -115,12 +150,13 @@ def half_distances(
     random = np.random.default_rng(seed)
     groups_M = np.arange(len(others[0])) if groups_M is None else np.asarray(groups_M)
     names = np.unique(groups_M)
+    measures = [_of_subsets(distance, real_ND, other_MD) for other_MD in others]
     found = []
     for _ in range(num_halves):
         some_N = random.permutation(len(real_ND))[: max(2, len(real_ND) // 2)]
         drawn = random.permutation(names)[: max(1, len(names) // 2)]
-        some_M = np.isin(groups_M, drawn)
-        found.append([distance(real_ND[some_N], other_MD[some_M]) for other_MD in others])
+        some_M = np.flatnonzero(np.isin(groups_M, drawn))
+        found.append([measure(some_N, some_M) for measure in measures])
     return np.asarray(found)
 
 
@@ -132,10 +168,10 @@ def floor(
     """
     if len(real_ND) < 4:
         return None
-    random = np.random.default_rng(0)
+    random, measure = np.random.default_rng(0), _of_subsets(distance, real_ND, real_ND)
     found = []
     for _ in range(20):
         order = random.permutation(len(real_ND))
         half = len(order) // 2
-        found.append(distance(real_ND[order[:half]], real_ND[order[half:]]))
+        found.append(measure(order[:half], order[half:]))
     return float(np.mean(found))
