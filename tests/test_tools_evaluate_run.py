@@ -9,11 +9,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from loader.feed_config import FeedConfig
+from loader.walk import Walk
 from tools.applied import NotAppliedError
 from tools.evaluate.clips import read_mp4
 from tools.evaluate.compare import compare
 from tools.evaluate.config import EvaluateConfig, SamplingConfig, SetConfig, check
-from tools.evaluate.evaluation_set import read_set
+from tools.evaluate.evaluation_set import EvaluationSet, choose_set, read_set
 from tools.evaluate.generate import generate
 from tools.evaluate.result import Result, read_result, write_result
 from tools.evaluate.score import score
@@ -163,6 +165,17 @@ def test_another_set_or_another_lora_does_not_mix_with_the_clips_that_are_there(
     other = msgspec.structs.replace(config, candidates={"lora": str(files / "weak.safetensors")})
     with pytest.raises(ValueError, match="of another LoRA"):
         generate(other, WORLD)
+
+
+def test_a_set_may_be_of_some_categories_alone(config: EvaluateConfig) -> None:
+    def chosen_of(category: str) -> EvaluationSet:
+        wanted = msgspec.structs.replace(config.set, categories=[category])
+        with Walk(FeedConfig(datasets=config.datasets), "val", WORLD.device) as walk:
+            return choose_set(walk, msgspec.structs.replace(config, set=wanted))
+
+    assert chosen_of("synthetic") == read_set(config.folder)
+    with pytest.raises(ValueError, match="no videos of sports"):
+        chosen_of("sports")
 
 
 def test_names_and_hashes_are_checked_before_any_time_is_spent(

@@ -4,7 +4,7 @@ set.json
 VARIANT/variant.json                 which LoRA, proven how
 VARIANT/ID-SEED.latent.npy           float16 [C, T, h, w], normalised; of "real", seed 0 alone
 VARIANT/ID-SEED.mp4                  of prompts that are decoded
-reference.npy                        float16 [N, ...], latents of other real windows
+reference.features.npy               float32 [N, D], features of other real windows' latents
 scores/                              what was measured of them
 result.json                          what is said of it
 """
@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 import av
 import msgspec
 import numpy as np
+import torch
 
 from loader.files import write_atomic
 from tools.evaluate.evaluation_set import EvaluationSet, Prompt
+from tools.evaluate.frechet import Features
 from tools.evaluate.result import Variant
 
 REAL, BASE = "real", "base"
-VARIANT_FILE, REFERENCE_FILE, SCORES = "variant.json", "reference.npy", "scores"
+VARIANT_FILE, REFERENCE_FILE, SCORES = "variant.json", "reference.features.npy", "scores"
 FPS = 24.0
 Frames = np.ndarray[Any, Any]  # uint8 RGB [F, H, W, 3]
 
@@ -66,6 +68,16 @@ def clips_of(chosen: EvaluationSet, variant: str) -> Iterator[Clip]:
     for prompt in chosen.prompts:
         for seed in range(num_seeds):
             yield Clip(variant, prompt, seed)
+
+
+def latent_features(latent_CThw: np.ndarray[Any, Any]) -> Features:
+    """A latent as a vector: its means over a grid of at most 3 x 6 x 10 cells a channel."""
+    num_frames, rows, columns = latent_CThw.shape[1:]
+    pooled = torch.nn.functional.adaptive_avg_pool3d(
+        torch.from_numpy(latent_CThw.astype(np.float32)),
+        (min(num_frames, 3), min(rows, 6), min(columns, 10)),
+    )
+    return np.asarray(pooled.flatten().numpy())
 
 
 def write_npy(path: Path, array: np.ndarray[Any, Any]) -> None:

@@ -17,6 +17,7 @@ from tools.evaluate.clips import (
     Clip,
     Kept,
     clips_of,
+    latent_features,
     read_mp4,
     read_variants,
 )
@@ -48,7 +49,6 @@ from tools.evaluate.score import (
     ClipScores,
     Scores,
     feature_file,
-    latent_features,
     read_latents,
     read_scores,
 )
@@ -133,7 +133,7 @@ def add_latents(table: Table) -> None:
     real_clips = list(clips_of(table.chosen, REAL))
     real_ND = read_latents(folder, real_clips, latent_features)
     real_categories = [clip.prompt.category for clip in real_clips]
-    reference_ND = np.stack([latent_features(x) for x in np.load(folder / REFERENCE_FILE)])
+    reference_ND = np.load(folder / REFERENCE_FILE)
     nearest = nearest_category(reference_ND, real_ND, real_categories)
     found: dict[str, Samples] = {}
     hits: dict[str, Samples] = {}

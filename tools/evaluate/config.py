@@ -21,6 +21,8 @@ class SetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     # clips of each; the same noise for every variant
     num_seeds: Positive = 4
     seed: Annotated[int, Meta(ge=0, le=2**62)] = 0
+    # captions of these categories alone; empty: of all
+    categories: list[str] = []
     # so many prompts' clips are decoded to pictures, all if 0; latents are kept of every clip
     num_decoded: Annotated[int, Meta(ge=0)] = 0
 

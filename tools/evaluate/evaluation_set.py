@@ -57,6 +57,8 @@ def choose_set(walk: Walk, config: EvaluateConfig) -> EvaluationSet:
     videos = [place for place in walk.places if place.bucket.num_frames > 1]
     hashed = sorted(videos, key=lambda place: hash64(seed, place.key))
     candidates: dict[str, Window] = {}
+    if wanted.categories:
+        hashed = [p for p in hashed if walk.meta(p).category in wanted.categories]
     for place in hashed[: 64 * wanted.num_prompts]:
         meta = walk.meta(place)
         if meta.prompt not in candidates:
@@ -65,8 +67,9 @@ def choose_set(walk: Walk, config: EvaluateConfig) -> EvaluationSet:
             )
     windows = spread(list(candidates.values()), wanted.num_prompts)
     if not windows:
+        of = f" of {', '.join(wanted.categories)}" if wanted.categories else ""
         raise ValueError(
-            f"{', '.join(config.datasets)}: the val split has no videos to take prompts from"
+            f"{', '.join(config.datasets)}: the val split has no videos{of} to take prompts from"
         )
     decoded = decoded_keys(windows, wanted.num_decoded)
     prompts = [

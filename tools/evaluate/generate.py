@@ -34,6 +34,7 @@ from tools.evaluate.clips import (
     Frames,
     Kept,
     clips_of,
+    latent_features,
     read_mp4,
     write_npy,
     write_variant,
@@ -94,10 +95,12 @@ def _write_real(
     if world.is_main:
         path = config.folder / REFERENCE_FILE
         if not path.exists():
-            latents = [
-                windows.batch(key).latent_BCTHW[0].half().cpu().numpy() for key in chosen.reference
+            # one latent at a time: 2,048 of 1280x704x49 are 9 GiB
+            features = [
+                latent_features(windows.batch(key).latent_BCTHW[0].cpu().numpy())
+                for key in chosen.reference
             ]
-            same = [latent for latent in latents if latent.shape == latents[0].shape]
+            same = [each for each in features if each.shape == features[0].shape]
             write_npy(path, np.stack(same))
         write_variant(config.folder, Variant(REAL))
 

@@ -174,16 +174,6 @@ def read_scores(folder: Path, names: Sequence[str]) -> dict[str, Scores]:
     return found
 
 
-def latent_features(latent_CThw: np.ndarray[Any, Any]) -> Features:
-    """A latent as a vector: its means over a grid of at most 3 x 6 x 10 cells a channel."""
-    num_frames, rows, columns = latent_CThw.shape[1:]
-    pooled = torch.nn.functional.adaptive_avg_pool3d(
-        torch.from_numpy(latent_CThw.astype(np.float32)),
-        (min(num_frames, 3), min(rows, 6), min(columns, 10)),
-    )
-    return np.asarray(pooled.flatten().numpy())
-
-
 def read_latents(
     folder: Path, clips: Sequence[Clip], pool: Callable[[np.ndarray[Any, Any]], Features]
 ) -> Features:
