@@ -8,9 +8,9 @@ import pytest
 from loader.feed_config import FeedConfig
 from loader.shape import Bucket
 from tools import plan
-from tools.budget import CardBudget, budget
+from tools.budget import CardBudget, Span, budget
 from tools.counts import forward_of, step_of
-from tools.evaluation import Evaluation, evaluation
+from tools.evaluation import Evaluation, evaluation, final_evaluation
 from train.activations.plan import ShapePlan
 from train.config import TrainConfig
 from train.lora.config import SELF_AND_CROSS_QKV
@@ -96,3 +96,44 @@ def test_the_plan_prints_the_share_and_the_days_with_it() -> None:
     days = f"{CONFIG.num_steps * cost.with_both_s.slow / 86400:.2f}"
     line = next(line for line in text.splitlines() if line.startswith("| H200") and "%" in line)
     assert f"{cost.validation_share:.1%}" in line and line.rstrip(" |").endswith(days)
+    one, _ = on_card(CONFIG, "H200")
+    clip_s = final_evaluation(CONFIG).clip_s(CONFIG, TI2V_5B, {LARGE: 1.0}, one)
+    assert clip_s is not None
+    final = text.split("tools.evaluate final")[1].split("\n\n")[0]
+    assert "160 clips" in final and "modelled" in final
+    line = next(line for line in final.splitlines() if line.startswith("| H200"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:] == [f"{clip_s.slow:.2f}", f"{160 * clip_s.slow / 3600:.2f}"]
+
+
+def test_an_evaluation_on_two_v100s_takes_what_a_hand_computes() -> None:
+    """160 clips of 832x480x49 of the base and of a LoRA, 25 steps with guidance."""
+    bucket = Bucket(832, 480, 49)
+    final = final_evaluation(CONFIG)
+    assert final == (160, 25, 5.0)
+    # 13 latent frames of 15 x 26 tokens
+    tokens, text, dim, ffn, blocks = 5070, 512, 3072, 14336, 30
+    # q, k, v and out of self-attention, q and out of cross-attention, the feed-forward; its k and v
+    frozen = tokens * (6 * dim * dim + 2 * dim * ffn) + text * 2 * dim * dim
+    # rank 16 each: [q, k, v] together, q, [k, v] of the text
+    narrow = tokens * (48 * 4 * dim + 16 * 2 * dim) + text * 32 * 3 * dim
+    gemm_flops = blocks * 2 * (frozen + narrow)
+    attention_flops = blocks * 4 * (tokens * tokens + tokens * text) * dim
+    # six passes over the float32 stream, twelve over float16 rows, two over the feed-forward's
+    moved_bytes = blocks * tokens * (6 * 4 * dim + 12 * 2 * dim + 2 * 2 * ffn)
+    copy_s = moved_bytes / (0.9e12 * 3.9 / 4.8) + blocks * 21 * 4e-6
+    fast_s = gemm_flops / 90e12 + attention_flops / 25e12 + copy_s
+    slow_s = gemm_flops / (112e12 * 725 / 989) + attention_flops / (112e12 * 131 / 989) + copy_s
+
+    # what is saved for the backward pass plays no part
+    config = msgspec.structs.replace(CONFIG, activation_memory="block")
+    one, _ = on_card(config, "V100", bucket)
+    clip_s = final.clip_s(config, TI2V_5B, {bucket: 1.0}, one)
+    assert clip_s is not None and one.kernels.names == "efficient"
+    assert clip_s == pytest.approx((50 * fast_s, 50 * slow_s))
+    assert clip_s == pytest.approx((48.0, 64.7), abs=0.05)
+    # 80 clips on each card, of two variants
+    hours = [each / 3600 for each in final.seconds(clip_s, num_gpus=2, num_variants=2)]
+    assert hours == pytest.approx([160 * 48.02 / 3600, 160 * 64.71 / 3600], rel=1e-3)
+    odd = final.seconds(Span(1.0, 1.0), num_gpus=3, num_variants=1)
+    assert odd.fast == 54

@@ -31,7 +31,7 @@ from loader.order import describe_counts
 from loader.shape import Bucket
 from loader.store import read_dataset
 from tools.budget import GIB, Budget, CardBudget, Span, buckets_of, budget, order_of
-from tools.evaluation import evaluation
+from tools.evaluation import evaluation, final_evaluation
 from tools.streaming import describe as describe_moved
 from tools.table import table
 from train.activations.plan import describe
@@ -120,6 +120,7 @@ def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num
         "",
         *_evaluation_lines(config, wan, shares, num_gpus, found),
         "",
+        *_final_lines(config, wan, shares, num_gpus, found),
         f"saved for the backward pass at {largest}",
         *(
             f"  {one.card.name}, {one.kernels.names}: {describe(one.plans[largest])}"
@@ -234,6 +235,33 @@ def _evaluation_lines(
         f"validation (every: {validates}) and samples (every: {samples}; without the VAE's "
         f"decoder, which has no rate), and the days with both",
         table(header, rows, align="<<>>>>>"),
+    ]
+
+
+def _final_lines(
+    config: TrainConfig,
+    wan: WanConfig,
+    shares: dict[Bucket, float],
+    num_gpus: int,
+    found: Budget,
+) -> list[str]:
+    """tools.evaluate final, with one candidate. Models of two experts can't be evaluated yet."""
+    if config.model.expert is not None:
+        return []
+    final, rows = final_evaluation(config), []
+    for one in found.cards:
+        clip_s = final.clip_s(config, wan, shares, one)
+        if clip_s is not None:
+            both_s = final.seconds(clip_s, num_gpus, num_variants=2)
+            cells = (_span(clip_s, 1.0), _span(both_s, 1 / 3600))
+            rows.append((one.card.name, one.kernels.names, *cells))
+    header = ("card", "attention", "s/clip", "hours, base and LoRA")
+    return [
+        f"tools.evaluate final, {final.num_clips} clips of the base and as many of the LoRA, "
+        f"{final.num_steps} steps, guidance {final.guidance:g} (modelled where the rates are; "
+        f"without the VAE's decoder, which has no rate)",
+        table(header, rows, align="<<>>"),
+        "",
     ]
 
 
