@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from bench.learn.controls import CONTROLS
 from bench.learn.dit import FlowMatching, small_transformer
 from bench.learn.training import Clock, GraphedTraining
 from bench.learn.vae import small_vae
+from bench.learn.verdicts import verdicts
 from loader.config import load_toml
 from shardgen.config import ShardgenConfig
 from shardgen.labels.parse import parse_label
@@ -18,6 +20,7 @@ from shardgen.rules.prompt import clip_prompt
 from shardgen.rules.split import split_of
 from tools.evaluate.config import EvaluateConfig, check
 from tools.evaluate.extractors import file_sha256
+from tools.evaluate.result import Comparison, Metric, Result, Variant
 from tools.fake import learned_corpus
 from tools.fake.learned_clips import (
     BUCKET,
@@ -31,8 +34,10 @@ from tools.fake.learned_clips import (
     captions,
     picture_windows,
 )
+from tools.fake.learned_corpus import CATEGORIES
 from train.config import TrainConfig
 from train.flow import noise_latent, sample_losses
+from train.step import Inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 FILM = np.arange(132, dtype=np.uint8)[:, None, None, None] * np.ones((1, 96, 160, 3), np.uint8)
@@ -158,3 +163,36 @@ def test_training_lowers_the_loss_and_ends_when_it_should() -> None:
         losses.append(float(trainer.step((x, y), clock.lr(0.05, 5))))
     assert clock.num_steps == len(losses) == 50 and losses[-1] < 0.8 * losses[0]
     assert clock.lr(1.0, 5) == pytest.approx(0.01, abs=1e-6)
+
+
+def test_the_controls_are_wrong_in_one_way_each() -> None:
+    x, text = torch.randn(3, 2), torch.arange(3.0)
+    inputs = Inputs(x, x, x, text_BSD=text, target_BCThw=x, seeds_B=x, weight_B=x)
+    shuffled, sign = (control(inputs) for control in CONTROLS.values())
+    assert shuffled.text_BSD.tolist() == [2, 0, 1]
+    assert torch.equal(sign.target_BCThw, -x)
+    assert shuffled._replace(text_BSD=text) == inputs
+    assert sign._replace(target_BCThw=x) == inputs
+
+
+def test_a_bar_that_is_missed_is_told_and_one_without_enough_clips_is_not_held() -> None:
+    def result(taught: float, num_clips: int, verdict: str) -> Result:
+        category = CATEGORIES[HELD_OUT]
+        return Result(
+            variants=[Variant(name) for name in ("real", "base", "lora", "sign")],
+            metrics=[
+                Metric("latent_frechet", "base", category, 1000.0, n=num_clips),
+                Metric("latent_frechet", "lora", category, taught, n=num_clips),
+                Metric("latent_retrieval", "lora", category, 0.95, n=num_clips),
+            ],
+            comparisons=[
+                Comparison("latent_frechet", "lora", verdict="better"),
+                Comparison("latent_frechet", "sign", verdict=verdict),
+            ],
+        )
+
+    said = [
+        [each.holds for each in verdicts(result(*case))]
+        for case in ((250.0, 65, "worse"), (251.0, 65, "undecided"), (100.0, 63, "worse"))
+    ]
+    assert said == [[True] * 4, [False, True, True, False], [None, True, True, True]]

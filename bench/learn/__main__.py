@@ -2,6 +2,9 @@
 
     python -m bench.learn prepare --output runs/learn      on a CPU: footage.npz, tokenizer, ...
     python -m bench.learn train --output runs/learn        on a GPU, about eight minutes
+    python -m bench.learn controls --output runs/controls  on a CPU, after the demo: two LoRAs that
+                                                           an evaluation must call worse
+    python -m bench.learn verdicts --output EVALUATION     does all that must hold? (exit code)
 
 `train` writes OUTPUT/vae and OUTPUT/transformer in diffusers' layout and float16,
 OUTPUT/metrics.json, sheet.png (every caption by the base, then by a LoRA on the held-out subject,
@@ -24,10 +27,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.utils import logging as diffusers_logging
 
+from bench.learn.controls import train_controls
 from bench.learn.dit import train_transformer
 from bench.learn.footage import Footage, load, prepare
 from bench.learn.lora import open_run, retrieval, sample, train_lora
 from bench.learn.vae import measure_latents, measure_psnr, rounded_to_half, save_half, train_vae
+from bench.learn.verdicts import say
 from loader.files import file_xxh3
 from tools.fake.learned_clips import FOLDER, HELD_OUT
 from train.contact_sheet import contact_sheet
@@ -156,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["prepare", "train"])
+    parser.add_argument("command", choices=["prepare", "train", "controls", "verdicts"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--footage", type=Path, help="folder of footage.npz, default OUTPUT")
     parser.add_argument("--part", choices=["vae", "transformer", "all"], default="all")
@@ -168,14 +173,20 @@ def main() -> None:
     parser.add_argument("--transformer-batch", type=int, default=64)
     parser.add_argument("--every", type=int, default=1, help="one window of so many, for a try")
     parser.add_argument("--lora-passes", type=int, default=5000)
+    parser.add_argument("--control-steps", type=int, default=100)
     parser.add_argument("--sample-steps", type=int, default=20)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.command != "verdicts":
+        arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         if arguments.command == "prepare":
             prepare(arguments.output, FOLDER, arguments.seed)
+        elif arguments.command == "controls":
+            train_controls(arguments.output, arguments.control_steps, arguments.seed)
+        elif arguments.command == "verdicts":
+            sys.exit(not say(arguments.output))
         else:
             train(arguments)
     except (ValueError, OSError) as error:

@@ -25,7 +25,7 @@ from train.model.config import ModelConfig
 from train.optim import OptimConfig
 from train.parallel.mesh import World
 from train.run import Run
-from train.step import prepare
+from train.step import Inputs, prepare
 
 SAMPLES = Schedule(num_steps=20, shift=SHIFT, guidance=3.0)
 
@@ -48,6 +48,24 @@ def open_run(model: Path, device: torch.device, num_steps: int, seed: int) -> Ru
         activation_memory="all",
     )
     return setup.build(config, World(0, 1, device), [BUCKET])
+
+
+def optimizer_step(run: Run, inputs: Inputs, step: int) -> Tensor:
+    """One step as train/main.py does it, of one micro-batch on one process. Returns the losses,
+    float32 [B].
+    """
+    config = run.config
+    run.flat.buffer.zero_()
+    losses_B = run.micro_step.forward(inputs)
+    run.micro_step.backward()
+    lr = optim.learning_rate(step, config.num_steps, config.optim)
+    optim.set_learning_rate(run.optimizer, lr, config.optim)
+    run.scaler.unscale_(run.optimizer)
+    optim.clip_gradient(run.flat.gradient, config.optim.clip_norm)
+    run.scaler.step(run.optimizer)
+    optim.update_scale(run.scaler, run.scales_loss)
+    run.adapters.refresh()
+    return losses_B
 
 
 def train_lora(run: Run, footage: Footage, latent_NCThw: Tensor) -> dict[str, Any]:
@@ -73,16 +91,7 @@ def train_lora(run: Run, footage: Footage, latent_NCThw: Tensor) -> dict[str, An
             index=step,
             wait_s=0.0,
         )
-        run.flat.buffer.zero_()
-        losses_B = run.micro_step.forward(prepare(batch, run.laws))
-        run.micro_step.backward()
-        lr = optim.learning_rate(step, config.num_steps, config.optim)
-        run.optimizer.param_groups[0]["lr"] = lr
-        run.scaler.unscale_(run.optimizer)
-        optim.clip_gradient(run.flat.gradient, config.optim.clip_norm)
-        run.scaler.step(run.optimizer)
-        optim.update_scale(run.scaler, run.scales_loss)
-        run.adapters.refresh()
+        losses_B = optimizer_step(run, prepare(batch, run.laws), step)
         losses.append(losses_B.mean().clone())
     tail = torch.stack(losses[-100:]).mean()
     measured = {
