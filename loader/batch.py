@@ -21,6 +21,7 @@ import zstandard
 from torch import Tensor
 
 from loader.dataset import Dataset
+from loader.files import cause_of
 from loader.manifest import DatasetError
 from loader.pinned import HostMemory
 from loader.read import Reader
@@ -316,5 +317,6 @@ def _empty_text(dataset: Dataset) -> np.ndarray[Any, Any]:
         return planes
     except (zstandard.ZstdError, ValueError, FileNotFoundError) as error:
         raise DatasetError(
-            f"{dataset.name}: {EMPTY_PROMPT_FILE} is missing or damaged ({error}); copy it anew"
+            f"{dataset.name}: {EMPTY_PROMPT_FILE} is missing or damaged ({cause_of(error)}); copy "
+            f"it anew"
         ) from error

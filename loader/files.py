@@ -37,6 +37,11 @@ class FolderInUseError(ValueError):
     """Another process writes to this folder; the message names both."""
 
 
+def cause_of(error: Exception) -> str:
+    """What went wrong, for a message that says where: without the system's number and path."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def told(error: Exception) -> str:
     """What to print of an error: of the system's where, what and what to do about it in one line,
     of ours the text, which says all of that.

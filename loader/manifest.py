@@ -18,6 +18,7 @@ import msgspec
 import xxhash
 from msgspec import UNSET, UnsetType
 
+from loader.files import cause_of
 from loader.sample import split_member_name
 from loader.shape import WAN22, Bucket, LatentLayout
 
@@ -150,7 +151,9 @@ def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
             f"one; run it again, it goes on where it stopped"
         ) from error
     except (OSError, msgspec.MsgspecError) as error:
-        raise DatasetError(f"{name}: {error}") from error
+        raise DatasetError(
+            f"{name}: {cause_of(error)}; the file is cut off or damaged, copy it anew"
+        ) from error
     has_layout = manifest.latent_layout is not UNSET
     if has_layout != (version == VERSION_WITH_LAYOUT) or (manifest.condition and not has_layout):
         raise DatasetError(

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from loader.files import cause_of
 from loader.shape import WAN21, WAN22, LatentLayout
 
 Expert = Literal["high", "low"]
@@ -208,6 +209,6 @@ def _read(path: Path, kind: type[ConfigT]) -> ConfigT:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError) as error:
         raise ModelError(
-            f"{path}: {error}; it must be part of a Wan model's diffusers folder, such as a "
-            f"download of Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+            f"{path}: {cause_of(error)}; it must be part of a Wan model's diffusers folder, such "
+            f"as a download of Wan-AI/Wan2.2-TI2V-5B-Diffusers"
         ) from error

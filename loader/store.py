@@ -86,7 +86,7 @@ class LocalStore:
         return LocalFile(self.folder / name)
 
     def missing(self, names: list[str]) -> list[str] | None:
-        return [name for name in names if not (self.folder / name).exists()]
+        return [name for name in names if not (self.folder / name).is_file()]
 
     def close(self) -> None:
         pass

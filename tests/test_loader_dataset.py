@@ -50,8 +50,14 @@ def test_a_dataset_that_lacks_most_of_its_files_is_refused_with_the_numbers(
         make_feed(dataset, global_batch=G)
 
 
-def test_one_missing_file_is_refused_whatever_max_damaged_allows(dataset: Path) -> None:
-    (dataset / "train" / "train-64x32x1-000000.idx").unlink()
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_one_missing_file_is_refused_whatever_max_damaged_allows(
+    dataset: Path, is_folder: bool
+) -> None:
+    path = dataset / "train" / "train-64x32x1-000000.idx"
+    path.unlink()
+    if is_folder:
+        path.mkdir()
     with pytest.raises(DatasetError, match="1 of 17 shards of train lack files, which is 8 of"):
         make_feed(dataset, global_batch=G, max_damaged=1000)
 

@@ -17,6 +17,7 @@ from loader.files import (
     LOCK_FILE,
     FolderInUseError,
     atomic_file,
+    cause_of,
     file_xxh3,
     has_writer,
     sole_writer,
@@ -110,6 +111,13 @@ def test_who_only_asks_whether_somebody_writes_keeps_nobody_from_writing(tmp_pat
         with sole_writer(tmp_path, "second"):
             assert has_writer(tmp_path)
         timer.join()
+
+
+def test_the_cause_of_an_error_has_neither_number_nor_path(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "a").read_bytes()
+    assert cause_of(caught.value) == "No such file or directory"
+    assert cause_of(ValueError("the text")) == "the text"
 
 
 def test_an_error_of_the_system_says_where_what_and_what_to_do(tmp_path: Path) -> None:

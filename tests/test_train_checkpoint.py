@@ -92,9 +92,16 @@ def test_a_bit_flipped_in_any_file_is_found_and_the_one_before_is_used(tmp_path:
 
 def test_a_file_that_is_missing_or_too_much_is_damage(tmp_path: Path) -> None:
     folder = save(tmp_path)
-    (folder / "more").touch()
-    assert checkpoint.find_damage(folder) == "checkpoint.xxh3 and the files there differ: ['more']"
-    (folder / "more").unlink()
+    more = folder / "more.safetensors"
+    more.touch()
+    assert checkpoint.find_damage(folder) == (
+        "checkpoint.xxh3 and the files there differ: ['more.safetensors']"
+    )
+    more.unlink()
+    # a file manager's and a storage's
+    (folder / ".DS_Store").touch()
+    (folder / "@eaDir").mkdir()
+    assert checkpoint.find_damage(folder) is None
     (folder / "step-3.safetensors").unlink()
     assert "step-3.safetensors" in str(checkpoint.find_damage(folder))
 

@@ -199,7 +199,9 @@ def find_damage(folder: Path) -> str | None:
     if rest or not all(matches):
         return f"{HASH_FILE} is damaged"
     expected = {match[2]: match[1] for match in matches if match}
-    found = {path.name for path in folder.iterdir()} - {HASH_FILE}
+    # what a file manager or a storage puts there is none of ours
+    ours = [folder / STATE_FILE, *folder.glob("*.safetensors")]
+    found = {path.name for path in ours if path.exists()}
     if found ^ expected.keys():
         return f"{HASH_FILE} and the files there differ: {sorted(found ^ expected.keys())}"
     for name, xxh3 in expected.items():

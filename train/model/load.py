@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loader.files import cause_of
 from loader.models import KINDS
 from train.model.wan import Projections, Wan, WanConfig
 
@@ -171,8 +172,8 @@ def read_config(path: Path) -> WanConfig:
         config = msgspec.json.decode(path.read_bytes(), type=WanConfig)
     except (OSError, msgspec.MsgspecError) as error:
         raise WeightsError(
-            f"{path}: {error}; model.path must be a diffusers folder such as a download of "
-            f"Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+            f"{path}: {cause_of(error)}; model.path must be a diffusers folder such as a download "
+            f"of Wan-AI/Wan2.2-TI2V-5B-Diffusers"
         ) from error
     _refuse_what_is_not_trained(config, path)
     return config
