@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
+from tools.dashboard.exports import read_csv
+from tools.dashboard.render import PERSON_COOKIE
 from tools.fake.runs import write_build_log, write_evaluation, write_run, write_samples
 
 pytestmark = pytest.mark.browser
@@ -205,6 +208,38 @@ def test_a_decision_and_a_vote_survive_a_restart(page: Page, server: Server) -> 
     page.get_by_text("가운데 1쌍").wait_for()
     written = (server.folder / "tiny" / "exclusions.csv").read_text(encoding="utf-8-sig")
     assert "2400104.json,exclude,caption_wrong,홍길동," in written
+
+
+# answers each question as soon as the page holds its buttons, before the browser does anything else
+HASTY = """
+const keys = { overall: "1", text: "2" }, answered = new WeakSet();
+new MutationObserver(() => {
+    const form = document.querySelector("form.question");
+    if (!form?.querySelector("[data-key='9']") || answered.has(form)) return;
+    answered.add(form);
+    const key = keys[form.elements.question.value];
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+}).observe(document, { childList: true, subtree: true });
+"""
+
+
+def test_no_vote_is_lost_however_quickly_keys_are_pressed(page: Page, server: Server) -> None:
+    """On pages that are still being read, and on questions that have just been swapped in."""
+    page.context.add_cookies([{"name": PERSON_COOKIE, "value": "hasty", "url": server.url}])
+    page.add_init_script(HASTY)
+    urls: list[str] = []
+    page.on("request", lambda request: urls.append(request.url))
+    page.goto(f"{server.url}/vote")
+    page.get_by_text("쌍에 모두 답했습니다").wait_for()
+    # the browser's own way to send a form, which records nothing and asks the same again
+    assert not [url for url in urls if "answer=" in url]
+    votes = read_csv(httpx2.get(f"{server.url}/votes.csv").content)
+    answers = Counter(
+        (vote["question"], vote["answer"]) for vote in votes if vote["rater"] == "hasty"
+    )
+    num_pairs = answers["overall", "left"]
+    assert num_pairs > 1
+    assert answers == {("overall", "left"): num_pairs, ("text", "right"): num_pairs}
 
 
 def test_an_open_page_follows_a_run(page: Page, server: Server) -> None:

@@ -49,6 +49,24 @@ document.addEventListener("click", (event) => {
   }
 });
 
+// -- an answer given before the page is complete waits until htmx knows its form. The browser would
+// send the form itself, as a GET that records nothing. (After a swap htmx is as quick as the page:
+// defaultSettleDelay is 0 in base.html, instead of 20 ms in which a key pressed early was lost.)
+let isComplete = false;
+const early = new Map();
+document.addEventListener("submit", (event) => {
+  if (isComplete || !event.target.hasAttribute("hx-post")) return;
+  event.preventDefault();
+  event.stopPropagation();
+  if (!early.has(event.target)) early.set(event.target, event.submitter);
+}, true);
+addEventListener("DOMContentLoaded", () => {
+  isComplete = true;
+  // htmx learns from a click which button it was
+  for (const [form, button] of early) button ? button.click() : form.requestSubmit();
+  early.clear();
+});
+
 // -- vote: 1 left, 2 right, 0 the same, 9 neither is usable
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("input, textarea, select") || event.ctrlKey || event.altKey || event.metaKey) return;
