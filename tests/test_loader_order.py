@@ -215,9 +215,10 @@ def test_a_million_samples_start_and_resume_within_a_second() -> None:
         {"1280x704x49": [100] * 6000, "832x480x9": [100] * 3000, "832x480x1": [100] * 1000}
     )
     for start in (0, 70_000):
-        begin = time.perf_counter()
+        # of this thread: other tests run beside it
+        begin_s = time.thread_time()
         Order([million], seed=3, global_batch=8).batch(start)
-        assert time.perf_counter() - begin < 1
+        assert time.thread_time() - begin_s < 1
 
 
 def test_order_needs_no_torch() -> None:

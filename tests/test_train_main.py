@@ -38,6 +38,7 @@ def test_torchrun_starts_it_and_only_the_newest_checkpoints_stay(
             sys.executable,
             "-m",
             "torch.distributed.run",
+            "--standalone",
             "--nproc-per-node",
             "2",
             "train/main.py",

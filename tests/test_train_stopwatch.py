@@ -2,23 +2,26 @@
 
 import time
 
-import pytest
 import torch
 
 from train.stopwatch import Scalars, Stopwatch, lap_seconds
 
 
 def test_laps_share_all_the_time_among_them() -> None:
-    start_s = time.perf_counter()
+    before_s = time.perf_counter()
     watch = Stopwatch(torch.device("cpu"))
+    begin_s = time.perf_counter()
     for _ in range(2):
         time.sleep(0.02)
         watch.lap("a")
         time.sleep(0.01)
+        end_s = time.perf_counter()
         watch.lap("b")
-    seconds, elapsed_s = lap_seconds(watch.split()), time.perf_counter() - start_s
+    after_s = time.perf_counter()
+    seconds = lap_seconds(watch.split())
     assert seconds.keys() == {"a", "b"} and seconds["a"] >= 0.04 and seconds["b"] >= 0.02
-    assert sum(seconds.values()) == pytest.approx(elapsed_s, abs=0.005)
+    # however late this process gets its turn
+    assert end_s - begin_s <= sum(seconds.values()) <= after_s - before_s
     watch.lap("c")
     assert lap_seconds(watch.split()).keys() == {"c"}
 
