@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,7 @@ def imported_modules(source: str, modules: Collection[str]) -> set[str]:
     return names & set(modules)
 
 
+@cache
 def import_graph() -> dict[str, set[str]]:
     """Module -> the modules of ours that it imports, late imports included."""
     paths = {}
