@@ -86,7 +86,7 @@ def windows_of(path: Path) -> list[Frames]:
     return found
 
 
-@pytest.mark.parametrize("num_clips", [10, pytest.param(32, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("num_clips", [6, pytest.param(32, marks=pytest.mark.soak)])
 def test_distances_grow_when_clips_are_blurred_frozen_or_out_of_order(
     extractor: Extractor, num_clips: int
 ) -> None:

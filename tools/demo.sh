@@ -37,7 +37,7 @@ python -m tools.evaluate score configs/evaluate/learned.toml
 python -m tools.evaluate compare configs/evaluate/learned.toml
 begin "sample: image to video, with the ComfyUI file"
 python -m tools.generate --model tools/fake/learned --lora $demo/taught-lora/lora_comfyui.safetensors \
-    --output $demo/samples-i2v --shape 160x96x9 --steps 10 --guidance 3 --image tools/fake/learned/pictures/coffee.jpg \
+    --output $demo/samples-i2v --shape 160x96x9 --steps 10 --guidance 2 --image tools/fake/learned/pictures/coffee.jpg \
     --prompt "나무 탁자 위 붉은 받침에 커피 한 잔이 놓여 있다. 점점 가까이 다가간다."
 begin "plot"
 python -m tools.plot $demo/taught-lora
