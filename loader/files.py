@@ -53,6 +53,17 @@ def told(error: Exception) -> str:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path into an OSError that has none: a write or a sync knows only its descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write that becomes `path` when the block ends, and is removed when it
     raises. Raises OSError.
@@ -64,21 +75,17 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     name = f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}"
     temporary = path.with_name(name)
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
+        with naming(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            if _are_equal(temporary, path):
+                return
+            temporary.replace(path)
             if durable:
-                os.fsync(file.fileno())
-        if _are_equal(temporary, path):
-            return
-        temporary.replace(path)
-        if durable:
-            sync_folder(path.parent)
-    except OSError as error:
-        # a write to an open file fails without saying which: the disk is full, for example
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
+                sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

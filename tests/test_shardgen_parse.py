@@ -290,6 +290,8 @@ def test_what_no_rule_uses_loses_no_label_whatever_stands_there(value: Any) -> N
     label = parse(made)
     assert label.width_px is label.duration_s is label.fps is None
     assert parse(made | {"raw_data_info": value}).width_px is None
+    basic = {"basic_info": {"resolution": value}}
+    assert parse(made | {"raw_data_info": basic | {"raw_data_info": basic}}).width_px is None
     assert parse(made | {"raw_data_info": {"source_media_info": value}}).media_type == ""
 
 

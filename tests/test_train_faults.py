@@ -187,6 +187,15 @@ def test_a_full_disk_ends_the_run_with_the_path_and_keeps_the_last_good_checkpoi
     assert status is not None and "File too large" in status.reason
 
 
+def test_a_full_disk_at_the_start_names_its_path(
+    run_config: TrainConfig, tmp_path: Path, full_disk: int
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit))
+    with pytest.raises(OSError, match=r"File too large: .*config.toml"):
+        train_here(run_config, tmp_path / "run", optim=CONSTANT, num_steps=1)
+
+
 def test_a_full_disk_while_the_lora_is_saved_names_its_path(
     run_config: TrainConfig, interrupted: Path, full_disk: int
 ) -> None:

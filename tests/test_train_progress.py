@@ -4,6 +4,8 @@ lines where nobody looks at a terminal.
 
 import io
 import logging
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -54,6 +56,26 @@ def test_a_resumed_run_writes_on_after_its_checkpoint(tmp_path: Path) -> None:
     records = read_records(tmp_path / METRICS_FILE, StepRecord)
     assert [record.step for record in records] == [2, 4, 6, 8]
     assert records[-1].loss == pytest.approx(0.5)
+
+
+def test_a_full_disk_is_told_by_the_folder_that_filled_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large") as caught,
+            Progress(tmp_path, 0, 1000, is_evaluated=True) as opened,
+        ):
+            for step in range(1000):
+                opened.write(report(step).read()[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.filename == str(tmp_path / "tensorboard")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_tensorboard_has_groups_and_tasks_apart(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageOps
 
-from loader.files import told
+from loader.files import naming, told
 from loader.models import ModelKind, read_kind
 from loader.mp4 import encode_mp4
 from loader.shape import Bucket
@@ -318,15 +318,16 @@ def main() -> None:
         options = options_of(arguments, kind)
         loras = files_by_transformer(kind, arguments.lora, arguments.lora_high, arguments.lora_low)
         arguments.output.mkdir(parents=True, exist_ok=True)  # before minutes are spent
-        compare(
-            arguments.model,
-            loras,
-            arguments.output,
-            arguments.prompt,
-            options,
-            arguments.device,
-            getattr(torch, dtype),
-        )
+        with naming(arguments.output):
+            compare(
+                arguments.model,
+                loras,
+                arguments.output,
+                arguments.prompt,
+                options,
+                arguments.device,
+                getattr(torch, dtype),
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"generate: {told(error)}")
 

@@ -24,7 +24,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from loader.config import dump_toml, load_toml
-from loader.files import sole_writer, told
+from loader.files import sole_writer, told, write_atomic
 from train import checkpoint, optim, setup, watch
 from train.cards import NOT_MEASURED, CardReader
 from train.config import TrainConfig, in_steps
@@ -81,7 +81,7 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         )
         # what was chosen of "auto" follows as comments
         chosen = "".join(f"# {line}\n" for line in describe(run.kernels))
-        (output / "config.toml").write_text(dump_toml(run.config) + chosen, encoding="utf-8")
+        write_atomic(output / "config.toml", (dump_toml(run.config) + chosen).encode())
         for line in run.describe():
             progress.say(line)
     status.num_steps = config.num_steps

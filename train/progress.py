@@ -8,9 +8,10 @@ which a killed run may have left, so that the file always reads as one run.
 
 import io
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, Self
@@ -40,6 +41,7 @@ from train.tally import Faults, sums_of
 from train.tracking import Tracker
 
 LINE_EVERY_S = 10.0
+TENSORBOARD_FOLDER = "tensorboard"
 # name of a measurement -> its group in TensorBoard; the others are times
 _GROUPS = {
     "loss": "loss",
@@ -160,7 +162,10 @@ class Progress:
         self._validation_file = self._stack.enter_context(
             _reopen(output / VALIDATION_FILE, last_validation)
         )
-        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+        # entered first: closing the writer writes too
+        self._stack.enter_context(_tensorboard_errors(output / TENSORBOARD_FOLDER))
+        folder = str(output / TENSORBOARD_FOLDER)
+        self._writer = SummaryWriter(folder, purge_step=first_step + 1)
         self._stack.callback(self._writer.close)
         self._tracker = tracker
         if tracker is not None:
@@ -275,6 +280,26 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+
+@contextmanager
+def _tensorboard_errors(folder: Path) -> Iterator[None]:
+    """Name `folder` in errors of TensorBoard's writer, such as a full disk. It writes in a thread
+    of its own, raises there, and raises the same again at the next call.
+    """
+    before = threading.excepthook
+
+    def hook(thrown: threading.ExceptHookArgs) -> None:
+        if not type(thrown.thread).__module__.startswith("tensorboard."):
+            before(thrown)
+        elif isinstance(thrown.exc_value, OSError) and thrown.exc_value.filename is None:
+            thrown.exc_value.filename = str(folder)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _reopen(path: Path, last_step: int) -> IO[bytes]:

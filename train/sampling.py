@@ -25,7 +25,7 @@ import zstandard
 from msgspec import Meta
 from torch import Tensor
 
-from loader.files import write_atomic
+from loader.files import naming, write_atomic
 from loader.mp4 import encode_mp4
 from loader.order import sample_seed
 from loader.shape import Bucket, LatentLayout
@@ -161,8 +161,9 @@ class Sampler:
                     mark = f"\n{_MARKS[self._laws.expert]}" if self._laws.expert else ""
                     names = (f"{number + 1}\nbase{mark}", f"{number + 1}\nstep {step}{mark}")
                     rows = list(zip(names, (base, tuned), strict=True))
-                    (folder / f"{name}.mp4").write_bytes(encode_mp4(tuned, self._fps))
-                    contact_sheet(rows).save(folder / f"{name}.png")
+                    with naming(folder):
+                        (folder / f"{name}.mp4").write_bytes(encode_mp4(tuned, self._fps))
+                        contact_sheet(rows).save(folder / f"{name}.png")
                     differences[number] = np.abs(base.astype(np.int16) - tuned).mean()
         finally:
             self._model.train(was_training)
@@ -235,7 +236,8 @@ class Sampler:
         for row in rows:
             sheet.paste(row, (0, top_px))
             top_px += row.height
-        sheet.save(folder / SHEET_FILE)
+        with naming(folder):
+            sheet.save(folder / SHEET_FILE)
 
     def _event(self, step: int, differences: list[float], elapsed_s: float) -> SampleEvent:
         clips = [

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from loader.files import write_atomic
+
 FOLDER, ID_FILE = "wandb", "run-id"
 
 
@@ -70,7 +72,7 @@ def open_tracker(
     # the same one when the run goes on
     id_file = folder / ID_FILE
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+        write_atomic(id_file, uuid.uuid4().hex.encode())
     quiet = wandb.Settings(
         console="off",
         disable_code=True,

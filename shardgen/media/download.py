@@ -17,12 +17,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
+from loader.files import naming
 from shardgen.media.errors import FetchError
 from shardgen.media.local import Fetched, hash_local
 from shardgen.media.urls import ascii_url, check_url, without_query
@@ -98,17 +98,6 @@ def download(
     part.replace(path)
     _validator_file(part).unlink(missing_ok=True)
     return done._replace(path=path)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the path into an OSError that has none: a write or a sync knows only its descriptor."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
 
 
 def _validator_file(part: Path) -> Path:
@@ -210,7 +199,8 @@ def _receive(response: Any, part: Path, held: int, url: str, policy: RetryPolicy
         etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified") or ""
     )
     if validator:
-        _validator_file(part).write_text(validator)
+        with naming(part):
+            _validator_file(part).write_text(validator)
     else:
         _validator_file(part).unlink(missing_ok=True)
     size, window_size, window_start = held, held, time.monotonic()
