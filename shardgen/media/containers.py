@@ -223,8 +223,11 @@ class Decoder:
         """The aspect ratio that the packet's headers brought into force. Raises MediaError where
         container and stream disagree about it.
         """
-        sar = _as_fraction(self._stream.codec_context.sample_aspect_ratio)
+        stated = self._stream.codec_context.sample_aspect_ratio
+        sar = _as_fraction(stated)
         if time is None or (self._sars and self._sars[-1][1] == sar):
+            return
+        if not stated and not self._stream_states_sar:
             return
         if self._sars and not self._stream_states_sar:
             raise MediaError(
