@@ -221,10 +221,10 @@ def test_an_aspect_that_changes_against_what_the_container_states_is_refused(
         )
     path = tmp_path / "a.mxf"  # whose muxer states the last aspect for all
     with av.open(str(path), "w") as new:
-        stream = None
+        # a template has no frame rate in PyAV 18.0, which this muxer asks for
+        stream = new.add_stream("mpeg2video", rate=25, width=720, height=480, pix_fmt="yuv420p")
         for part in parts:
             with av.open(str(part)) as old:
-                stream = stream or new.add_stream_from_template(old.streams.video[0])
                 for packet in old.demux(video=0):
                     if packet.dts is not None:
                         packet.stream = stream
