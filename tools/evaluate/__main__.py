@@ -89,9 +89,10 @@ def say(result: Result) -> None:
         print(f"{metric.name:18} {metric.variant:12} {value}{interval}{floor}{n}{why}")
     for each in result.comparisons:
         where = f" in {each.category}" if each.category else ""
-        value = f"{each.difference:+.4g}" if isinstance(each.difference, float) else "-"
+        value = f"{each.difference:+.4g}" if isinstance(each.difference, float) else "not measured"
         interval = "" if each.low is None else f" [{each.low:+.4g}, {each.high:+.4g}]"
-        print(f"{each.metric:18} {each.variant} - base{where}: {value}{interval} {each.verdict}")
+        verdict = f" {each.verdict}" if each.verdict else ""
+        print(f"{each.metric:18} {each.variant} - base{where}: {value}{interval}{verdict}")
     print(f"grade: {result.grade} ({result.grade_rule})")
 
 
