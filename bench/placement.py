@@ -214,7 +214,9 @@ def main() -> None:
     parser.add_argument("--cases", default="t2v,i2v")
     parser.add_argument("--attention", default="cudnn")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--budget-s", type=float, default=400.0, help="no round begins after it")
+    parser.add_argument(
+        "--budget-s", type=float, default=400.0, help="no round begins after it; of one process"
+    )
     parser.add_argument("--layers", type=int, default=T2V_A14B.num_layers)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -60,7 +60,7 @@ def time_step(subject: Subject, others_bytes: int, batch: Batch, device: torch.d
 
 
 def host_to_device_gb_s(device: torch.device, num_bytes: int = 2**30) -> float:
-    """Of registered memory, alone."""
+    """Of registered memory, in this process and those beside it at once."""
     memory = RegisteredMemory(num_bytes, device)
     target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target.copy_(memory.tensor, non_blocking=True)

@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     folder, num_gpus = arguments.folder, 2 if arguments.tiny else torch.cuda.device_count()
     if num_gpus < 2:
         parser.error("one GPU has nothing to compare with: use a machine with two, or --tiny")
+    if folder.exists() and any(folder.iterdir()):
+        parser.error(f"{folder} is not empty: runs of another call would be compared; name another")
     sizes, dtype, device = (
         (TINY, "float32", "cpu") if arguments.tiny else (REAL, "bfloat16", "cuda")
     )

@@ -150,7 +150,9 @@ def load_manifest(read: Callable[[], bytes], name: str) -> Manifest:
             f"{name}: no manifest; a dataset is complete once `shardgen build` has written "
             f"one; run it again, it goes on where it stopped"
         ) from error
-    except (OSError, msgspec.MsgspecError) as error:
+    except OSError as error:
+        raise DatasetError(f"{name}: {cause_of(error)}") from error
+    except msgspec.MsgspecError as error:
         raise DatasetError(
             f"{name}: {cause_of(error)}; the file is cut off or damaged, copy it anew"
         ) from error

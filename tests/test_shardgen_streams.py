@@ -160,6 +160,8 @@ def test_a_transport_stream_that_lost_a_packet_is_refused(
     # in the first picture, where libavformat is silent, and in the middle
     for start in (film[20], film[len(film) // 2]):
         path.write_bytes(data[:start] + data[start + size :])
+        number = 0x100 if suffix == ".ts" else 0x1011
+        assert has_gap(path, number) == (start == film[20])
         assert refused(path) == "media_truncated"
 
 
@@ -170,17 +172,26 @@ def test_a_packet_that_comes_twice_and_a_count_that_is_announced_are_no_gap() ->
         start = b"\0\0\1\xe0" if is_start else b""
         return (head + field + start).ljust(188, b"\xff")
 
+    def gap(packets: list[bytes]) -> bool:
+        return has_gap(b"".join(packets), 256)
+
     first, plain = packet(14, is_start=True), [packet(15 + i) for i in range(6)]
-    assert not has_gap(b"".join([first, *plain]))
-    assert has_gap(b"".join([first, *plain[:3], *plain[4:]]))
-    assert not has_gap(b"".join([first, *plain[:3], *plain[2:]]))
+    assert not gap([first, *plain])
+    assert gap([first, *plain[:3], *plain[4:]])
+    assert not gap([first, *plain[:3], *plain[2:]])
     anew = packet(3, field=b"\x01\x80")
-    assert not has_gap(b"".join([first, *plain, anew, packet(4), packet(5)]))
+    assert not gap([first, *plain, anew, packet(4), packet(5)])
     # another stream's, what precedes the first picture, and what follows it
     sound = [packet(count, number=257) for count in (0, 5, 1)]
     second = packet(5, is_start=True)
-    assert not has_gap(b"".join([packet(2), *sound, first, *plain, second, *plain[2:]]))
-    assert not has_gap(b"no transport stream") and not has_gap(b"")
+    assert not gap([packet(2), *sound, first, *plain, second, *plain[2:]])
+    assert not gap([b"no transport stream"]) and not gap([])
+    # a start that comes twice is not the next picture's; a gap in sound is none of the film's, and
+    # sound that goes on does not end the search
+    assert gap([first, first, *plain[:3], *plain[4:]])
+    starts = [packet(count, is_start=True, number=257) for count in (0, 1)]
+    assert not gap([starts[0], *sound, first, *plain])
+    assert gap([starts[0], first, *plain[:2], starts[1], *plain[3:]])
 
 
 def test_a_film_whose_clock_stands_still_is_refused(tmp_path: Path) -> None:

@@ -195,4 +195,4 @@ def test_a_bar_that_is_missed_is_told_and_one_without_enough_clips_is_not_held()
         [each.holds for each in verdicts(result(*case))]
         for case in ((250.0, 65, "worse"), (251.0, 65, "undecided"), (100.0, 63, "worse"))
     ]
-    assert said == [[True] * 4, [False, True, True, False], [None, True, True, True]]
+    assert said == [[True] * 4, [False, True, True, False], [None, None, True, True]]

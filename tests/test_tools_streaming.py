@@ -7,8 +7,9 @@ from loader.feed_config import FeedConfig
 from loader.shape import WAN21, Bucket
 from tools import budget, plan
 from tools.evaluation import sampled_steps
-from tools.streaming import hidden_from_tokens, with_copies
+from tools.streaming import Moved, hidden_from_tokens, with_copies
 from train.config import TrainConfig
+from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
 from train.model.wan import T2V_A14B
 
@@ -76,10 +77,21 @@ def test_copies_hide_from_the_tokens_on_that_the_plan_names() -> None:
 
 
 def test_copies_hide_in_each_pass_or_not_at_all() -> None:
-    assert with_copies(forward_s=2.0, compute_s=6.0, copy_s=3.0) == 6.0
+    both = Moved(forward_bytes=1.5, backward_bytes=1.5)
+    assert with_copies(both, 1.0, forward_s=2.0, compute_s=6.0) == 6.0
     # there is time enough for all of it, but not in the forward pass
-    assert with_copies(forward_s=1.0, compute_s=6.0, copy_s=3.0) == 6.5
-    assert with_copies(forward_s=1.0, compute_s=2.0, copy_s=3.0) == 3.0
+    assert with_copies(both, 1.0, forward_s=1.0, compute_s=6.0) == 6.5
+    assert with_copies(both, 1.0, forward_s=1.0, compute_s=2.0) == 3.0
+
+
+def test_a_backward_pass_of_a_few_blocks_copies_few() -> None:
+    some, every = (
+        on_card(CLIP, "V100", "streamed", lora=LoRAConfig(blocks=blocks)).moved
+        for blocks in ("30-39", "")
+    )
+    # of ten trained blocks two are in the slots at the turn; then the forward pass begins anew
+    assert some.backward_bytes == pytest.approx(every.backward_bytes * 8 / 38)
+    assert some.forward_bytes == pytest.approx(every.forward_bytes * 40 / 38)
 
 
 def test_shares_on_two_cards_take_half_of_the_weights_of_each() -> None:

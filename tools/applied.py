@@ -6,6 +6,7 @@ the base model's even if one of the two does nothing. So each transformer is ask
 same random latent, with its LoRA and without, and it is counted how often it ran.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ def check_lora(path: Path) -> int:
                         f"written; take the file of an earlier step"
                     )
                 num_tensors += not name.endswith(".alpha")
-                if ".lora_B." in name or ".lora_up." in name:
+                if re.search(r"\.lora_(B|up)(\.|$)", name):
                     num_up += 1
                     has_effect |= bool(tensor.any())
     except (OSError, SafetensorError) as error:

@@ -14,6 +14,7 @@ from tools.cards import CARDS, Card, Rates
 from tools.counts import (
     Step,
     exchanged_bytes,
+    forward_exchanged_bytes,
     forward_of,
     layers,
     num_adapter_parameters,
@@ -146,7 +147,6 @@ def _on_card(
             )
             for bucket in shares
         }
-        copy_s = moved.copied_bytes / card.link_bytes
         for bucket in shares:
             by_tag = kernels_by_tag(shapes[bucket], kernels)
             sample_s = Span(*(seconds(steps[bucket], rates, by_tag) for rates in card.rates))
@@ -163,15 +163,18 @@ def _on_card(
                 dtype_bytes,
                 shapes[bucket].num_parts,
             )
+            sent = forward_exchanged_bytes(wan, shapes[bucket], dtype_bytes) / card.peer_bytes
             forward_s[bucket] = Span(
-                *(shapes[bucket].batch * seconds(forward, rates, by_tag) for rates in card.rates)
+                *(shapes[bucket].batch * seconds(forward, r, by_tag) + sent for r in card.rates)
             )
         step_s = Span(
             *(
                 samples_per_group
                 * sum(
                     share
-                    * with_copies(forward_s[bucket][end], compute_s[bucket][end], copy_s)
+                    * with_copies(
+                        moved, card.link_bytes, forward_s[bucket][end], compute_s[bucket][end]
+                    )
                     / shapes[bucket].batch
                     for bucket, share in shares.items()
                 )
@@ -200,7 +203,9 @@ def _on_card(
 def _hidden_from(
     card: Card, kernels: Choice, config: TrainConfig, wan: WanConfig, moved: Moved
 ) -> int:
-    """Of the forward pass, which is the shorter one, at the card's fast rates."""
+    """Of the forward pass of whole samples, at the card's fast rates: a block's backward takes
+    longer.
+    """
     if not moved.num_blocks:
         return 0
 
@@ -210,7 +215,7 @@ def _hidden_from(
         by_tag = kernels_by_tag(Shape(1, num_tokens, MAX_TEXT_TOKENS), kernels)
         return seconds(step, card.fast, by_tag)
 
-    return hidden_from_tokens(forward_s, moved.copied_bytes / card.link_bytes / 2)
+    return hidden_from_tokens(forward_s, moved.forward_bytes / card.link_bytes)
 
 
 def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:

@@ -237,6 +237,13 @@ def exchanged_bytes(
     return shape.batch * total * (shape.num_parts - 1) / shape.num_parts
 
 
+def forward_exchanged_bytes(config: WanConfig, shape: Shape, dtype_bytes: int) -> float:
+    """Of `exchanged_bytes` those of the forward pass."""
+    sizes = exchange_bytes(config, shape, dtype_bytes)
+    each = float(shape.batch * config.num_layers * sum(sizes.values()))
+    return each * (shape.num_parts - 1) / shape.num_parts
+
+
 def _adapter_columns(config: WanConfig, targets: list[str]) -> int:
     """Columns that the narrow products of a block's adapters read or write, per video token: x
     twice, the low-rank part of dx twice, dy once (twice on a V100).

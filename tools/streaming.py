@@ -18,6 +18,7 @@ from train.config import TrainConfig
 from train.lora.config import parse_blocks
 from train.model.attention import Choice
 from train.model.wan import WanConfig
+from train.placement.layout import spread
 from train.placement.plan import ActivationPlans, card_bytes, check_placement, choose_moved
 from train.placement.ring import NUM_SLOTS
 
@@ -30,8 +31,13 @@ class Moved(NamedTuple):
     freed_bytes: float = 0.0
     # of the host's memory, once for all cards of a run; 0 where all cards have shares
     host_bytes: float = 0.0
-    # to the card in a forward and a backward pass
-    copied_bytes: float = 0.0
+    # to the card in a forward pass, and in a backward pass, which ends at the first adapted block
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
+
+    @property
+    def copied_bytes(self) -> float:
+        return self.forward_bytes + self.backward_bytes
 
 
 def moved_on(
@@ -66,18 +72,27 @@ def moved_on(
         return Moved()
     num_slots = min(NUM_SLOTS, num_moved)
     # there and back: what the slots hold at either turn is not fetched again
-    copied_bytes = 2.0 * (num_moved - num_slots) * card.block
+    num_trained = sum(place >= blocks[0] for place in spread(wan.num_layers, num_moved))
+    kept_at_the_start = num_slots if num_trained == num_moved else 0
+    forward_bytes = float(num_moved - kept_at_the_start) * card.block
+    backward_bytes = float(max(num_trained - num_slots, 0)) * card.block
     freed_bytes = float((num_moved - num_slots) * card.block)
     if is_sharded:
         # each card keeps its share, and receives the others'
         share_bytes = num_moved * card.block / num_gpus
         others = 1 - 1 / num_gpus
-        return Moved(num_moved, freed_bytes - share_bytes, 0.0, others * copied_bytes)
+        return Moved(
+            num_blocks=num_moved,
+            freed_bytes=freed_bytes - share_bytes,
+            forward_bytes=others * forward_bytes,
+            backward_bytes=others * backward_bytes,
+        )
     return Moved(
         num_blocks=num_moved,
         freed_bytes=freed_bytes,
         host_bytes=float(registered_bytes(num_moved * card.block)),
-        copied_bytes=copied_bytes,
+        forward_bytes=forward_bytes,
+        backward_bytes=backward_bytes,
     )
 
 
@@ -107,13 +122,15 @@ def planner(
     return plan
 
 
-def with_copies(forward_s: float, compute_s: float, copy_s: float) -> float:
+def with_copies(moved: Moved, link_bytes: float, forward_s: float, compute_s: float) -> float:
     """A micro-batch's seconds. compute_s: of both passes, forward_s of it forward. Copies run
-    beside the computing, half of them in each pass, and none run ahead into the other: in each the
-    longer counts, and the forward pass is the shorter one.
+    beside the computing of their own pass, and none run ahead into the other: in each the longer
+    counts.
     """
-    half_s = copy_s / 2
-    return max(forward_s, half_s) + max(compute_s - forward_s, half_s)
+    backward_s = compute_s - forward_s
+    return max(forward_s, moved.forward_bytes / link_bytes) + max(
+        backward_s, moved.backward_bytes / link_bytes
+    )
 
 
 def hidden_from_tokens(compute_s: Callable[[int], float], copy_s: float) -> int:
@@ -148,8 +165,10 @@ def describe(
     )
     if forward_s is None:
         return line
-    hidden = "hidden behind" if copy_s / 2 <= forward_s else "more than"
+    forward_copy_s = moved.forward_bytes / link_bytes
+    hidden = "hidden behind" if forward_copy_s <= forward_s else "more than"
     return (
-        f"{line}, half of it in the forward pass, {hidden} {forward_s:.1f} s of computing there; "
-        f"all hides from about {hidden_from:,} tokens of a micro-batch on"
+        f"{line}, {forward_copy_s:.1f} s of it in the forward pass, {hidden} "
+        f"{forward_s:.1f} s of computing there; all hides from about {hidden_from:,} tokens of a "
+        f"micro-batch on"
     )

@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--transformer-batch", type=int, default=64)
     parser.add_argument("--every", type=int, default=1, help="one window of so many, for a try")
     parser.add_argument("--lora-passes", type=int, default=5000)
-    parser.add_argument("--control-steps", type=int, default=200)
+    parser.add_argument("--control-steps", type=int, default=200, help="of each wrong LoRA")
     parser.add_argument("--sample-steps", type=int, default=20)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--seed", type=int, default=0)

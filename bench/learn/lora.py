@@ -92,7 +92,7 @@ def train_lora(run: Run, footage: Footage, latent_NCThw: Tensor) -> dict[str, An
             wait_s=0.0,
         )
         losses_B = optimizer_step(run, prepare(batch, run.laws), step)
-        losses.append(losses_B.mean().clone())
+        losses.append(losses_B.mean())
     tail = torch.stack(losses[-100:]).mean()
     measured = {
         "steps": config.num_steps,

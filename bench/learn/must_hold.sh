@@ -10,7 +10,7 @@ for seed in "${@:-0}"; do
     output="runs/must_hold/$seed"
     "$python" -m torch.distributed.run --standalone train/main.py configs/train/learned.toml --set "seed=$seed" \
         --set "output=$output/lora" --set samples.every=0
-    [ -e "$output/sign.safetensors" ] || "$python" -m bench.learn controls --output "$output" --seed "$seed"
+    [ -e "$output/sign.safetensors" ] || "$python" -m bench.learn controls --output "$output" --seed "$seed" --control-steps 100
     taught=(--set "output=$output/taught" --set 'set.categories=["음식"]' --set set.num_seeds=13 --set set.num_decoded=1)
     all=(--set "output=$output/all" --set "candidates.shuffled=$output/shuffled.safetensors"
          --set "candidates.sign=$output/sign.safetensors")

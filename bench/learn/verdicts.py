@@ -61,10 +61,11 @@ def _of_subjects(result: Result, lora: str) -> Iterator[Verdict]:
         )
     retrieval = rows.get((RETRIEVAL, lora, TAUGHT))
     if retrieval is not None and isinstance(retrieval.value, float):
+        enough = (retrieval.n or 0) >= MIN_CLIPS
         yield Verdict(
             f"share of {HELD_OUT} nearest to real {HELD_OUT}, at least {MIN_RETRIEVAL:g}",
             f"{retrieval.value:.3f} of {retrieval.n} clips",
-            retrieval.value >= MIN_RETRIEVAL,
+            retrieval.value >= MIN_RETRIEVAL if enough else None,
         )
 
 

@@ -79,8 +79,6 @@ def open_video(source: Path | bytes) -> Iterator[Video]:
             raise MediaError("media_empty", "the file has 0 bytes")
         if missing := missing_bytes(source):
             raise MediaError("media_truncated", f"{missing} bytes are missing at the file's end")
-        if has_gap(source):
-            raise MediaError("media_truncated", "packets are missing in the first picture")
         options = {"format_whitelist": FORMATS}
         container = av.open(file, "r", container_options=options, **_TITLES)
     except av.ArgumentError as error:
@@ -91,6 +89,12 @@ def open_video(source: Path | bytes) -> Iterator[Video]:
         raise MediaError("media_undecodable", f"can't be opened: {error}") from error
     with container:
         stream = film_of(container)
+        try:
+            lost = container.format.name == "mpegts" and has_gap(source, stream.id)
+        except OSError as error:
+            raise MediaError("media_undecodable", f"can't be read: {error}") from error
+        if lost:
+            raise MediaError("media_truncated", "packets are missing in the first picture")
         if stream.codec_context is None:
             raise MediaError("media_undecodable", "there is no decoder for its codec")
         stream.codec_context.thread_count = 1

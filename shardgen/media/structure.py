@@ -21,8 +21,6 @@ _MXF_PARTITION = bytes.fromhex("060e2b34020501010d01020101")
 # Lengths of a transport stream's packets and where in them the sync byte stands: plain, with a
 # time stamp before it (M2TS), with a check sum after it.
 _TS_PACKETS, _TS_SYNC = ((188, 0), (192, 4), (204, 0)), 0x47
-# Stream numbers of pictures: MPEG's, and those of VC-1 and others.
-_TS_PICTURES = (*(bytes([number]) for number in range(0xE0, 0xF0)), b"\xfd")
 
 
 def missing_bytes(source: Path | bytes) -> int:
@@ -35,14 +33,14 @@ def missing_bytes(source: Path | bytes) -> int:
         return _missing(file)
 
 
-def has_gap(source: Path | bytes) -> bool:
-    """Whether a transport stream lacks packets within its first picture. Of those that it lacks
-    later libavformat tells. Raises OSError.
+def has_gap(source: Path | bytes, number: int) -> bool:
+    """Whether a transport stream lacks packets within the first picture of its stream `number`. Of
+    those that it lacks later libavformat tells. Raises OSError.
     """
     if isinstance(source, bytes):
-        return _has_gap(io.BytesIO(source))
+        return _has_gap(io.BytesIO(source), number)
     with source.open("rb") as file:
-        return _has_gap(file)
+        return _has_gap(file, number)
 
 
 def _missing(file: BinaryIO) -> int:
@@ -193,29 +191,29 @@ def _packets_of(file: BinaryIO) -> tuple[int, int]:
     return 0, 0
 
 
-def _has_gap(file: BinaryIO) -> bool:
+def _has_gap(file: BinaryIO, number: int) -> bool:
     """ISO/IEC 13818-1, 2.4.3: the packets of a stream are counted modulo 16. One may come twice,
     and some say that the count begins anew.
     """
     length, sync = _packets_of(file)
     file.seek(0)
-    last: dict[int, int] = {}  # of each stream of pictures, from the start of a picture on
+    last: int | None = None  # the count of the packet before, from the start of a picture on
     while length:
         packet = file.read(length)[sync : sync + 188]
         if len(packet) < 188 or packet[0] != _TS_SYNC:
             break
-        number, count = int.from_bytes(packet[1:3], "big") & 0x1FFF, packet[3] & 15
         has_field, has_payload = packet[3] & 0x20, packet[3] & 0x10
-        if not has_payload:
+        if int.from_bytes(packet[1:3], "big") & 0x1FFF != number or not has_payload:
             continue
+        count = packet[3] & 15
         field_bytes = 1 + packet[4] if has_field else 0
         begins_anew = field_bytes > 1 and bool(packet[5] & 0x80)
         payload = packet[4 + field_bytes :]
-        if number in last and not begins_anew and (count - last[number]) % 16 > 1:
+        if last is not None and not begins_anew and (count - last) % 16 > 1:
             return True
-        is_start = packet[1] & 0x40 and payload[:3] == b"\0\0\1" and payload[3:4] in _TS_PICTURES
-        if is_start and number in last:
+        is_start = packet[1] & 0x40 and payload[:3] == b"\0\0\1"
+        if is_start and last is not None and count != last:
             break
-        if is_start or number in last:
-            last[number] = count
+        if is_start or last is not None:
+            last = count
     return False

@@ -49,6 +49,9 @@ def _frechet_of_subsets(x_ND: Features, y_MD: Features) -> OfSubsets:
     for features in (x_ND, y_MD):
         if not np.isfinite(features).all():
             raise ValueError(f"features of shape {features.shape} hold NaN or infinity")
+    # a distance does not change with what all have in common, rounding does
+    common_D = y_MD.mean(0)
+    x_ND, y_MD = x_ND - common_D, y_MD - common_D
     width = x_ND.shape[1]
     products_NM = x_ND @ y_MD.T if min(len(x_ND), len(y_MD)) <= 2 * width else None
 
