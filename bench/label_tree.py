@@ -138,7 +138,7 @@ def defective_labels(clip_id: str) -> dict[str, bytes]:
 
 
 def _templates() -> list[bytes]:
-    """Sound labels with the field's traps, all of one placeholder id."""
+    """Sound labels with the field's traps, all with one id, which each generated label replaces."""
     two, three = (
         (("00:00:00;00", "00:00:08;14"), ("00:00:08;15", "00:00:19;22")),
         (
