@@ -126,9 +126,11 @@ def watch(config_path: Path, output: Path, kill_at: int) -> Watched:
             kept = checkpoint.latest(output)
             num_kept = checkpoint.step_of(kept) if kept else 0
             file_then = _file_id(output)
-        # the trainer that goes on writes a new file, without what came after its checkpoint
-        elif killed_s is not None and resumed_s is None and _file_id(output) != file_then:
-            resumed_s = now_s if newest > num_kept else None
+        # the trainer that goes on writes a new file, without what came after its checkpoint; if
+        # nothing did, the old one grows
+        elif killed_s is not None and resumed_s is None:
+            goes_on = newest > killed_at or _file_id(output) != file_then
+            resumed_s = now_s if goes_on and newest > num_kept else None
     return Watched(
         exit_code=process.returncode,
         first_step_s=first_s or float("nan"),
