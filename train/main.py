@@ -15,6 +15,7 @@ import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 if __name__ == "__main__":
     # torchrun puts train/ there, not the root
@@ -245,12 +246,17 @@ def main() -> None:
         # every fault of the user's is one of these, and says what to do
         sys.exit(f"train: {told(error)}")
     except Stopped as stopped:
-        print(f"train: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.number)
+        _leave(stopped, 128 + stopped.number)
     except mesh.PeerLostError as error:
-        # not by way of the interpreter's end, which would wait for collectives with the lost one
-        print(f"train: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        _leave(error, 1)
+
+
+def _leave(why: Exception, code: int) -> NoReturn:
+    """Not by way of the interpreter's end: the process group is still there (mesh.py), which would
+    wait for collectives with a lost process, and may abort.
+    """
+    print(f"train: {why}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 if __name__ == "__main__":

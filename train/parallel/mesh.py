@@ -15,6 +15,11 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+# Before there is a group. Its functions take the group of all processes as a default, and torch
+# imports it with the first optimizer: then destroy_process_group leaves a reference to the group
+# and gloo's threads running, of which one that still holds a tensor when Python ends aborts it.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 T = TypeVar("T")
