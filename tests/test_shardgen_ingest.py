@@ -71,16 +71,19 @@ def test_odd_things_in_the_tree_stop_nothing(tree: Path) -> None:
     os.mkfifo(tree / "pipe.json")
     (tree / "folder.json").mkdir()
     (tree / "loop").symlink_to(tree)
+    (tree / "circle").symlink_to("circle")
+    (tree / "circle.json").symlink_to("circle.json")
     (tree / "notes.txt").write_text("no label")
     with open(os.fsencode(tree) + b"/\xb0\xa1.json", "wb") as file:
         file.write(label_bytes(make_label("2400101")))
     rows = ingest(tree)
     assert {label: row[1] for label, row in rows.items() if row[0] != "ingested"} == {
         "link.json": "label_unreadable",
+        "circle.json": "label_unreadable",
         "pipe.json": "label_unreadable",
         "\\xb0\\xa1.json": "label_bad_name",
     }
-    assert len(rows) == 43
+    assert len(rows) == 44
     assert ingest(tree) == rows
 
 

@@ -8,6 +8,7 @@ Interrupted at any point, the catalog holds whole chunks and the next run reads 
 counts as unchanged if size and mtime are those of the catalog, else if its hash is.
 """
 
+import errno
 import os
 import pickle
 import sys
@@ -110,7 +111,7 @@ def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
             with os.scandir(root / folder) as entries:
                 for entry in entries:
                     path = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         (links if entry.is_symlink() else below).append(path)
                     elif entry.name.lower().endswith(".json"):
                         names.append(entry.name)
@@ -122,6 +123,16 @@ def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
         links.sort()
         if names:
             yield folder, sorted(names)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """A link that leads in a circle is none; a label by its name, it can't be read."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _read_chunks(chunks: Iterator[Chunk], workers: int) -> Iterator[Found]:
