@@ -163,6 +163,9 @@ def test_a_profile_that_fits_not_or_is_broken_is_refused() -> None:
     assert reason(saved(rgb, icc_profile=grey_profile(1.8))) == "media_colour"
     assert reason(saved(rgb, icc_profile=b"no profile at all")) == "media_colour"
     assert reason(saved(rgb, icc_profile=profile[:150])) == "media_colour"
+    # the name of its colour space is the 17th byte and the three after it
+    no_name = profile[:16] + b"\xffGB " + profile[20:]
+    assert reason(saved(rgb, icc_profile=no_name)) == "media_colour"
     assert reason(saved(rgb.convert("CMYK"), "JPEG", icc_profile=profile)) == "media_colour"
 
 

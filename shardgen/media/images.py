@@ -221,7 +221,7 @@ def _from_profile(image: Image.Image, profile: bytes) -> Pixels:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-    except (OSError, ImageCms.PyCMSError) as error:
+    except (OSError, ValueError, ImageCms.PyCMSError) as error:  # ValueError: a name not in ASCII
         raise MediaError("media_colour", f"its ICC profile can't be read: {error}") from error
     fits = {
         "GRAY": image.mode in _GREY_MODES,
