@@ -39,6 +39,16 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "labels"
 
 
+def test_broken_footage_stays_where_it_is_whatever_the_label_root_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path("http_archive")
+    add_image(root, "2000001", png(3)[:60])
+    assert set(run(config_of(root)).values()) == {("unavailable", "media_truncated")}
+    assert (root / "2000001.png").exists()
+
+
 def test_missing_or_broken_media_are_looked_at_again_when_they_change(root: Path) -> None:
     config = config_of(root)
     for clip_id, media in (("2000001", None), ("2000002", b""), ("2000003", png(3)[:60])):
@@ -77,6 +87,17 @@ def test_a_file_rewritten_between_hashing_and_probing_is_never_taken_for_what_wa
         )
     assert run(config)[label] == ("accepted", "")
     assert row(config, label)["media_xxh3"] == xxhash.xxh3_128_hexdigest(png(2) + b"more")
+
+
+def test_of_equal_files_one_that_still_holds_the_bytes_is_encoded(root: Path) -> None:
+    config = config_of(root)
+    add_image(root, "2000001", png(1))
+    add_image(root, "2000002", png(1))
+    assert set(run(config).values()) == {("accepted", ""), ("duplicate", "duplicate_media")}
+    planned = row(config, "2000001.json")["media_xxh3"]
+    (root / "2000001.png").write_bytes(png(2) + b"more")
+    with open_catalog(config) as catalog:
+        assert catalog.media.path(planned) == root / "2000002.png"
 
 
 @pytest.fixture

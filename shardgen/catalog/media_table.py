@@ -18,9 +18,10 @@ EXCEPT SELECT media_xxh3 FROM clips WHERE status IN ('fetched', 'sound')
 EXCEPT SELECT media_xxh3 FROM clips JOIN windows ON clip = clips.id JOIN shards ON shard = name
        WHERE NOT done
 """
+# What follows from this is deleted. No local path holds two slashes in a row.
 _BAD_DOWNLOADS = """
 SELECT path FROM sources JOIN media USING (media_xxh3)
-WHERE error_reason != '' AND source LIKE 'http%'
+WHERE error_reason != '' AND (source LIKE 'http://%' OR source LIKE 'https://%')
 """
 
 
@@ -69,10 +70,11 @@ class MediaTable:
         ]
 
     def path(self, media_xxh3: str) -> Path:
-        """A file that held these bytes when it was hashed. Raises CatalogError if every one is
-        gone since.
+        """A file that held these bytes when it was hashed, one that has not changed since if there
+        is any. Raises CatalogError if every one is gone.
         """
-        paths = [file.path for file in self.files(media_xxh3)]
+        files = self.files(media_xxh3)
+        paths = [file.path for file in sorted(files, key=lambda file: not file.is_unchanged())]
         for path in paths:
             if path.is_file():
                 return path
