@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from loader.mp4 import FULL, NARROW
 from loader.shape import Bucket
 from shardgen.media.decode import decode_window
 from shardgen.media.errors import MediaError
@@ -17,6 +18,7 @@ from shardgen.media.probe import probe
 from tools.fake.clips import grey, ntsc, write_clip
 
 UNSTATED = 2
+UNSPECIFIED = 0
 
 
 def coloured(
@@ -96,6 +98,28 @@ def test_what_is_transparent_in_a_video_is_black_and_what_is_translucent_is_dark
 # -- display matrices
 
 CORNERS = {"red": (80, 90, 240), "light": (220, 128, 128)}  # YUV of the stored top corners
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("gray", 8), ("gray10le", 10), ("gray16le", 16)])
+def test_grey_is_of_the_range_that_it_states(tmp_path: Path, kind: str, bits: int) -> None:
+    levels = np.arange(0, 256, 4)
+    shown = {}
+    for stated in (UNSPECIFIED, NARROW, FULL):
+        path = tmp_path / f"{stated}.mkv"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("ffv1", rate=24)
+            stream.width, stream.height, stream.pix_fmt = len(levels), 32, kind
+            stream.codec_context.color_range = stated
+            stored = (np.tile(levels, (32, 1)) << bits - 8).astype(f"u{1 + (bits > 8)}")
+            frame = av.VideoFrame.from_ndarray(stored, format=kind)
+            frame.pts, frame.time_base, frame.color_range = 0, Fraction(1, 24), stated
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        assert probe(path).pix_fmt == kind
+        shown[stated] = decode_window(path, 0, 24.0, Bucket(64, 32, 1))[0, 16, :, 0]
+    narrow = np.clip(np.round((levels - 16) * 255 / 219), 0, 255)
+    assert np.array_equal(shown[NARROW], narrow)
+    assert np.array_equal(shown[FULL], levels) and np.array_equal(shown[UNSPECIFIED], levels)
 
 
 def matrix_of(orientation: Orientation) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 from av.video.reformatter import Colorspace
 
-from loader.mp4 import BT709, FULL, NARROW
+from loader.mp4 import BT709, FULL, NARROW, SCALER
 from loader.sample import is_bt709
 from shardgen.media.errors import MediaError
 
@@ -21,6 +21,17 @@ _BT2020_MATRICES = (9, 10)
 _HDR = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 _TRANSFERS = {8: "linear light", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE ST 428"}
 _UNSTATED_PRIMARIES = 2
+# swscale takes grey for full range, whatever is stated of it; with chroma it obeys
+_WITH_CHROMA = {
+    "gray": "yuv444p",
+    "gray9le": "yuv444p9le",
+    "gray10le": "yuv444p10le",
+    "gray12le": "yuv444p12le",
+    "gray14le": "yuv444p14le",
+    "gray16le": "yuv444p16le",
+    "ya8": "yuva444p",
+    "ya16le": "yuva444p16le",
+}
 _PRIMARIES = {9: "BT.2020", 10: "SMPTE ST 428", 11: "DCI-P3", 12: "Display P3"}
 
 
@@ -39,10 +50,31 @@ def check_colour(frame: Any, context: Any) -> None:
         wrong = f"primaries {_PRIMARIES[primaries]}"
     elif primaries == _UNSTATED_PRIMARIES and matrix in _BT2020_MATRICES:
         wrong = "matrix BT.2020, and so its primaries"
-    elif not frame.format.is_rgb and matrix not in (*_MATRICES, *_UNSTATED_MATRICES):
+    elif not _is_without_matrix(frame.format) and matrix not in (*_MATRICES, *_UNSTATED_MATRICES):
         wrong = f"matrix number {matrix} of ITU-T H.273"
     if wrong:
         raise MediaError("media_colour", f"{wrong}; convert it to BT.709")
+
+
+def _is_without_matrix(pixel_format: Any) -> bool:
+    return bool(pixel_format.is_rgb) or pixel_format.name in _WITH_CHROMA
+
+
+def with_stated_range(frame: Any) -> Any:
+    """A frame whose range `source_colour` can state: grey of narrow range gets neutral chroma, with
+    its samples as they are; any other frame stays.
+    """
+    if frame.color_range != NARROW or frame.format.name not in _WITH_CHROMA:
+        return frame
+    chromatic = frame.reformat(
+        format=_WITH_CHROMA[frame.format.name],
+        interpolation=SCALER,
+        threads=1,
+        src_color_range=FULL,
+        dst_color_range=FULL,
+    )
+    chromatic.color_range = NARROW
+    return chromatic
 
 
 def source_colour(frame: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from av.sidedata.sidedata import Type
 
 from loader.mp4 import SCALER
 from loader.shape import Bucket
-from shardgen.media.colour import check_colour, source_colour
+from shardgen.media.colour import check_colour, source_colour, with_stated_range
 from shardgen.media.containers import Shown, open_video, shown_frames
 from shardgen.media.errors import MediaError
 from shardgen.media.geometry import Fit, Fitting, Orientation, fit, orientation_of_matrix
@@ -106,7 +106,7 @@ def orientation_of(frame: Any) -> Orientation:
 
 def fit_frame(shown: Shown, bucket: Bucket, fitting: Fitting) -> Frames:
     """Scale one frame, lay it, and place it on the bucket's canvas: uint8 RGB [H, W, 3]."""
-    frame = on_black(shown.frame)
+    frame = on_black(with_stated_range(shown.frame))
     orientation = orientation_of(shown.frame)
     place = fit(frame.width, frame.height, shown.sar, orientation, bucket, fitting)
     width_px, height_px = place.width_px, place.height_px
