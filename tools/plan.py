@@ -25,23 +25,17 @@ import msgspec
 
 from loader.config import load_toml
 from loader.files import told
-from loader.identity import check_identity, folder_xxh3
-from loader.models import ModelKind
 from loader.order import describe_counts
 from loader.shape import Bucket
-from loader.store import read_dataset
 from tools.budget import GIB, Budget, CardBudget, Span, buckets_of, budget, order_of
+from tools.checks import check_datasets, check_run
 from tools.evaluation import evaluation, final_evaluation
 from tools.streaming import describe as describe_moved
 from tools.table import table
 from train.activations.plan import describe
 from train.base import base_kind, layout_of, transformer_folder
-from train.choices import check_math
 from train.config import TrainConfig, in_steps
-from train.flow import check_shifts
-from train.lora.adapters import check_targets
-from train.lora.formats import read_lora
-from train.model.load import check_weights, read_config
+from train.model.load import read_config
 from train.model.wan import WanConfig
 
 LARGE = Bucket(1280, 704, 49)
@@ -71,33 +65,6 @@ ADVICE = (
     'micro_batch = 1 or fewer micro_tokens, optim.name = "adamw8bit", model.placement = "auto", or '
     "smaller windows.buckets"
 )
-
-
-def check_run(config: TrainConfig, kind: ModelKind, wan: WanConfig, transformer: Path) -> None:
-    """The trainer's checks of a configuration, as if on a GPU. Raises ValueError. Weights and
-    `lora.init` need not be on this machine.
-    """
-    check_targets(config.lora.targets, config.lora.rank, on_gpu=True)
-    if any(transformer.glob("*.safetensors*")):
-        check_weights(transformer, wan)
-    if config.lora.init and Path(config.lora.init).exists():
-        read_lora(Path(config.lora.init))
-    check_math(config.model.attention, config.activation_memory)
-    if config.samples.every and config.samples.shape:
-        kind.layout.parse(config.samples.shape)
-
-
-def check_datasets(config: TrainConfig, kind: ModelKind) -> None:
-    """The trainer's checks of datasets against the model. Raises ValueError."""
-    vae_xxh3 = folder_xxh3(Path(config.model.path) / "vae")
-    shapes = {Bucket.parse(config.samples.shape)} if config.samples.shape else set()
-    for name in config.data.datasets:
-        _, manifest = read_dataset(name)
-        for line in check_identity(name, manifest, model=kind, vae_xxh3=vae_xxh3):
-            print(line)
-        shards = [shard for shards in manifest.splits.values() for shard in shards]
-        shapes |= {Bucket.parse(shard.bucket) for shard in shards}
-    check_shifts(config.flow, shapes)
 
 
 def report(config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num_gpus: int) -> str:
@@ -329,12 +296,13 @@ def main() -> None:
         kind = base_kind(config)
         transformer = Path(config.model.path) / transformer_folder(config)
         wan = read_config(transformer / "config.json")
-        check_run(config, kind, wan, transformer)
+        check_run(config, kind, wan, transformer, reads_datasets=not arguments.shape)
         if arguments.shape:
             config = in_steps(config, _batches_per_epoch(config))
             shares = {kind.layout.parse(arguments.shape): 1.0}
         else:
-            check_datasets(config, kind)
+            for line in check_datasets(config, kind):
+                print(line)
             order = order_of(config)
             config = in_steps(config, sum(order.batches_per_epoch))
             shares = buckets_of(order)

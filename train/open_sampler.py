@@ -3,21 +3,18 @@
 import logging
 from pathlib import Path
 
-from msgspec.structs import replace
-
-from loader.walk import Walk
 from train.denoise import Decoder, schedule_steps
 from train.run import Run
 from train.sampling import Sampler, schedule_of
-from train.subjects import Subjects, subjects_of_file, subjects_of_split
+from train.subjects import Subjects, open_val, subjects_of_file, subjects_of_split
 
 log = logging.getLogger(__name__)
 
 
 def open_sampler(run: Run) -> Sampler | None:
     """None if `samples.every` is 0, or, with a warning, if there is nothing to sample: neither a
-    val split nor a file of prompts, or no decoder. Raises ValueError for a file of prompts or a
-    shape that can't be used.
+    val split nor a file of prompts, or no decoder. Raises ValueError where no step is left for an
+    expert; what else can't be used, setup.build has refused.
     """
     config = run.config
     if config.samples.every == 0:
@@ -56,12 +53,9 @@ def _subjects(run: Run) -> Subjects | None:
     config, device, layout = run.config, run.world.device, run.kind.layout
     samples = config.samples
     starts_from_clips = run.laws.expert == "low"
-    if run.kind.condition or starts_from_clips:
-        _refuse_other_shapes(run)
     found: list[Subjects] = []
     if samples.num_clips or samples.keys:
-        data, reads_given = replace(config.data, condition="latent"), bool(run.kind.condition)
-        with Walk(data, "val", device, reads_given=reads_given) as walk:
+        with open_val(config.data, run.kind, device) as walk:
             if walk.places:
                 captions = subjects_of_split(
                     walk,
@@ -71,31 +65,11 @@ def _subjects(run: Run) -> Subjects | None:
                     starts_from_clips=starts_from_clips,
                 )
                 found.append(captions)
-            elif samples.keys:
-                raise ValueError("samples.keys: the datasets have no val split to take them from")
     if samples.prompts:
-        texts = subjects_of_file(Path(samples.prompts), samples, layout)
-        width, text_dim = texts.empty_SD.shape[1], run.model.config.text_dim
-        if width != text_dim:
-            raise ValueError(
-                f"samples.prompts = {samples.prompts}: its rows are {width} wide, the model's "
-                f"text_dim is {text_dim}; encode it with this model, by python -m tools.prompts"
-            )
+        text_dim = run.model.config.text_dim
+        texts = subjects_of_file(Path(samples.prompts), samples, layout, text_dim)
         on_device = [each._replace(text_SD=each.text_SD.to(device)) for each in texts.subjects]
         found.append(Subjects(on_device, texts.empty_SD.to(device)))
     if not found:
         return None
     return Subjects([each for part in found for each in part.subjects], found[0].empty_SD)
-
-
-def _refuse_other_shapes(run: Run) -> None:
-    """What a clip starts from is stored in the dataset, for the clip's own shape."""
-    why = f"{run.kind.name} starts from a clip's first frame"
-    if run.laws.expert == "low":
-        why = "the low-noise expert starts from a clip with noise"
-    for key in ("prompts", "shape"):
-        if value := getattr(run.config.samples, key):
-            raise ValueError(
-                f'samples.{key} = "{value}": {why}, as the val split holds it; leave the key out, '
-                f"or set samples.every = 0"
-            )

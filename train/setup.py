@@ -44,7 +44,7 @@ from train.config import TrainConfig
 from train.flow import check_shifts
 from train.lora import adapters as lora
 from train.lora.config import parse_blocks
-from train.lora.formats import read_lora
+from train.lora.start import read_start, wanted_of
 from train.model.attention import Choice
 from train.model.identity import weights_xxh3
 from train.model.load import load_transformer, read_config
@@ -65,6 +65,7 @@ from train.placement.streamed import HostWeights
 from train.placement.weights import MovedWeights
 from train.run import Run
 from train.step import MicroStep
+from train.subjects import check_samples
 from train.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -149,19 +150,23 @@ def build(
     shapes = micro_shapes(config, world.data_size, buckets, kind.layout)
     budget_bytes = parse_activation_memory(config.activation_memory)
     check_placement(config.model, config.lora, config.activation_memory)
-    # the file is on the main process's host alone
-    mesh.from_main(partial(_check_init, config), world)
     is_split = world.sequence_size > 1
     assert world.sequence_size == config.parallel.sequence
     # an exchange with other processes, or weights that come, would not be part of a graph
     has_graphs = device.type == "cuda" and not is_split
     _set_precision(config)
 
-    # -- attention kernels, timed while the card is empty ------------------------------------
+    # -- what can't be trained or sampled, before minutes go into the model ------------------
     if model is None:
         wan = read_config(Path(config.model.path) / transformer_folder(config) / "config.json")
     else:
         wan = model.config
+    lora.check_targets(config.lora.targets, config.lora.rank, on_gpu=device.type == "cuda")
+    check_samples(config.samples, config.data, kind, laws_of(config, kind), wan.text_dim)
+    # the file is on the main process's host alone
+    mesh.from_main(partial(_check_init, config, wan), world)
+
+    # -- attention kernels, timed while the card is empty ------------------------------------
     check_heads(world.sequence_size, wan.num_attention_heads)
     choice = attention_kernels(config, world, attention_shapes(wan, shapes.values()), kernels)
     check_math(choice.kernel, config.activation_memory)
@@ -268,10 +273,11 @@ def build(
     )
 
 
-def _check_init(config: TrainConfig) -> None:
-    """What is no LoRA file is told before minutes go into the model. Raises LoRAError."""
+def _check_init(config: TrainConfig, wan: WanConfig) -> None:
+    """Is `lora.init`, where the run starts from it, a LoRA for this model? Raises LoRAError."""
     if config.lora.init and checkpoint.latest(config.output_dir) is None:
-        read_lora(Path(config.lora.init))
+        wanted = wanted_of(wan, config.lora)
+        read_start(Path(config.lora.init), wanted, config.model.expert)
 
 
 def _token_share(world: World, choice: Choice) -> TokenShare:

@@ -4,11 +4,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import torch
+from msgspec.structs import replace
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loader.feed_config import FeedConfig
+from loader.models import ModelKind
 from loader.shape import LatentLayout
-from loader.walk import Walk
+from loader.walk import Walk, WalkPlace
+from train.denoise import Schedule, schedule_steps
+from train.flow import NoiseLaws
 from train.sampling import SamplesConfig, Subject
 from train.windows import Window, choose_windows, window_of
 
@@ -21,6 +27,50 @@ class Subjects(NamedTuple):
 
     subjects: list[Subject]
     empty_SD: Tensor
+
+
+def check_samples(
+    config: SamplesConfig, data: FeedConfig, kind: ModelKind, laws: NoiseLaws, text_dim: int
+) -> None:
+    """Can the clips that are asked for be made? Told before there is a model: of the val split only
+    the keys are read, and those only where the configuration names some. text_dim: the model's.
+    Raises ValueError, DatasetError.
+    """
+    if config.every == 0:
+        return
+    if kind.condition or laws.expert == "low":
+        _refuse_other_shapes(config, kind, laws)
+    if config.shape:
+        kind.layout.parse(config.shape)
+    if config.keys:
+        with open_val(data, kind, "cpu") as walk:
+            _places(walk, config.keys)
+    if config.prompts:
+        subjects_of_file(Path(config.prompts), config, kind.layout, text_dim)
+    # with a shift for each shape it depends on what is chosen of the split
+    if laws.expert and not laws.config.shifts:
+        shift = kind.shift if laws.config.shift is None else laws.config.shift
+        # raises where no step is left for the expert
+        schedule_steps(Schedule(config.num_steps, shift, 1.0, laws.expert, laws.boundary))
+
+
+def _refuse_other_shapes(config: SamplesConfig, kind: ModelKind, laws: NoiseLaws) -> None:
+    """What a clip starts from is stored in the dataset, for the clip's own shape."""
+    why = f"{kind.name} starts from a clip's first frame"
+    if laws.expert == "low":
+        why = "the low-noise expert starts from a clip with noise"
+    for key in ("prompts", "shape"):
+        if value := getattr(config, key):
+            raise ValueError(
+                f'samples.{key} = "{value}": {why}, as the val split holds it; leave the key out, '
+                f"or set samples.every = 0"
+            )
+
+
+def open_val(data: FeedConfig, kind: ModelKind, device: torch.device | str) -> Walk:
+    """The val split as samples read it: stored latents, however training gets its first frames."""
+    latents = replace(data, condition="latent")
+    return Walk(latents, "val", device, reads_given=bool(kind.condition))
 
 
 def subjects_of_split(
@@ -65,19 +115,28 @@ def _windows(walk: Walk, config: SamplesConfig) -> list[Window]:
     if not config.keys:
         videos = [place for place in walk.places if place.bucket.num_frames > 1]
         return choose_windows(walk, config.num_clips, config.seed, videos or walk.places)
+    return [window_of(walk, place) for place in _places(walk, config.keys)]
+
+
+def _places(walk: Walk, keys: list[str]) -> list[WalkPlace]:
+    """Where the samples of `samples.keys` are. Raises ValueError."""
+    if not walk.places:
+        raise ValueError("samples.keys: the datasets have no val split to take them from")
     places = {place.key: place for place in walk.places}
-    missing = [key for key in config.keys if key not in places]
+    missing = [key for key in keys if key not in places]
     if missing:
         raise ValueError(
             f"samples.keys: {', '.join(missing)} are no samples of the val split; "
             f"`shardgen inspect CLIP_ID --dataset DATASET` shows the keys of a clip"
         )
-    return [window_of(walk, places[key]) for key in config.keys]
+    return [places[key] for key in keys]
 
 
-def subjects_of_file(path: Path, config: SamplesConfig, layout: LatentLayout) -> Subjects:
+def subjects_of_file(
+    path: Path, config: SamplesConfig, layout: LatentLayout, text_dim: int
+) -> Subjects:
     """Texts of tools.prompts, at `samples.shape`. Raises ValueError for a file or a shape that
-    can't be used.
+    can't be used, or texts that another model's encoder has read.
     """
     if not config.shape:
         raise ValueError(
@@ -95,6 +154,11 @@ def subjects_of_file(path: Path, config: SamplesConfig, layout: LatentLayout) ->
             f"samples.prompts = {path}: not a file of tools.prompts ({error}); make one with "
             f"python -m tools.prompts"
         ) from error
+    if (width := empty_SD.shape[1]) != text_dim:
+        raise ValueError(
+            f"samples.prompts = {path}: its rows are {width} wide, the model's text_dim is "
+            f"{text_dim}; encode it with this model, by python -m tools.prompts"
+        )
     named: list[Subject] = []
     for number, (text, rows_SD) in enumerate(zip(texts, rows, strict=True), start=1):
         named.append(Subject(f"prompt{number:02d}", text, bucket, rows_SD))

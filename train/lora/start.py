@@ -6,23 +6,46 @@ zero, so that the new directions add nothing yet and are free to learn. A higher
 lose something, and is refused.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from train.lora.adapters import Factors, LoRA, LoRAError
-from train.lora.config import format_blocks
+from train.lora.adapters import LoRA, LoRAError
+from train.lora.config import LoRAConfig, format_blocks, parse_blocks
 from train.lora.formats import Adapter, expert_of, read_lora
+from train.model.wan import Projections, Wan, WanConfig
 
 
-@torch.no_grad()
-def start_from(lora: LoRA, path: Path, expert: str | None = None) -> str:
-    """Fill fresh adapters from any LoRA file of this model (train/lora/formats.py), or of this
-    expert of it. Returns what was read, in words.
+class Wanted(NamedTuple):
+    """The adapters that a run has, as far as a file can differ from them."""
 
-    Raises LoRAError for a file of another model or expert, of other blocks or layers, or of a
-    higher rank; nothing is changed then.
+    # "blocks.N.TARGET" -> (inputs, outputs) of the layer
+    sizes: dict[str, tuple[int, int]]
+    rank: int
+    # of the model
+    num_blocks: int
+
+
+def wanted_of(wan: WanConfig, lora: LoRAConfig) -> Wanted:
+    """Those of a configuration, before there is a model. Raises ValueError for `lora.blocks`."""
+    blocks = parse_blocks(lora.blocks, wan.num_layers)
+    with torch.device("meta"):
+        model = Wan(wan)
+    sizes = {
+        f"blocks.{index}.{name}": (module.weight.shape[1], num_out)
+        for index in blocks
+        for module in model.blocks[index].modules()
+        if isinstance(module, Projections)
+        for name, num_out in zip(module.names, module.sizes, strict=True)
+        if name in lora.targets
+    }
+    return Wanted(sizes, lora.rank, wan.num_layers)
+
+
+def read_start(path: Path, wanted: Wanted, expert: str | None = None) -> dict[str, Adapter]:
+    """What `start_from` takes of a LoRA file. Raises LoRAError for a file of another model or
+    expert, of other blocks or layers, or of a higher rank.
     """
     found_expert = expert_of(path)
     if expert and found_expert and found_expert != expert:
@@ -30,10 +53,22 @@ def start_from(lora: LoRA, path: Path, expert: str | None = None) -> str:
             f"{path}: is a LoRA of the {found_expert}-noise expert, and model.expert = "
             f'"{expert}"; give the other file'
         )
-    found, ours = read_lora(path), lora.tensors()
-    _check_layers(path, found, lora)
+    found = read_lora(path)
+    _check_layers(path, found, wanted)
     for name, adapter in found.items():
-        _check_shape(path, name, adapter, ours[name])
+        _check_shape(path, name, adapter, wanted)
+    return found
+
+
+@torch.no_grad()
+def start_from(lora: LoRA, path: Path, expert: str | None = None) -> str:
+    """Fill fresh adapters from any LoRA file of this model (train/lora/formats.py), or of this
+    expert of it. Returns what was read, in words. Raises LoRAError as `read_start` does; nothing is
+    changed then.
+    """
+    ours = lora.tensors()
+    sizes = {name: (factors.a.shape[1], len(factors.b)) for name, factors in ours.items()}
+    found = read_start(path, Wanted(sizes, lora.rank, lora.num_blocks), expert)
     own_scale = lora.alpha / lora.rank
     for name, (a_RK, b_NR) in ours.items():
         adapter = found[name]
@@ -50,40 +85,41 @@ def start_from(lora: LoRA, path: Path, expert: str | None = None) -> str:
     return text
 
 
-def _check_layers(path: Path, found: Mapping[str, Adapter], lora: LoRA) -> None:
-    blocks = {_block_of(name) for name in found}
-    if max(blocks) >= lora.num_blocks:
+def _check_layers(path: Path, found: dict[str, Adapter], wanted: Wanted) -> None:
+    blocks, own_blocks = ({_block_of(name) for name in names} for names in (found, wanted.sizes))
+    if max(blocks) >= wanted.num_blocks:
         raise LoRAError(
             f"{path}: the file has adapters in block {max(blocks)}, this model has blocks 0 to "
-            f"{lora.num_blocks - 1}: give a LoRA of this model"
+            f"{wanted.num_blocks - 1}: give a LoRA of this model"
         )
-    if blocks != set(lora.modules):
-        theirs, ours = format_blocks(blocks), format_blocks(lora.modules)
+    if blocks != own_blocks:
+        theirs, ours = format_blocks(blocks), format_blocks(own_blocks)
         raise LoRAError(
             f"{path}: the file has adapters in blocks {theirs}, lora.blocks asks for {ours}; set "
             f'lora.blocks = "{theirs}", or give another file'
         )
-    wanted = lora.tensors().keys()
-    if wanted != found.keys():
+    ours_only = wanted.sizes.keys() - found.keys()
+    theirs_only = found.keys() - wanted.sizes.keys()
+    if ours_only or theirs_only:
         targets = sorted({name.split(".", 2)[2] for name in found})
         raise LoRAError(
-            f"{path}: adapters differ from lora.targets: {len(wanted - found.keys())} missing, "
-            f"{len(found.keys() - wanted)} not asked for, {sorted(wanted ^ found.keys())[:2]}; the "
-            f"file adapts {targets}"
+            f"{path}: adapters differ from lora.targets: {len(ours_only)} missing, "
+            f"{len(theirs_only)} not asked for, {sorted(ours_only | theirs_only)[:2]}; the file "
+            f"adapts {targets}"
         )
 
 
-def _check_shape(path: Path, name: str, adapter: Adapter, ours: Factors) -> None:
+def _check_shape(path: Path, name: str, adapter: Adapter, wanted: Wanted) -> None:
     rank, width = adapter.a_RK.shape
-    num_out, own_rank = len(adapter.b_NR), len(ours.a)
-    if (width, num_out) != (ours.a.shape[1], ours.b.shape[0]):
+    num_out, (own_width, own_num_out) = len(adapter.b_NR), wanted.sizes[name]
+    if (width, num_out) != (own_width, own_num_out):
         raise LoRAError(
-            f"{path}: {name} is a layer of {width} to {num_out}, here of {ours.a.shape[1]} to "
-            f"{ours.b.shape[0]}: give a LoRA of this model"
+            f"{path}: {name} is a layer of {width} to {num_out}, here of {own_width} to "
+            f"{own_num_out}: give a LoRA of this model"
         )
-    if rank > own_rank:
+    if rank > wanted.rank:
         raise LoRAError(
-            f"{path}: {name} has rank {rank}, lora.rank = {own_rank}, and a LoRA can't be made "
+            f"{path}: {name} has rank {rank}, lora.rank = {wanted.rank}, and a LoRA can't be made "
             f"narrower without loss; set lora.rank = {rank} or more"
         )
 
