@@ -242,6 +242,32 @@ def test_no_vote_is_lost_however_quickly_keys_are_pressed(page: Page, server: Se
     assert answers == {("overall", "left"): num_pairs, ("text", "right"): num_pairs}
 
 
+PRESS = "key => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}))"
+
+
+def test_a_key_pressed_while_an_answer_is_on_its_way_is_said_not_to_count(
+    page: Page, server: Server
+) -> None:
+    page.context.add_cookies([{"name": PERSON_COOKIE, "value": "twice", "url": server.url}])
+    page.goto(f"{server.url}/vote")
+    notice = page.locator("#not-counted")
+    assert notice.is_hidden()
+    # in one turn of the browser: no answer can come between them
+    page.evaluate(f"() => ['1', '2'].forEach({PRESS})")
+    page.get_by_role("heading", name="글과 더 잘 맞는 쪽").wait_for()
+    assert notice.is_visible()
+    page.evaluate(f"() => ['0', '9'].forEach({PRESS})")
+    # the next pair is another page, which says it too
+    page.get_by_text("가운데 1쌍").wait_for()
+    notice.wait_for()
+    page.evaluate(f"() => ['9'].forEach({PRESS})")
+    notice.wait_for(state="hidden")
+    page.get_by_role("heading", name="글과 더 잘 맞는 쪽").wait_for()
+    votes = read_csv(httpx2.get(f"{server.url}/votes.csv").content)
+    answers = [(vote["question"], vote["answer"]) for vote in votes if vote["rater"] == "twice"]
+    assert answers == [("overall", "left"), ("text", "same"), ("overall", "unusable")]
+
+
 def test_an_open_page_follows_a_run(page: Page, server: Server) -> None:
     page.goto(f"{server.url}/training?run=first")
     page.wait_for_selector(".uplot canvas")

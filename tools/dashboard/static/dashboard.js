@@ -59,17 +59,46 @@ document.addEventListener("submit", (event) => {
   event.preventDefault();
   event.stopPropagation();
   if (!early.has(event.target)) early.set(event.target, event.submitter);
+  else notCounted();
 }, true);
 addEventListener("DOMContentLoaded", () => {
   isComplete = true;
+  const missed = sessionStorage.getItem(NOT_COUNTED);
   // htmx learns from a click which button it was
   for (const [form, button] of early) button ? button.click() : form.requestSubmit();
   early.clear();
+  if (missed) notCounted();
 });
 
-// -- vote: 1 left, 2 right, 0 the same, 9 neither is usable
+// -- vote: one answer to a question. What is pressed while that is on its way may have been meant for
+// the next one, which nobody has seen yet: it doesn't count, and the page says so until the next
+// answer, also where that page is a new one.
+const NOT_COUNTED = "vote-not-counted", answered = new WeakSet();
+function notCounted() {
+  sessionStorage.setItem(NOT_COUNTED, "1");
+  const notice = document.querySelector("#not-counted");
+  if (notice) notice.hidden = false;
+}
+document.addEventListener("submit", (event) => {
+  if (!answered.has(event.target)) return;
+  event.preventDefault();
+  event.stopPropagation();
+  notCounted();
+}, true);
+document.addEventListener("htmx:beforeRequest", (event) => {
+  if (!event.target.matches("form.question")) return;
+  answered.add(event.target);
+  sessionStorage.removeItem(NOT_COUNTED);
+  document.querySelector("#not-counted").hidden = true;
+});
+document.addEventListener("htmx:afterRequest", (event) => {
+  if (!event.detail.successful) answered.delete(event.target);
+});
+
+// -- vote: 1 left, 2 right, 0 the same, 9 neither is usable; a key that is held down is pressed once
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("input, textarea, select") || event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.repeat) return;
   const button = document.querySelector(`[data-key="${CSS.escape(event.key)}"]`);
   if (button) { event.preventDefault(); button.click(); }
 });
