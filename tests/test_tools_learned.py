@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from bench.learn.controls import CONTROLS
 from bench.learn.dit import FlowMatching, small_transformer
 from bench.learn.training import Clock, GraphedTraining
 from bench.learn.vae import small_vae
-from bench.learn.verdicts import verdicts
+from bench.learn.verdicts import say, verdicts
 from loader.config import load_toml
 from shardgen.config import ShardgenConfig
 from shardgen.labels.parse import parse_label
@@ -20,7 +21,14 @@ from shardgen.rules.prompt import clip_prompt
 from shardgen.rules.split import split_of
 from tools.evaluate.config import EvaluateConfig, check
 from tools.evaluate.extractors import file_sha256
-from tools.evaluate.result import Comparison, Metric, Result, Variant
+from tools.evaluate.result import (
+    Comparison,
+    Metric,
+    Result,
+    Variant,
+    read_result,
+    write_result,
+)
 from tools.fake import learned_corpus
 from tools.fake.learned_clips import (
     BUCKET,
@@ -196,3 +204,37 @@ def test_a_bar_that_is_missed_is_told_and_one_without_enough_clips_is_not_held()
         for case in ((250.0, 65, "worse"), (251.0, 65, "undecided"), (100.0, 63, "worse"))
     ]
     assert said == [[True] * 4, [False, True, True, False], [None, None, True, True]]
+    few = [each.why for each in verdicts(result(251.0, 63, "worse"))]
+    assert few[0] == "fewer than 64 clips; the figure by itself does not meet the bar"
+    assert few[1] == "fewer than 64 clips; the figure by itself meets the bar"
+
+
+def test_what_too_few_clips_leave_open_is_neither_held_nor_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    category = CATEGORIES[HELD_OUT]
+    few = Result(
+        variants=[Variant(name) for name in ("real", "base", "lora", "sign")],
+        metrics=[
+            Metric("latent_frechet", "base", category, 1000.0, n=65),
+            Metric("latent_frechet", "lora", category, 100.0, n=65),
+        ],
+        comparisons=[
+            # ten real clips
+            Comparison("latent_frechet", "lora", category=category, verdict="too_few"),
+            Comparison("latent_frechet", "lora", verdict="too_few"),
+            Comparison("latent_retrieval", "lora", verdict="better"),
+            Comparison("latent_frechet", "sign", verdict="too_few"),
+        ],
+    )
+    write_result(tmp_path, few)
+    # nothing is missed, but nothing shown either
+    assert not say(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:10] for line in lines[:3]] == ["not judged"] * 3
+    assert "fewer than 64 real clips; the figure by itself meets the bar" in lines[0]
+    assert "too few clips or prompts for latent_frechet" in lines[1]
+    assert lines[3] == "0 hold, 0 missed, 3 not judged"
+    undecided = [Comparison("latent_frechet", "lora", verdict="undecided"), *few.comparisons[2:]]
+    write_result(tmp_path, msgspec.structs.replace(few, comparisons=undecided))
+    assert [each.holds for each in verdicts(read_result(tmp_path))] == [True, False, None]
