@@ -5,6 +5,8 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread
+from urllib.parse import quote, unquote
 
 import pytest
 from starlette.testclient import TestClient
@@ -91,9 +93,49 @@ def test_rows_by_hand_stay_until_the_dashboard_decides_about_their_label(tmp_pat
     write_catalog(tmp_path / "data", ["글"])
     dataset = find_sources([str(tmp_path / "data")], None, tmp_path / "own").datasets["data"]
     dataset.exclusions.write_text("label,decision,type,person,time\nb.json,exclude,,손,\n")
-    assert update_exclusions(dataset, [decision()]) == 2
+    assert update_exclusions(dataset, lambda: [decision()]) == 2
     assert [row.label for row in exclusions_of(dataset)] == ["a.json", "b.json"]
-    assert update_exclusions(dataset, [decision(label="b.json", verdict="undecided")]) == 1
+    undecided = [decision(label="b.json", verdict="undecided")]
+    assert update_exclusions(dataset, lambda: undecided) == 1
+
+
+def test_two_people_who_decide_at_once_both_reach_the_list(tmp_path: Path) -> None:
+    write_catalog(tmp_path / "data", ["글"])
+    dataset = find_sources([str(tmp_path / "data")], None, tmp_path / "own").datasets["data"]
+    decided, begun, goes_on = [decision()], Event(), Event()
+
+    def slow() -> list[Decision]:
+        found = list(decided)
+        begun.set()
+        assert goes_on.wait(30)
+        return found
+
+    first = Thread(target=update_exclusions, args=(dataset, slow))
+    second = Thread(target=update_exclusions, args=(dataset, lambda: list(decided)))
+    first.start()
+    assert begun.wait(30)
+    decided.append(decision(label="b.json"))
+    second.start()
+    # time enough to overtake, were it not held back
+    second.join(0.2)
+    goes_on.set()
+    first.join(30)
+    second.join(30)
+    assert [row.label for row in exclusions_of(dataset)] == ["a.json", "b.json"]
+
+
+def test_names_in_hangul_are_remembered_and_can_be_downloaded(tmp_path: Path) -> None:
+    for name in ("가", "뉴스"):
+        write_catalog(tmp_path / name, ["글"])
+    sources = find_sources([str(tmp_path / "가"), str(tmp_path / "뉴스")], None, tmp_path / "own")
+    with TestClient(create_app(sources, with_index=False), base_url="http://127.0.0.1") as client:
+        answer = client.get("/data/뉴스/decisions.csv")
+        assert answer.status_code == 200
+        name = answer.headers["content-disposition"].partition("UTF-8''")[2]
+        assert unquote(name) == "decisions-뉴스.csv"
+        client.get("/data/뉴스/decisions")
+        # a page of no dataset links to the one that was looked at last
+        assert quote("/data/뉴스/defects") in client.get("/").text
 
 
 def test_the_newest_decision_holds_and_the_old_ones_stay_readable(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ How a cell is kept from being computed, and how its text is restored, is loader.
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 
 from loader.exclusions import (
     Exclusion,
@@ -46,13 +47,20 @@ def exclusion_rows(newest: Sequence[Decision], in_file: Sequence[Exclusion]) -> 
     return [rows[label] for label in sorted(rows)]
 
 
-def update_exclusions(dataset: Dataset, newest: Sequence[Decision]) -> int:
+_WRITING = threading.Lock()
+
+
+def update_exclusions(dataset: Dataset, newest: Callable[[], Sequence[Decision]]) -> int:
     """Replace the dataset's exclusions.csv atomically; returns its number of rows. Raises OSError,
     and DatasetError for a file by hand that can't be understood, which then stays as it is.
+
+    Two people may decide at once: what is written is what `newest` gives then, so that whoever
+    writes last has both decisions.
     """
-    rows = exclusion_rows(newest, exclusions_of(dataset))
-    dataset.exclusions.parent.mkdir(parents=True, exist_ok=True)
-    write_exclusions(dataset.exclusions, rows)
+    with _WRITING:
+        rows = exclusion_rows(newest(), exclusions_of(dataset))
+        dataset.exclusions.parent.mkdir(parents=True, exist_ok=True)
+        write_exclusions(dataset.exclusions, rows)
     return len(rows)
 
 

@@ -92,7 +92,7 @@ class View:
             if name not in datasets:
                 raise HTTPException(404, self.t("error.no_dataset"))
             return datasets[name]
-        known = datasets.get(self.request.cookies.get(DATASET_COOKIE, ""))
+        known = datasets.get(self.cookie(DATASET_COOKIE))
         return known or next(iter(datasets.values()), None)
 
     @property
@@ -103,7 +103,11 @@ class View:
 
     @property
     def person(self) -> str:
-        return unquote(self.request.cookies.get(PERSON_COOKIE, ""))
+        return self.cookie(PERSON_COOKIE)
+
+    def cookie(self, name: str) -> str:
+        """What `set_cookie` has set; "" for nothing."""
+        return unquote(self.request.cookies.get(name, ""))
 
     def words(self, key: str, default: str) -> str:
         """The sentence of `key`, or `default` where there is none."""
@@ -162,7 +166,7 @@ class View:
         if self.query("lang") in ("en", "ko"):
             self.set_cookie(response, LANGUAGE_COOKIE, self.query("lang"))
         if "dataset" in self.request.path_params and self.dataset:
-            if self.request.cookies.get(DATASET_COOKIE) != self.dataset.name:
+            if self.cookie(DATASET_COOKIE) != self.dataset.name:
                 self.set_cookie(response, DATASET_COOKIE, self.dataset.name)
         return response
 

@@ -1,5 +1,6 @@
 """Case: one label file with its clip, shots, texts, prompts, probe, neighbours and decisions."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -278,7 +279,7 @@ def _decide(view: View, fields: dict[str, str]) -> Response:
     )
     try:
         view.state.review.decide(decision)
-        exports.update_exclusions(dataset, view.state.review.newest(dataset.name))
+        exports.update_exclusions(dataset, partial(view.state.review.newest, dataset.name))
         message = view.t("case.saved", file=_shown_path(dataset.exclusions))
     except ReviewError as error:
         return _page(view, clip, str(error), 400)

@@ -1,6 +1,7 @@
 """Decisions: who claims to have decided what, and the list that builds and training obey."""
 
 from collections import Counter
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -53,5 +54,6 @@ def download(request: Request) -> Response:
 
 
 def csv_response(body: bytes, name: str) -> Response:
-    headers = {"content-disposition": f'attachment; filename="{name}"'}
+    # a header is ASCII; names need not be
+    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
     return Response(body, headers=headers, media_type="text/csv; charset=utf-8")
