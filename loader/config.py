@@ -40,17 +40,31 @@ def load_toml(path: Path, kind: type[ConfigT], overrides: Sequence[str] = ()) ->
         raise ConfigError(f"{path}: can't read the configuration: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    for override in overrides:
-        _apply(raw, override)
+    return _converted(raw, kind, str(path), overrides)
+
+
+def override(config: ConfigT, overrides: Sequence[str], where: str) -> ConfigT:
+    """`config` with these "a.b=value", checked as `load_toml` does; `where` is for messages. Raises
+    ConfigError.
+    """
+    raw = _without_none(msgspec.to_builtins(config))
+    return _converted(raw, type(config), where, overrides)
+
+
+def _converted(
+    raw: dict[str, Any], kind: type[ConfigT], where: str, overrides: Sequence[str]
+) -> ConfigT:
+    for each in overrides:
+        _apply(raw, each)
     changed = f" (with --set {' --set '.join(overrides)})" if overrides else ""
     try:
         config = msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}{changed}: {error}{_hint(str(error), kind)}") from error
+        raise ConfigError(f"{where}{changed}: {error}{_hint(str(error), kind)}") from error
     # TOML spells them, and bounds such as "greater than 0" let infinity pass
     for key, value in _floats(raw):
         if not math.isfinite(value):
-            raise ConfigError(f"{path}{changed}: {key} = {value}: give a finite number")
+            raise ConfigError(f"{where}{changed}: {key} = {value}: give a finite number")
     return config
 
 

@@ -1,11 +1,15 @@
 """Distances, intervals and votes: against closed forms, scipy and each other."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from torchmetrics.image import fid
 
+from tools.evaluate.__main__ import say_votes
 from tools.evaluate.frechet import (
     estimate,
     floor,
@@ -172,6 +176,13 @@ def test_a_win_rate_does_not_depend_on_the_sides() -> None:
     assert win_rate([vote(0, "unusable")], "lora", "base", "overall") is None
 
 
+@pytest.mark.parametrize("num_prompts", [1, 19])
+def test_few_prompts_decide_nothing_however_clear_they_are(num_prompts: int) -> None:
+    found = win_rate([vote(i, "right") for i in range(num_prompts)], "lora", "base", "overall")
+    assert found is not None and found.interval.value == 1.0
+    assert found.advice == f"no verdict below 20 prompts, at {num_prompts} votes"
+
+
 def test_repeated_pairs_say_how_consistent_a_rater_is() -> None:
     votes = [vote(0, "left"), vote(1, "left")]
     votes += [vote(0, "right", left="lora", right="base", again="x"), vote(1, "right", again="x")]
@@ -212,6 +223,23 @@ def test_bradley_terry_finds_the_strengths_that_votes_were_drawn_from() -> None:
     never = [v for v in votes if "d" not in (v.left_variant, v.right_variant)]
     with pytest.raises(ValueError, match="never lost"):
         bradley_terry([*never, vote(0, "left", left="d", right="a")], "overall")
+
+
+def test_what_votes_are_too_few_for_is_not_measured_and_the_rest_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    votes = [vote(0, "left", left=one, right="d") for one in "abc"]
+    votes += [each._replace(question="text") for each in votes]
+    rows = [each._asdict() | {"repeated": int(each.repeated)} for each in votes]
+    with (tmp_path / "votes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, Vote._fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    say_votes(tmp_path / "votes.csv")
+    told = capsys.readouterr().out
+    assert "self-consistency: not measured of 0 pairs" in told
+    assert told.count("not measured: some variants never lost") == 2
+    assert told.count("a over d") + told.count("d over a") == 2
 
 
 def test_votes_come_from_the_dashboards_columns_alone() -> None:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from loader.mp4 import encode_mp4
-from tools.evaluate.clips import BASE, FPS, REAL, REFERENCE_FILE, Kept, clips_of, write_variant
+from tools.evaluate.clips import (
+    BASE,
+    CATEGORIES_FILE,
+    FPS,
+    REAL,
+    REFERENCE_FILE,
+    Kept,
+    clips_of,
+    write_variant,
+)
 from tools.evaluate.compare import Table, add_features, add_latents
 from tools.evaluate.config import EvaluateConfig, FVDConfig, SetConfig
 from tools.evaluate.evaluation_set import EvaluationSet, Prompt, read_set, write_set
@@ -82,6 +91,8 @@ def write_evaluation(
     width = latent[0] * min(latent[1], 3) * min(latent[2], 6) * min(latent[3], 10)
     reference = random.standard_normal((num_prompts * num_seeds, width), np.float32)
     np.save(config.folder / REFERENCE_FILE, reference)
+    categories = [f"category {i % 4}" for i in range(len(reference))]
+    (config.folder / CATEGORIES_FILE).write_bytes(msgspec.json.encode(categories))
     return config
 
 

@@ -1,18 +1,23 @@
 """An evaluation from prompts to result.json, on a model with random weights and no network."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from loader.config import dump_toml, load_toml
 from loader.feed_config import FeedConfig
 from loader.walk import Walk
 from tools.applied import NotAppliedError
-from tools.evaluate.clips import read_mp4
+from tools.evaluate.__main__ import config_of_run
+from tools.evaluate.clips import read_mp4, read_reference
 from tools.evaluate.compare import compare
 from tools.evaluate.config import EvaluateConfig, SamplingConfig, SetConfig, check
 from tools.evaluate.evaluation_set import EvaluationSet, choose_set, read_set
@@ -20,8 +25,11 @@ from tools.evaluate.generate import generate
 from tools.evaluate.result import Result, read_result, write_result
 from tools.evaluate.score import score
 from tools.fake.batch import write_synthetic_dataset
+from train.config import TrainConfig
+from train.flow import FlowConfig
 from train.lora import adapters as lora
 from train.lora.files import save_comfyui, save_diffusers
+from train.model.config import ModelConfig
 from train.model.load import load_transformer
 from train.parallel.mesh import World
 
@@ -154,6 +162,96 @@ def test_a_lora_of_other_layers_is_refused(
     other = msgspec.structs.replace(config, candidates={"part": str(tmp_path / "part.safetensors")})
     with pytest.raises(ValueError, match="adapters differ"):
         generate(other, WORLD)
+    # told before any clip is made
+    empty = msgspec.structs.replace(other, output=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="adapters differ"):
+        generate(empty, WORLD)
+    assert not empty.folder.exists()
+
+
+def test_what_does_not_go_together_is_refused_before_any_clip_is_made(
+    config: EvaluateConfig, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    other = msgspec.structs.replace(
+        config, model=str(tiny_model("wan2.1-t2v")), output=str(tmp_path / "empty")
+    )
+    with pytest.raises(ValueError, match="its latents have 48 channels"):
+        generate(other, WORLD)
+    assert not other.folder.exists()
+
+
+def test_clips_of_another_base_are_not_mixed_with_those_that_are_there(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(config.model, model)
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["proj_out.bias"] += 1.0
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match="its clips are of another base model than"):
+        generate(msgspec.structs.replace(config, model=str(model)), WORLD)
+
+
+def test_scores_of_clips_that_were_made_again_are_not_compared(
+    config: EvaluateConfig, result: Result
+) -> None:
+    chosen = read_set(config.folder)
+    assert chosen is not None
+    assert compare(config, chosen).metrics == result.metrics
+    path = next((config.folder / "lora").glob("*.mp4"))
+    data = path.read_bytes()
+    path.write_bytes(data + b"again")
+    with pytest.raises(ValueError, match=r"lora\.json: its clips were made again since"):
+        compare(config, chosen)
+    path.write_bytes(data)
+
+
+def test_a_shape_has_its_own_shift_and_without_one_the_hash_stays(config: EvaluateConfig) -> None:
+    def chosen_with(shifts: dict[str, float]) -> EvaluationSet:
+        sampling = msgspec.structs.replace(config.sampling, shifts=shifts)
+        with Walk(FeedConfig(datasets=config.datasets), "val", WORLD.device) as walk:
+            return choose_set(walk, msgspec.structs.replace(config, sampling=sampling))
+
+    plain = chosen_with({})
+    fields = msgspec.to_builtins(plain)
+    assert fields.pop("shifts") == {} and fields.pop("hash") == plain.hash
+    encoded = msgspec.json.encode(fields | {"hash": ""})
+    assert xxhash.xxh3_128_hexdigest(encoded) == plain.hash
+    assert plain.shift_of(plain.prompts[0]) == 5.0
+    assert chosen_with({"64x64x9": 3.0}) == plain
+    own = chosen_with({"96x64x9": 3.0})
+    assert own.hash != plain.hash and own.shift_of(own.prompts[0]) == 3.0
+
+
+def test_the_real_windows_of_a_category_are_those_whose_label_says_so(
+    config: EvaluateConfig,
+) -> None:
+    features_ND, categories = read_reference(config.folder)
+    assert len(features_ND) == len(categories) == 6 and set(categories) == {"synthetic"}
+
+
+def test_final_takes_what_the_run_was_trained_with_and_writes_what_it_does(
+    config: EvaluateConfig, files: Path, tmp_path: Path
+) -> None:
+    trained = TrainConfig(
+        output=str(tmp_path),
+        model=ModelConfig(path=config.model, dtype="float32"),
+        data=FeedConfig(datasets=config.datasets),
+        flow=FlowConfig(shift=4.0, shifts={"96x64x9": 3.0}),
+        num_steps=1,
+        global_batch=1,
+    )
+    (tmp_path / "config.toml").write_text(dump_toml(trained))
+    (tmp_path / "best").mkdir()
+    shutil.copy(files / "lora.safetensors", tmp_path / "best" / "lora.safetensors")
+    found = config_of_run(tmp_path, ["set.num_prompts=3"])
+    assert found.sampling.shift == 4.0 and found.sampling.shifts == {"96x64x9": 3.0}
+    assert found.set.num_prompts == 3
+    # `score` and `compare` of that file are of the same evaluation
+    assert load_toml(found.folder / "config.toml", EvaluateConfig) == found
+    with pytest.raises(ValueError, match=r"final .* \(with --set set\.prompts=3\): .*did you mean"):
+        config_of_run(tmp_path, ["set.prompts=3"])
 
 
 def test_another_set_or_another_lora_does_not_mix_with_the_clips_that_are_there(

@@ -15,19 +15,17 @@ import argparse
 import sys
 from pathlib import Path
 
-import msgspec
-import tomli_w
 import torch
 
-from loader.config import load_toml
-from loader.files import told
+from loader.config import dump_toml, load_toml, override
+from loader.files import told, write_atomic
 from tools.dashboard.exports import read_csv
 from tools.evaluate import votes as ballots
 from tools.evaluate.compare import compare
 from tools.evaluate.config import EvaluateConfig, SamplingConfig, check
 from tools.evaluate.evaluation_set import EvaluationSet, read_set
 from tools.evaluate.generate import generate
-from tools.evaluate.result import Result
+from tools.evaluate.result import NOT_MEASURED, Result
 from tools.evaluate.score import open_networks, score
 from train.config import TrainConfig
 from train.evaluation import BEST_FOLDER
@@ -36,8 +34,8 @@ from train.parallel import mesh
 
 
 def config_of_run(run: Path, overrides: list[str]) -> EvaluateConfig:
-    """That of `final`: a finished run's best LoRA, its model, datasets and shift. Raises ValueError
-    where there is no LoRA.
+    """That of `final`: a finished run's best LoRA, its model, datasets and shifts; written to the
+    evaluation's config.toml. Raises ValueError where there is no LoRA, or for `overrides`.
     """
     trained = load_toml(run / "config.toml", TrainConfig)
     best = sorted(
@@ -58,15 +56,18 @@ def config_of_run(run: Path, overrides: list[str]) -> EvaluateConfig:
         candidates={"lora": str(lora)},
         sampling=SamplingConfig(
             shift=usual.shift if trained.flow.shift is None else trained.flow.shift,
+            shifts=dict(trained.flow.shifts),
             dtype=trained.model.dtype,
             num_steps=trained.samples.num_steps,
             guidance=trained.samples.guidance or usual.guidance,
         ),
     )
+    config = override(config, overrides, f"final {run}")
+    check(config)
+    # for `score` and `compare` alone, or more candidates
     config.folder.mkdir(parents=True, exist_ok=True)
-    path = config.folder / "config.toml"
-    path.write_text(tomli_w.dumps(msgspec.to_builtins(config)), encoding="utf-8")
-    return load_toml(path, EvaluateConfig, overrides)
+    write_atomic(config.folder / "config.toml", dump_toml(config).encode())
+    return config
 
 
 def chosen_set(config: EvaluateConfig) -> EvaluationSet:
@@ -100,10 +101,13 @@ def say_votes(path: Path) -> None:
     found = ballots.votes_of_rows(read_csv(path.read_bytes()))
     names = sorted({name for vote in found for name in (vote.left_variant, vote.right_variant)})
     consistent, num_repeated = ballots.self_consistency(found)
-    print(f"self-consistency: {consistent} of {num_repeated} pairs asked twice")
+    print(f"self-consistency: {_share(consistent)} of {num_repeated} pairs asked twice")
     for question in sorted({vote.question for vote in found}):
         share, alpha, num_shared = ballots.agreement(found, question)
-        print(f"{question}: agreement {share}, Krippendorff's alpha {alpha}, {num_shared} shared")
+        print(
+            f"{question}: agreement {_share(share)}, Krippendorff's alpha {_share(alpha)}, "
+            f"{num_shared} shared"
+        )
         for one in range(len(names)):
             for other in range(one):
                 rate = ballots.win_rate(found, names[one], names[other], question)
@@ -115,7 +119,20 @@ def say_votes(path: Path) -> None:
                         f"[{rate.wilson[0]:.3f}, {rate.wilson[1]:.3f}]: {rate.advice}"
                     )
         if len(names) >= 4:
-            print(f"  Bradley-Terry, log strengths: {ballots.bradley_terry(found, question)}")
+            print(f"  Bradley-Terry, log strengths: {_strengths(found, question)}")
+
+
+def _share(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.3f}"
+
+
+def _strengths(found: list[ballots.Vote], question: str) -> str:
+    try:
+        strengths = ballots.bradley_terry(found, question)
+    except ValueError as error:
+        # of this question alone: others may have votes enough
+        return f"{NOT_MEASURED}: {error}"
+    return ", ".join(f"{name} {value:+.2f}" for name, value in strengths.items())
 
 
 def run(command: str, config: EvaluateConfig) -> None:

@@ -5,6 +5,7 @@ VARIANT/variant.json                 which LoRA, proven how
 VARIANT/ID-SEED.latent.npy           float16 [C, T, h, w], normalised; of "real", seed 0 alone
 VARIANT/ID-SEED.mp4                  of prompts that are decoded
 reference.features.npy               float32 [N, D], features of other real windows' latents
+reference.categories.json            the category of each
 scores/                              what was measured of them
 result.json                          what is said of it
 """
@@ -25,7 +26,8 @@ from tools.evaluate.frechet import Features
 from tools.evaluate.result import Variant
 
 REAL, BASE = "real", "base"
-VARIANT_FILE, REFERENCE_FILE, SCORES = "variant.json", "reference.features.npy", "scores"
+VARIANT_FILE, SCORES = "variant.json", "scores"
+REFERENCE_FILE, CATEGORIES_FILE = "reference.features.npy", "reference.categories.json"
 FPS = 24.0
 Frames = np.ndarray[Any, Any]  # uint8 RGB [F, H, W, 3]
 
@@ -116,3 +118,15 @@ def read_variants(folder: Path, names: list[str]) -> list[Variant]:
             ) from error
         found.append(msgspec.json.decode(data, type=Variant))
     return found
+
+
+def read_reference(folder: Path) -> tuple[Features, list[str]]:
+    """Features [N, D] of the real windows that distances are taken to, and their categories.
+    Raises ValueError where they were not generated.
+    """
+    try:
+        features_ND = np.load(folder / REFERENCE_FILE)
+        data = (folder / CATEGORIES_FILE).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{error.filename}: is missing; run tools.evaluate generate") from error
+    return features_ND, msgspec.json.decode(data, type=list[str])

@@ -13,12 +13,12 @@ from tools.evaluate import towers
 from tools.evaluate.clips import (
     BASE,
     REAL,
-    REFERENCE_FILE,
     Clip,
     Kept,
     clips_of,
     latent_features,
     read_mp4,
+    read_reference,
     read_variants,
 )
 from tools.evaluate.config import EvaluateConfig
@@ -86,7 +86,7 @@ class Table:
 def compare(config: EvaluateConfig, chosen: EvaluationSet) -> Result:
     """Raises ValueError where something was not generated or not scored."""
     variants = read_variants(config.folder, [REAL, BASE, *config.candidates])
-    scores = read_scores(config.folder, [each.name for each in variants])
+    scores = read_scores(config, chosen, [each.name for each in variants])
     table = Table(config, chosen)
     add_latents(table)
     add_psnr(table)
@@ -133,8 +133,7 @@ def add_latents(table: Table) -> None:
     real_clips = list(clips_of(table.chosen, REAL))
     real_ND = read_latents(folder, real_clips, latent_features)
     real_categories = [clip.prompt.category for clip in real_clips]
-    reference_ND = np.load(folder / REFERENCE_FILE)
-    nearest = nearest_category(reference_ND, real_ND, real_categories)
+    reference_ND, reference_categories = read_reference(folder)
     found: dict[str, Samples] = {}
     hits: dict[str, Samples] = {}
     for name in table.names:
@@ -146,7 +145,7 @@ def add_latents(table: Table) -> None:
         right = [a == clip.prompt.category for a, clip in zip(own, clips, strict=True)]
         hits[name] = table.samples(np.array(right, float), ids)
     for category in ("", *table.categories):
-        chosen = [i for i, each in enumerate(nearest) if category in ("", each)]
+        chosen = [i for i, each in enumerate(reference_categories) if category in ("", each)]
         some_ND = reference_ND[chosen]
         for name in table.names:
             table.metrics.append(

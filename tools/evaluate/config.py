@@ -32,6 +32,8 @@ class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     num_steps: Positive = 25
     shift: Annotated[float, Meta(gt=0.0)] = 5.0
+    # of a shape, "832x480x49" = 3.0, instead
+    shifts: dict[str, Annotated[float, Meta(gt=0.0)]] = {}
     guidance: Annotated[float, Meta(ge=1.0)] = 5.0
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
 

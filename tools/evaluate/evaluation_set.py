@@ -45,6 +45,12 @@ class EvaluationSet(msgspec.Struct, frozen=True):
     # keys of real windows of the same shape, for distances of latents
     reference: list[str]
     hash: str = ""
+    # of these shapes instead of `shift`; left out of the hash where there are none
+    shifts: dict[str, float] = {}
+
+    def shift_of(self, prompt: Prompt) -> float:
+        """Of the clips of this prompt: that of its shape."""
+        return self.shifts.get(prompt.shape, self.shift)
 
     def noise_seed(self, prompt: Prompt, number: int) -> int:
         """Of the clip's noise: the same for every variant."""
@@ -96,8 +102,13 @@ def choose_set(walk: Walk, config: EvaluateConfig) -> EvaluationSet:
         guidance=sampling.guidance,
         dtype=sampling.dtype,
         reference=sorted(reference),
+        shifts={shape: sampling.shifts[shape] for shape in sorted(shapes & sampling.shifts.keys())},
     )
-    digest = xxhash.xxh3_128_hexdigest(msgspec.json.encode(found))
+    fields = msgspec.to_builtins(found)
+    if not found.shifts:
+        # the hash of versions that knew one shift
+        del fields["shifts"]
+    digest = xxhash.xxh3_128_hexdigest(msgspec.json.encode(fields))
     return msgspec.structs.replace(found, hash=digest)
 
 
@@ -117,6 +128,9 @@ class Windows:
 
     def batch(self, key: str, drop_caption: bool = False) -> Batch:
         return self._walk.batch(self._places[key], is_i2v=False, seed=0, drop_caption=drop_caption)
+
+    def category(self, key: str) -> str:
+        return self._walk.meta(self._places[key]).category
 
     def members(self, key: str, names: Collection[str]) -> dict[str, bytes]:
         return self._walk.members(self._places[key], names)

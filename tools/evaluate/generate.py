@@ -23,9 +23,10 @@ from loader.files import write_atomic
 from loader.mp4 import encode_mp4
 from loader.sample import JPG, MP4
 from loader.walk import Walk
-from tools.applied import NotAppliedError, check_lora
+from tools.applied import NotAppliedError
 from tools.evaluate.clips import (
     BASE,
+    CATEGORIES_FILE,
     FPS,
     REAL,
     REFERENCE_FILE,
@@ -41,13 +42,15 @@ from tools.evaluate.clips import (
 )
 from tools.evaluate.config import EvaluateConfig
 from tools.evaluate.evaluation_set import EvaluationSet, Windows, choose_set, write_set
+from tools.evaluate.inputs import adapters_in, check_inputs
 from tools.evaluate.pictures import psnr_db
 from tools.evaluate.result import Variant
 from train.denoise import Decoder, Schedule, denoise
 from train.lora import adapters as lora
-from train.lora.formats import read_lora
+from train.lora.config import parse_blocks
 from train.lora.start import start_from
 from train.model.attention import Attention, choose_attention
+from train.model.identity import weights_xxh3
 from train.model.load import load_transformer
 from train.model.wan import Wan
 from train.parallel.mesh import World, barrier
@@ -57,7 +60,10 @@ def generate(config: EvaluateConfig, world: World) -> EvaluationSet:
     """Make every clip of `config` that is missing. Raises ValueError, naming what can't be used,
     LoRAError for a LoRA of another model, NotAppliedError for one without effect.
     """
-    num_tensors = {name: check_lora(Path(path)) for name, path in config.candidates.items()}
+    num_tensors, not_compared = check_inputs(config)
+    if world.is_main:
+        for line in not_compared:
+            print(line)
     data = FeedConfig(datasets=config.datasets)
     with Walk(data, "val", world.device) as walk:
         chosen = choose_set(walk, config)
@@ -93,15 +99,19 @@ def _write_real(
         else:
             _save(config.folder, clip, latent_CThw, None)
     if world.is_main:
-        path = config.folder / REFERENCE_FILE
-        if not path.exists():
+        features_path, categories_path = (
+            config.folder / name for name in (REFERENCE_FILE, CATEGORIES_FILE)
+        )
+        if not (features_path.exists() and categories_path.exists()):
             # one latent at a time: 2,048 of 1280x704x49 are 9 GiB
-            features = [
-                latent_features(windows.batch(key).latent_BCTHW[0].cpu().numpy())
-                for key in chosen.reference
-            ]
-            same = [each for each in features if each.shape == features[0].shape]
-            write_npy(path, np.stack(same))
+            features, categories = [], []
+            for key in chosen.reference:
+                array_CThw = windows.batch(key).latent_BCTHW[0].cpu().numpy()
+                features.append(latent_features(array_CThw))
+                categories.append(windows.category(key))
+            same = [i for i, each in enumerate(features) if each.shape == features[0].shape]
+            write_npy(features_path, np.stack([features[i] for i in same]))
+            write_atomic(categories_path, msgspec.json.encode([categories[i] for i in same]))
         write_variant(config.folder, Variant(REAL))
 
 
@@ -131,6 +141,7 @@ def _write_variant(
     """The clips of the base or of one candidate."""
     path = Path(config.candidates[name]) if name != BASE else None
     lora_xxh3 = xxhash.xxh3_128_hexdigest(path.read_bytes()) if path else ""
+    base_xxh3 = weights_xxh3(Path(config.model))
     record = config.folder / name / VARIANT_FILE
     if record.exists():
         old = msgspec.json.decode(record.read_bytes(), type=Variant)
@@ -138,6 +149,12 @@ def _write_variant(
             raise ValueError(
                 f"{record}: its clips are of another LoRA than {path}; give the candidate another "
                 f"name, or delete {record.parent}"
+            )
+        # older versions wrote none
+        if old.base_xxh3 not in ("", base_xxh3):
+            raise ValueError(
+                f"{record}: its clips are of another base model than {config.model}; choose "
+                f"another output, or delete {config.folder}"
             )
     clips = list(clips_of(chosen, name))[world.data_rank :: world.data_size]
     missing = _missing(config.folder, clips)
@@ -153,7 +170,7 @@ def _write_variant(
     if path is not None:
         difference = _prove(config, chosen, windows, model, attention, path)
     if world.is_main:
-        found = Variant(name, path.name if path else "", lora_xxh3, difference)
+        found = Variant(name, path.name if path else "", lora_xxh3, difference, base_xxh3)
         write_variant(config.folder, found)
     for clip in _progress(missing, name, world):
         latent_CThw = _denoised(chosen, windows, model, attention, clip)
@@ -167,17 +184,16 @@ def attach_file(model: Wan, path: Path | None, num_tensors: int) -> None:
     """
     if path is None:
         return
-    found = read_lora(path)
-    places = [name.split(".", 2) for name in found]
-    rank = max(len(adapter.a_RK) for adapter in found.values())
+    num_layers = model.config.num_layers
+    config = adapters_in(path, num_layers)
     adapters = lora.attach(
         model,
-        targets=sorted({target for _, _, target in places}),
-        rank=rank,
-        alpha=float(rank),
-        dropout=0.0,
+        targets=config.targets,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
         seed=0,
-        blocks={int(block) for _, block, _ in places},
+        blocks=parse_blocks(config.blocks, num_layers),
     )
     start_from(adapters, path)
     if 2 * len(adapters.tensors()) != num_tensors:
@@ -225,7 +241,7 @@ def _denoised(
         text_SD=batch.text_BSD[0],
         empty_SD=empty.text_BSD[0],
         noise_CThw=noise_CThw.to(batch.latent_BCTHW.device),
-        schedule=Schedule(chosen.num_steps, chosen.shift, chosen.guidance),
+        schedule=Schedule(chosen.num_steps, chosen.shift_of(clip.prompt), chosen.guidance),
     )
 
 

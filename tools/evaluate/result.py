@@ -23,6 +23,8 @@ class Variant(msgspec.Struct, frozen=True):
     lora: str = ""
     lora_xxh3: str = ""
     difference_levels: float | None = None
+    # of the base model's weights (train/model/identity.py); "" of the real clips
+    base_xxh3: str = ""
 
 
 class Metric(msgspec.Struct, frozen=True):

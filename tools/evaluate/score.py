@@ -85,8 +85,8 @@ def _score_variant(
     config: EvaluateConfig, chosen: EvaluationSet, networks: Networks, name: str
 ) -> Scores:
     folder, path = config.folder, config.folder / SCORES / f"{name}.json"
-    clips = [clip for clip in clips_of(chosen, name) if clip.prompt.decoded]
-    made_from = _made_from(config, chosen, networks, clips)
+    clips = _decoded(chosen, name)
+    made_from = _made_from(config, chosen, clips)
     if path.exists():
         old = msgspec.json.decode(path.read_bytes(), type=Scores)
         if old.made_from == made_from:
@@ -146,13 +146,13 @@ def feature_file(folder: Path, variant: str, config: EvaluateConfig) -> Path:
     return folder / SCORES / f"{variant}.{config.fvd.name}.npy"
 
 
-def _made_from(
-    config: EvaluateConfig, chosen: EvaluationSet, networks: Networks, clips: Sequence[Clip]
-) -> str:
-    """Raises ValueError for a clip that is not there."""
+def _made_from(config: EvaluateConfig, chosen: EvaluationSet, clips: Sequence[Clip]) -> str:
+    """Of these clips, by the networks that `config` names. Raises ValueError for a clip that is not
+    there.
+    """
     digest = xxhash.xxh3_128()
-    tower = towers.folder_key(config.clip) if networks.tower else ""
-    settings = (chosen.hash, config.fvd if networks.extractor else None, tower)
+    tower = towers.folder_key(config.clip) if config.clip.model else ""
+    settings = (chosen.hash, config.fvd if config.fvd.weights else None, tower)
     digest.update(msgspec.json.encode(settings))
     for clip in clips:
         path = config.folder / clip.mp4
@@ -163,15 +163,28 @@ def _made_from(
     return digest.hexdigest()
 
 
-def read_scores(folder: Path, names: Sequence[str]) -> dict[str, Scores]:
-    """Raises ValueError for a variant that was not scored."""
+def read_scores(
+    config: EvaluateConfig, chosen: EvaluationSet, names: Sequence[str]
+) -> dict[str, Scores]:
+    """Raises ValueError for a variant that was not scored, or whose scores are of other clips or
+    networks than those of now.
+    """
     found = {}
     for name in names:
-        path = folder / SCORES / f"{name}.json"
+        path = config.folder / SCORES / f"{name}.json"
         if not path.exists():
             raise ValueError(f"{path} is missing; run tools.evaluate score")
         found[name] = msgspec.json.decode(path.read_bytes(), type=Scores)
+        if found[name].made_from != _made_from(config, chosen, _decoded(chosen, name)):
+            raise ValueError(
+                f"{path}: its clips were made again since, or fvd and clip name other networks; "
+                f"run tools.evaluate score"
+            )
     return found
+
+
+def _decoded(chosen: EvaluationSet, name: str) -> list[Clip]:
+    return [clip for clip in clips_of(chosen, name) if clip.prompt.decoded]
 
 
 def read_latents(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.evaluate.intervals import Interval, bootstrap, prompt_means, wilson
+from tools.evaluate.intervals import MIN_PROMPTS, Interval, bootstrap, prompt_means, wilson
 
 
 class Vote(NamedTuple):
@@ -56,7 +56,7 @@ class WinRate(NamedTuple):
     """How often `variant` wins over `against`: wins + ties / 2 of `n` usable votes.
 
     interval: by bootstrap over prompts. wilson: counts each vote as independent, so it holds where
-    a rater votes once per prompt.
+    a rater votes once per prompt. advice: no verdict below MIN_PROMPTS prompts.
     """
 
     variant: str
@@ -87,6 +87,9 @@ def win_rate(votes: Sequence[Vote], variant: str, against: str, question: str) -
     interval = bootstrap([score - 0.5 for score in by_prompt.values()])
     low, high = interval.low + 0.5, interval.high + 0.5
     advice = "better" if low > 0.5 else "worse" if high < 0.5 else "not decided"
+    if len(by_prompt) < MIN_PROMPTS:
+        # all of a few votes may agree by chance, and then the interval has no width
+        advice = f"no verdict below {MIN_PROMPTS} prompts,"
     return WinRate(
         variant=variant,
         against=against,
