@@ -11,11 +11,11 @@ kernel is
   least and most of at least ten rounds (fewer where a length takes more than its time), and the
   memory that one pass allocates.
 
-Prints a table and writes it as JSON, to be sent to the authors: a V100's figures are not known.
+Prints a table, length by length, and writes it as JSON, to be sent to the authors: a V100's figures
+are not known.
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.results import check_start, save
 from train.kernels.attention_gemm import attention_eager
 from train.model.attention import AttentionShape, candidates, random_inputs, run_kernel
 
@@ -151,16 +152,19 @@ def timings(
     }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_header() -> None:
     print(
         "| tokens | kernel | n | forward + backward = ms (least to most) | of efficient | MiB | "
         "off float32 at 1 | at 4 | at 200 |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    base_ms = {row["num_tokens"]: row["ms"] for row in rows if row["kernel"] == "efficient"}
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Those of one length."""
+    base = next((row["ms"] for row in rows if row["kernel"] == "efficient"), None)
     for row in rows:
         worst = [max(row[name][part] for part in PARTS) for name in ("1", "4", "200")]
-        base = base_ms.get(row["num_tokens"])
         cells = (
             f"{row['num_tokens']:,}",
             row["kernel"],
@@ -172,7 +176,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             *(f"{error:.1e}" for error in worst[:2]),
             f"{worst[2]:.1e}" if row["200"]["finite"] else "NOT FINITE",
         )
-        print(f"| {' | '.join(cells)} |")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -189,15 +193,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="at most, to time a length")
     parser.add_argument("--output", type=Path, default=Path("bench_attention.json"))
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench.attention: no GPU here; a CPU has one kernel and nothing to choose")
+    check_start("bench.attention", arguments.output)
     device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
     kernels = arguments.kernels or candidates(device, dtype)
     # As in training; and float32 means float32 where it is the reference.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_tf32 = False
     begin_s = time.perf_counter()
-    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv[1:]),
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "heads": arguments.heads,
+        "head_dim": arguments.head_dim,
+        "dtype": arguments.dtype,
+        "rows": [],
+    }
+    print(f"{result['card']}, torch {result['torch']}, {arguments.heads} x {arguments.head_dim}")
+    print_header()
     for length in arguments.lengths:
         shape = AttentionShape(
             1, arguments.heads, length, arguments.keys or length, arguments.head_dim
@@ -207,25 +221,15 @@ def main() -> None:
             for name, deviation in (("1", 1.0), ("4", 4.0), ("200", None))
         }
         times = timings(kernels, shape, device, dtype, arguments.rounds, arguments.seconds)
-        rows += [
+        rows = [
             {"num_tokens": length, "num_keys": shape.num_keys, "kernel": kernel, **times[kernel]}
             | {name: found[kernel] for name, found in checks.items()}
             for kernel in kernels
         ]
-    result = {
-        "command": " ".join(sys.argv[1:]),
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "heads": arguments.heads,
-        "head_dim": arguments.head_dim,
-        "dtype": arguments.dtype,
-        "seconds": time.perf_counter() - begin_s,
-        "rows": rows,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{result['card']}, torch {result['torch']}, {arguments.heads} x {arguments.head_dim}")
-    print_table(rows)
+        print_rows(rows)
+        result["rows"] += rows
+        result["seconds"] = time.perf_counter() - begin_s
+        save(arguments.output, result)
     print(f"{arguments.output} written after {result['seconds']:.0f} s")
 
 

@@ -1,7 +1,7 @@
 """Encoding, checked and timed: `python -m bench.encode --output DIR [--parts ...]`.
 
-Weights are random, of the real size; footage is real (bench/footage.py). Parts, each of which adds
-to DIR/encode.json and DIR/encode.txt:
+Weights are random, of the real size; footage is real (bench/footage.py). DIR/encode.json and
+DIR/encode.txt hold what is measured so far, written again after every step of these parts:
 
 checks   every kernel against its reference at the real widths; latents of real windows within 1e-2
          relative L2 of diffusers' in float32, whatever the chunk; the first latent frame is that of
@@ -18,7 +18,6 @@ The exit code is 1 if a check fails. `--device cpu --shape small` tries the logi
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from bench.encode_clips import (
     release,
 )
 from bench.encode_text import measure_text
+from bench.results import save
 from bench.vae_kernels import check_kernels, rates
 from bench.vae_subjects import write_model
 from loader.shape import Bucket
@@ -61,6 +61,7 @@ class Run:
     """The options, what follows from them, and the result so far."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self._begin_s = time.perf_counter()
         self.options, self.folder = options, folder
         self.device, self.rounds = options.device, options.rounds
         self.dtype = getattr(torch, options.dtype)
@@ -77,12 +78,21 @@ class Run:
         assert plan is not None
         self.plan: EncodePlan = plan
 
+    def save(self) -> dict[str, Any]:
+        """Write what is measured so far, whatever comes next; returns it."""
+        wall_s = time.perf_counter() - self._begin_s
+        result = self.result | {"checks": self.checks, "wall_s": wall_s}
+        save(self.options.output / "encode.json", result)
+        (self.options.output / "encode.txt").write_text(summary(result) + "\n")
+        return result
+
     def run_checks(self) -> None:
         folder, few = self.folder, Bucket.parse(SMALL if self.is_small else QUARTER)
         chunks = [4, 8] if self.is_small else [4, 8, 16, 24, 48]
         if self.device == "cuda":
             self.result["kernels_off"] = check_kernels(self.device, (37, 50))
             self.checks["kernels"] = max(self.result["kernels_off"].values()) <= 1
+            self.save()
         own, windows = self.options.dtype, self.options.windows
         others = [each for each in DTYPES if each != own]
         self.result["accuracy"] = [
@@ -92,6 +102,7 @@ class Run:
         half = self.result["accuracy"][0][own]
         self.checks["latents"] = max(half["ours"], half["batch_of_two"]) <= TOLERANCE
         self.checks["first_frame"] = half["first_frame_is_its_own"]
+        self.save()
         memory = measure_memory(folder, self.bucket, self.device, self.dtype, [16.0, 8.0])
         self.result["memory"] = memory
         self.checks["memory"] = all(each["fits"] for each in memory.values())
@@ -101,6 +112,7 @@ class Run:
         self.result["clips"] = measure_clip(
             self.folder, self.bucket, self.device, self.dtype, self.rounds, chunks, self.plan
         )
+        self.save()
         release()
         if self.device == "cuda":
             patch = 2 if self.options.kind == "wan22" else 1
@@ -131,6 +143,7 @@ class Run:
             self.result["text"][name] = measure_text(
                 self.device, dtype, self.rounds, batch, tokens, self.is_small
             )
+            self.save()
             release()
 
     def run_build(self) -> None:
@@ -174,6 +187,7 @@ class Run:
             faults = list(verify_dataset(self.folder / name, 2, lambda _: None))
             self.checks[f"workers_{name}_verifies"] = not faults
             self.result[f"workers_{name}"] = built
+            self.save()
         one, exact = latents_of(self.folder / "one"), latents_of(self.folder / "exact")
         self.checks["workers_same_bytes"] = shard_hashes(self.folder / "one") == shard_hashes(
             self.folder / "all"
@@ -235,14 +249,10 @@ def main() -> int:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     options.output.mkdir(parents=True, exist_ok=True)
-    begin_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         run = Run(options, Path(name))
         for part in chain(run.run(), ["end"]):
-            # what is measured is safe, whatever comes next
-            result = run.result | {"checks": run.checks, "wall_s": time.perf_counter() - begin_s}
-            (options.output / "encode.json").write_text(json.dumps(result, indent=1) + "\n")
-            (options.output / "encode.txt").write_text(summary(result) + "\n")
+            result = run.save()
             print(f"{result['wall_s']:.0f} s: {part}", flush=True)
     print(summary(result))
     return 0 if all(run.checks.values()) else 1

@@ -70,6 +70,7 @@ def timed(
                 peak_gib[name] = torch.cuda.max_memory_allocated() / 2**30
     return {
         name: {
+            "n": len(each),
             "median_s": statistics.median(each),
             "least_s": min(each),
             "most_s": max(each),

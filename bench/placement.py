@@ -18,11 +18,10 @@ what was measured.
 
 import argparse
 import gc
-import json
-import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +43,7 @@ from bench.placement_timing import (
     rows_of,
     say,
 )
+from bench.results import check_start, save
 from loader import models
 from loader.batch import Batch
 from loader.models import ModelKind
@@ -159,9 +159,10 @@ def compare(
     attention: str,
     num_rounds: int,
     deadline_s: float,
+    note: Callable[[list[dict[str, Any]]], None],
     case: Case | None = None,
 ) -> list[dict[str, Any]]:
-    """Resident against the others; prints as it goes."""
+    """Resident against the others; prints as it goes, and calls note(rows) after each round."""
     case, device = case or CASES[name], world.device
     sharded = ("sharded",) if world.size > 1 else ()
     wan = msgspec.structs.replace(wan, in_channels=case.kind.in_channels)
@@ -188,12 +189,16 @@ def compare(
     check_bits(runs, batch, device)
     held = sum(subject.held_bytes for subject in subjects.values())
     cap_beside(held - subjects["streamed"].held_bytes, device)
-    # processes that wait for each other must do the same number of rounds
-    deadline_s = deadline_s if world.size == 1 else math.inf
-    found = rounds_of(subjects, held, batch, device, num_rounds, deadline_s)
+
+    def is_over() -> bool:
+        # processes that wait for each other do the same number of rounds
+        return mesh.maximum(int(time.perf_counter() > deadline_s), world) > 0
+
+    for found in rounds_of(subjects, held, batch, device, num_rounds, is_over):
+        rows = rows_of(name, found, "resident")
+        note(rows)
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0)
-    rows = rows_of(name, found, "resident")
     print_rows(rows, "resident")
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     for placement, run in runs.items():
@@ -215,13 +220,14 @@ def main() -> None:
     parser.add_argument("--attention", default="cudnn")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
-        "--budget-s", type=float, default=400.0, help="no round begins after it; of one process"
+        "--budget-s", type=float, default=400.0, help="one round a case from then on"
     )
     parser.add_argument("--layers", type=int, default=T2V_A14B.num_layers)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if unknown := {*arguments.cases.split(",")} - CASES.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; cases are {', '.join(CASES)}")
+    check_start("bench.placement", arguments.json)
     with mesh.process_group() as world:
         run_cases(arguments, world)
 
@@ -240,7 +246,13 @@ def run_cases(arguments: argparse.Namespace, world: World) -> None:
     }
     deadline_s = begin_s + arguments.budget_s
     for name in arguments.cases.split(","):
-        result["rows"] += compare(
+        done = result["rows"]
+
+        def note(rows: list[dict[str, Any]], done: list[dict[str, Any]] = done) -> None:
+            result["rows"] = done + rows
+            save(arguments.json if world.is_main else None, result)
+
+        compare(
             name,
             wan,
             world,
@@ -248,9 +260,8 @@ def run_cases(arguments: argparse.Namespace, world: World) -> None:
             arguments.attention,
             arguments.rounds,
             deadline_s,
+            note,
         )
-        if arguments.json and world.is_main:
-            arguments.json.write_text(json.dumps(result, indent=1))
         gc.collect()
         torch.cuda.empty_cache()
     say(f"took {time.perf_counter() - begin_s:.0f} s")

@@ -3,9 +3,9 @@ bench.placement_peers`. T2V-A14B at 832x480x49, as in bench.placement.
 """
 
 import argparse
-import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bench import step_subjects as subjects
 from bench.our_step import ADAPTERS, our_run, update
 from bench.placement import CASES, config_of
 from bench.placement_timing import Subject, allocated, print_rows, rounds_of, rows_of, say
+from bench.results import check_start, save
 from loader.batch import Batch
 from tools.fake.step import random_batch
 from train.flow import NoiseLaws
@@ -28,8 +29,8 @@ from train.step import prepare
 
 def against_peers(
     wan: WanConfig, device: torch.device, attention: str, num_rounds: int, deadline_s: float
-) -> list[dict[str, Any]]:
-    """T2V; all have the same random weights, sample and noise. Prints as it goes."""
+) -> Iterator[list[dict[str, Any]]]:
+    """T2V; all have the same random weights, sample and noise. Rows, after each round."""
     case, dtype = CASES["t2v"], torch.bfloat16
     bucket = case.kind.layout.parse(case.shape)
     batch = random_batch(bucket, device, is_i2v=[False], kind=case.kind)
@@ -59,7 +60,8 @@ def against_peers(
         return peer_step(batch)
 
     # both peers are one model
-    found = rounds_of(
+    rows: list[dict[str, Any]] = []
+    for found in rounds_of(
         {
             "streamed": Subject(our_step, our_bytes),
             "eager, checkpointing": Subject(lambda batch: peer(batch, None), peer_bytes),
@@ -69,11 +71,11 @@ def against_peers(
         batch,
         device,
         num_rounds,
-        deadline_s,
-    )
-    rows = rows_of("t2v", found, "streamed")
+        lambda: time.perf_counter() > deadline_s,
+    ):
+        rows = rows_of("t2v", found, "streamed")
+        yield rows
     print_rows(rows, "streamed")
-    return rows
 
 
 def main() -> None:
@@ -82,21 +84,20 @@ def main() -> None:
     )
     parser.add_argument("--attention", default="cudnn")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--budget-s", type=float, default=400.0, help="no round begins after it")
+    parser.add_argument("--budget-s", type=float, default=400.0, help="one round from then on")
     parser.add_argument("--layers", type=int, default=T2V_A14B.num_layers)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    check_start("bench.placement_peers", arguments.json)
     begin_s, device = time.perf_counter(), torch.device("cuda")
-    rows = against_peers(
+    for rows in against_peers(
         msgspec.structs.replace(T2V_A14B, num_layers=arguments.layers),
         device,
         arguments.attention,
         arguments.rounds,
         begin_s + arguments.budget_s,
-    )
-    result = {"card": torch.cuda.get_device_name(), "rows": rows}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
+    ):
+        save(arguments.json, {"card": torch.cuda.get_device_name(), "rows": rows})
     say(f"took {time.perf_counter() - begin_s:.0f} s")
 
 

@@ -4,7 +4,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -92,10 +92,10 @@ def rounds_of(
     batch: Batch,
     device: torch.device,
     num: int,
-    deadline_s: float,
-) -> dict[str, list[Timing]]:
-    """In turns, in another order each time; no round begins after `deadline_s`. held: bytes of all
-    subjects together.
+    is_over: Callable[[], bool],
+) -> Iterator[dict[str, list[Timing]]]:
+    """In turns, in another order each time; after each round, those so far. Where it `is_over` no
+    round begins, but for the first. held: bytes of all subjects together.
     """
     for name, subject in subjects.items():
         for _ in range(2):
@@ -105,12 +105,14 @@ def rounds_of(
     found: dict[str, list[Timing]] = {name: [] for name in subjects}
     order = random.Random(0)
     for number in range(num):
-        if number and time.perf_counter() > deadline_s:
+        if number and is_over():
             break
         for name in order.sample(list(subjects), len(subjects)):
             subject = subjects[name]
             found[name].append(time_step(subject, held - subject.held_bytes, batch, device))
-    return found
+        took = ", ".join(f"{name} {timings[-1].seconds:.4f} s" for name, timings in found.items())
+        say(f"  round {number + 1}: {took}")
+        yield found
 
 
 def rows_of(case: str, found: dict[str, list[Timing]], base: str) -> list[dict[str, Any]]:

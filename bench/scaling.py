@@ -4,7 +4,8 @@ NCCL_P2P_DISABLE=1. One sample on several GPUs: bench/sequence.py.
 The trainer's step at the real size with random weights: each rank alone and all ranks together
 take turns, with 1 and 8 micro-batches accumulated. Two cards of one kind differ, and the slower
 one sets the pace: so `speed`, the rate against rank 0 alone, stands beside that against the
-slower card. First the reduced gradient is compared with the sum of every rank's own.
+slower card. First the reduced gradient is compared with the sum of every rank's own. Each round is
+printed, and stands in the JSON file, before the next one.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 import torch.distributed
 
 from bench.our_step import ADAPTERS, add_gradients, our_config, our_run, update
+from bench.results import check_start, save
 from loader.shape import WAN22, Bucket
 from tools.fake.step import random_batch, random_transformer
 from train.model.wan import TI2V_5B
@@ -68,10 +70,11 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="1280x704x49")
     parser.add_argument(
-        "--rounds", default="1=10,8=3", help="accumulated micro-batches = rounds, ..."
+        "--rounds", default="1=10,8=5", help="accumulated micro-batches = rounds, ..."
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    check_start("bench.scaling", arguments.json)
     with mesh.process_group() as world:
         if world.data_size < 2:
             raise SystemExit(
@@ -92,35 +95,45 @@ def main() -> None:
             "reduced_gradient_error": error,
             "reduced_bytes": steps.run.flat.buffer.nbytes,
         }
+        if world.is_main:
+            print(json.dumps(result, indent=1), flush=True)
+            save(arguments.json, result)
         for num_micro, rounds in (
             map(int, pair.split("=")) for pair in arguments.rounds.split(",")
         ):
-            alone, together = [], []
+            alone: list[float] = []
+            together: list[float] = []
             for _ in range(rounds):
                 for rank in range(world.data_size):
                     if world.data_rank == rank:
                         alone.append(steps.step_s(num_micro, together=False))
                     mesh.barrier(world)
                 together.append(steps.step_s(num_micro, together=True))
-                mesh.barrier(world)
-            everyone: list[list[float]] = [[] for _ in range(world.data_size)]
-            torch.distributed.all_gather_object(everyone, alone)
-            if world.data_rank == 0:
-                slower = [max(seconds) for seconds in zip(*everyone, strict=True)]
-                for name, base in (("", alone), (", the slower card", slower)):
-                    ratios = [world.data_size * a / b for a, b in zip(base, together, strict=True)]
-                    result[f"accumulation {num_micro}{name}"] = {
-                        "n": rounds,
-                        "alone_s": statistics.median(base),
-                        "together_s": statistics.median(together),
-                        "speed": statistics.median(ratios),
-                        "least": min(ratios),
-                        "most": max(ratios),
-                    }
-        if world.data_rank == 0:
-            print(json.dumps(result, indent=1))
-            if arguments.json:
-                arguments.json.write_text(json.dumps(result, indent=1))
+                everyone = mesh.gather(alone, world)
+                if world.is_main:
+                    found = speeds(everyone, together)
+                    result |= {f"accumulation {num_micro}{who}": row for who, row in found.items()}
+                    print(f"accumulation {num_micro}: {json.dumps(found)}", flush=True)
+                    save(arguments.json, result)
+
+
+def speeds(alone: list[list[float]], together: list[float]) -> dict[str, dict[str, float]]:
+    """Of all ranks together against rank 0, and against the slower card of each round; `alone`:
+    seconds of every rank's rounds.
+    """
+    slower = [max(seconds) for seconds in zip(*alone, strict=True)]
+    found = {}
+    for who, base in (("", alone[0]), (", the slower card", slower)):
+        ratios = [len(alone) * a / b for a, b in zip(base, together, strict=True)]
+        found[who] = {
+            "n": len(together),
+            "alone_s": statistics.median(base),
+            "together_s": statistics.median(together),
+            "speed": statistics.median(ratios),
+            "least": min(ratios),
+            "most": max(ratios),
+        }
+    return found
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ bench.step --profile native`.
 
 One process per profile and shape: random weights of the real size, subjects interleaved, CUDA
 events, a whole optimizer step each. First it checks that what it times is right
-(bench/step_check.py, bench/step_check_training.py); then it prints a table and writes it as JSON.
-Profiles:
+(bench/step_check.py, bench/step_check_training.py). Then each round is printed and stands in the
+JSON file at once; a table comes at the end. Profiles:
 
 - native: bfloat16, the card's best attention, nothing recomputed (diffusers: torch's best, cuDNN);
 - native32: the same, our activations planned for 30 GiB, some steps of it under a cap of 32
@@ -20,7 +20,6 @@ micro-batch of --samples samples.
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -28,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ import torch
 
 from bench import step_check_training
 from bench import step_subjects as subjects
-from bench.our_step import ADAPTERS, MODELS
+from bench.our_step import ADAPTERS, MODELS, Adapters
+from bench.results import check_start, save
 from bench.step_check import Checks
 from bench.step_timing import (
     DEFAULT_SUBJECTS,
@@ -66,17 +67,17 @@ def say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> list[Row]:
-    """Interleave all subjects and return a row for each; after `deadline_s` no round begins, but
-    for the first.
+def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> Iterator[list[Row]]:
+    """Interleave all subjects; after each round a row for each, of all rounds so far. After
+    `deadline_s` no round begins, but for the first.
     """
     adapters_name, is_i2v = CASES[case]
-    num_samples = bench.shape.batch
     if bench.kind.i2v_share is not None:
         is_i2v = bench.kind.i2v_share > 0
-    batch = random_batch(bench.bucket, bench.device, is_i2v=[is_i2v] * num_samples, kind=bench.kind)
-    num_tokens = num_samples * bench.shape.num_tokens
-    small = num_tokens <= GRAPH_TOKENS
+    batch = random_batch(
+        bench.bucket, bench.device, is_i2v=[is_i2v] * bench.shape.batch, kind=bench.kind
+    )
+    small = bench.shape.batch * bench.shape.num_tokens <= GRAPH_TOKENS
     if small and "floor" in bench.steps:
         bench.steps["floor"] = subjects.graphed(bench.floor(), batch)
 
@@ -95,6 +96,7 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
             f"{capped['capped_retries']:.1f} retries"
         )
 
+    model_flops = step_flops(bench, ADAPTERS[adapters_name])
     runs: dict[str, list[Timing]] = {name: [] for name in bench.steps}
     order = random.Random(0)
     for number in range(num_rounds):
@@ -103,8 +105,21 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
         # what ran before shows in the card's clock
         for name in order.sample(list(bench.steps), len(bench.steps)):
             runs[name].append(bench.time(name, batch))
+        took = ", ".join(f"{name} {found[-1].seconds:.4f} s" for name, found in runs.items())
+        say(f"{case}: round {number + 1}: {took}")
+        floor = [run.seconds for run in runs.get("floor", [])]
+        floor_s = statistics.median(floor) if floor else math.nan
+        rows = []
+        for name, found in runs.items():
+            row: Row = {"case": case, "subject": name}
+            row |= row_of(bench, found, model_flops, floor_s)
+            row["peak_gib"] = max(row["peak_gib"], peaks_gib[name])
+            rows.append(row | (capped if name == "ours" else {}))
+        yield rows
 
-    adapters = ADAPTERS[adapters_name]
+
+def step_flops(bench: Subjects, adapters: Adapters) -> float:
+    """Operations that the model takes in a step, whatever is recomputed."""
     step = step_of(
         bench.config,
         bench.shape.num_tokens,
@@ -113,32 +128,25 @@ def rows_of(bench: Subjects, case: str, num_rounds: int, deadline_s: float) -> l
         dtype_bytes=2,
         activations=ShapePlan(saved=None, num_bytes=0.0),
     )
-    floor_s = math.nan
-    if "floor" in runs:
-        floor_s = statistics.median(run.seconds for run in runs["floor"])
-    rows = []
-    for name, found in runs.items():
-        seconds = [run.seconds for run in found]
-        median_s = statistics.median(seconds)
-        row = {
-            "case": case,
-            "subject": name,
-            "n": len(found),
-            "samples": num_samples,
-            "s": median_s,
-            "min_s": min(seconds),
-            "max_s": max(seconds),
-            "tokens_per_s": num_tokens / median_s,
-            "model_tflops": num_samples
-            * (step.gemm_flops + sum(step.attention_flops.values()))
-            / median_s
-            / 1e12,
-            "of_floor": median_s / floor_s,
-            "loss": found[-1].loss,
-            "peak_gib": max(peaks_gib[name], *(run.peak_gib for run in found)),
-        }
-        rows.append(row | (capped if name == "ours" else {}))
-    return rows
+    return bench.shape.batch * (step.gemm_flops + sum(step.attention_flops.values()))
+
+
+def row_of(bench: Subjects, found: list[Timing], model_flops: float, floor_s: float) -> Row:
+    """Of one subject's rounds."""
+    seconds = [run.seconds for run in found]
+    median_s = statistics.median(seconds)
+    return {
+        "n": len(found),
+        "samples": bench.shape.batch,
+        "s": median_s,
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "tokens_per_s": bench.shape.batch * bench.shape.num_tokens / median_s,
+        "model_tflops": model_flops / median_s / 1e12,
+        "of_floor": median_s / floor_s,
+        "loss": found[-1].loss,
+        "peak_gib": max(run.peak_gib for run in found),
+    }
 
 
 def print_checks(checks: dict[str, Checks]) -> None:
@@ -209,7 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1, help="of a micro-batch")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
-        "--budget-s", type=float, default=500.0, help="after so many, a case has one round"
+        "--budget-s", type=float, default=500.0, help="one round a case from then on"
     )
     parser.add_argument("--layers", type=int, default=0, help="blocks; 0: the model's own number")
     parser.add_argument("--no-check", action="store_true")
@@ -227,6 +235,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    check_start("bench.step", arguments.json)
     begin_s, device = time.perf_counter(), torch.device("cuda")
     model, profile = MODELS[arguments.model], PROFILES[arguments.profile]
     bucket, config = model.kind.layout.parse(arguments.shape), model.wan
@@ -245,10 +254,6 @@ def main() -> None:
         "rows": [],
     }
 
-    def save() -> None:
-        if arguments.json:
-            arguments.json.write_text(json.dumps(result, indent=1))
-
     if not arguments.no_check and arguments.model == "ti2v-5b":
         result["checks"] = step_check_training.check(
             config,
@@ -259,7 +264,7 @@ def main() -> None:
             device,
             tensor_cores=profile.tensor_cores,
         )
-        save()
+        save(arguments.json, result)
         print_checks(result["checks"])
         step_check_training.free_memory()
     # cases with the same adapters share their models
@@ -284,9 +289,10 @@ def main() -> None:
         print(planned(bench), flush=True)
         for case in arguments.cases:
             if CASES[case][0] == adapters:
-                deadline_s = begin_s + arguments.budget_s
-                result["rows"] += rows_of(bench, case, arguments.rounds, deadline_s)
-                save()
+                done, deadline_s = result["rows"], begin_s + arguments.budget_s
+                for rows in rows_of(bench, case, arguments.rounds, deadline_s):
+                    result["rows"] = done + rows
+                    save(arguments.json, result)
         del bench
         step_check_training.free_memory()
     print(f"{result['card']}, {arguments.model}, {arguments.profile}, {arguments.shape}")

@@ -206,7 +206,9 @@ class Subjects:
         torch.cuda.empty_cache()
         others = torch.cuda.memory_reserved() - self.resident["ours"]
         total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction((CAP_GIB * GIB - CONTEXT_BYTES + others) / total)
+        share = (CAP_GIB * GIB - CONTEXT_BYTES + others) / total
+        # beside large models a card has less than that
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
         self.time("ours", batch)
         retries = torch.cuda.memory_stats()["num_alloc_retries"]
         capped_s = min(self.time("ours", batch).seconds for _ in range(3))

@@ -43,7 +43,7 @@ def test_the_table_names_times_shares_and_errors(
     times = bench.timings(["efficient", "gemm"], SHAPE, CPU, torch.float16, 10, 1.0)
     assert times["gemm"]["ms"] == 3.5 and times["gemm"]["n"] == 10
     checks = {part: 1e-3 for part in bench.PARTS}
-    bench.print_table(
+    bench.print_rows(
         [
             {"num_tokens": 90, "kernel": name, **times[name], "1": checks, "4": checks}
             | {"200": checks | {"finite": name == "gemm"}}

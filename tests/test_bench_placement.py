@@ -3,6 +3,7 @@ difference ends it.
 """
 
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -34,7 +35,9 @@ def test_streamed_and_resident_run_side_by_side(
 ) -> None:
     case = CASES[name]._replace(shape="32x32x5")
     deadline_s = time.perf_counter() + 60
-    rows = compare(name, TINY, ALONE, torch.float32, "auto", 2, deadline_s, case)
+    noted: list[list[dict[str, Any]]] = []
+    rows = compare(name, TINY, ALONE, torch.float32, "auto", 2, deadline_s, noted.append, case)
+    assert [row["n"] for rows in noted for row in rows] == [1, 1, 2, 2]
     assert [(row["subject"], row["n"]) for row in rows] == [("resident", 2), ("streamed", 2)]
     assert rows[0]["loss"] == rows[1]["loss"]
     said = capsys.readouterr().out
