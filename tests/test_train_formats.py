@@ -212,6 +212,42 @@ def test_what_is_no_lora_of_this_model_is_refused_by_name(
     assert all(torch.equal(before[name], update) for name, update in updates(ours).items())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("self_attn.q.alpha", torch.ones(2), r"an alpha of shape \[2\], which must be one number"),
+        ("self_attn.q.alpha", torch.tensor(float("nan")), "attn1.to_q holds inf or NaN"),
+        ("ffn.0.lora_A.weight", torch.full((4, 32), float("inf")), r"net\.0\.proj holds inf or"),
+        # beyond float32
+        (
+            "ffn.0.lora_B.weight",
+            torch.full((64, 4), 1e300, dtype=torch.float64),
+            "holds inf or NaN",
+        ),
+    ],
+)
+def test_a_file_with_numbers_that_are_none_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, key: str, value: torch.Tensor, message: str
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    files.save_comfyui(trained(tiny_checkpoint), path)
+    save_file(load_file(path) | {f"diffusion_model.blocks.0.{key}": value}, path)
+    with pytest.raises(LoRAError, match=message):
+        read_lora(path)
+
+
+def test_a_lora_of_rank_0_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    files.save_comfyui(trained(tiny_checkpoint), path)
+    empty = {
+        f"diffusion_model.blocks.0.self_attn.q.lora_{name}.weight": torch.zeros(shape)
+        for name, shape in (("A", (0, 32)), ("B", (32, 0)))
+    }
+    save_file(load_file(path) | empty, path)
+    with pytest.raises(LoRAError, match=r"has A \[0, 32\] and B \[32, 0\], which are no pair"):
+        read_lora(path)
+
+
 def test_other_layers_and_other_blocks_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     files.save_diffusers(trained(tiny_checkpoint), tmp_path / "lora.safetensors")
     last = attached(tiny_checkpoint, RANK, ALPHA, blocks=(1,))

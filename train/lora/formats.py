@@ -186,12 +186,24 @@ def _adapter(path: Path, name: str, parts: dict[str, Tensor], settings: AdapterS
             f"{path}: {name} has no {missing}; the file is incomplete, give another one"
         )
     a_RK, b_NR = parts["a"].float(), parts["b"].float()
-    if a_RK.dim() != 2 or b_NR.dim() != 2 or a_RK.shape[0] != b_NR.shape[1]:
+    is_pair = a_RK.dim() == b_NR.dim() == 2 and a_RK.shape[0] == b_NR.shape[1] > 0
+    if not is_pair:
         raise LoRAError(
             f"{path}: {name} has A {list(a_RK.shape)} and B {list(b_NR.shape)}, which are no pair "
             f"of [rank, in] and [out, rank]; give another file"
         )
     rank = a_RK.shape[0]
+    scale = settings.scale(name, rank)
     if "alpha" in parts:
-        return Adapter(a_RK, b_NR, parts["alpha"].item() / rank)
-    return Adapter(a_RK, b_NR, settings.scale(name, rank))
+        if parts["alpha"].numel() != 1:
+            raise LoRAError(
+                f"{path}: {name} has an alpha of shape {list(parts['alpha'].shape)}, which must be "
+                f"one number; give another file"
+            )
+        scale = parts["alpha"].item() / rank
+    if not (a_RK.isfinite().all() and b_NR.isfinite().all() and math.isfinite(scale or 0.0)):
+        raise LoRAError(
+            f"{path}: A, B or alpha of {name} holds inf or NaN, so its training had failed; give "
+            f"another file"
+        )
+    return Adapter(a_RK, b_NR, scale)
