@@ -2,6 +2,7 @@
 frame alone.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,4 +77,36 @@ def test_names_what_it_can_not_encode(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(VAEError, match=r"64x32x8.*4n\+1"):
         pair[1].encode(torch.zeros(1, 3, 8, 32, 64))
     with pytest.raises(VAEError, match="vae"):
+        load_vae_encoder(tmp_path, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents_std": [1.0]}, "latents_std has 1 numbers, z_dim is 48"),
+        ({"latents_mean": [0.0] * 16}, "latents_mean has 16 numbers, z_dim is 48"),
+        ({"latents_std": [1.0] * 47 + [0.0]}, "latents_std holds a number that is not above 0"),
+        ({"patch_size": None}, "in_channels is 12, which is not 3 colours"),
+        ({"temperal_downsample": [True]}, "has 1 entries for the 4 stages of dim_mult"),
+        ({"base_dim": 8}, r"of another shape \['encoder.conv_in.bias',"),
+        ({"num_res_blocks": 1}, r"unknown \['encoder"),
+    ],
+)
+def test_a_configuration_that_is_not_of_these_weights_is_refused_in_one_line(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    build("wan22", tmp_path)
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+    with pytest.raises(VAEError, match=message) as caught:
+        load_vae_encoder(tmp_path, "cpu", torch.float32)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 1000, -10])
+def test_a_download_that_was_cut_off_is_refused(tmp_path: Path, length: int) -> None:
+    build("wan22", tmp_path)
+    (path,) = (tmp_path / "vae").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(VAEError, match=r"not the VAE of a Wan model.*; download the model again"):
         load_vae_encoder(tmp_path, "cpu", torch.float32)

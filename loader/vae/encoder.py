@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -160,6 +161,7 @@ def load_vae_encoder(model_dir: Path, device: torch.device | str, dtype: torch.d
     folder = model_dir / "vae"
     try:
         config = msgspec.json.decode((folder / "config.json").read_bytes(), type=VAEConfig)
+        _check_config(config, folder)
         encoder = VAEEncoder(config)
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -174,10 +176,12 @@ def load_vae_encoder(model_dir: Path, device: torch.device | str, dtype: torch.d
                 for name, tensor in load_file(file).items()
                 if name.startswith(("encoder.", "quant_conv."))
             }
+        _check_tensors(encoder, weights, folder)
         encoder.load_state_dict(weights)
-    except (OSError, msgspec.MsgspecError, RuntimeError) as error:
+    except (OSError, msgspec.MsgspecError, SafetensorError, RuntimeError) as error:
         raise VAEError(
-            f"{folder}: not the VAE of a Wan model in diffusers' layout: {error}"
+            f"{folder}: not the VAE of a Wan model in diffusers' layout: {error}; download the "
+            f"model again"
         ) from error
     encoder = encoder.requires_grad_(False).eval().to(device, dtype)
     encoder.mean_C111, encoder.std_C111 = encoder.mean_C111.float(), encoder.std_C111.float()
@@ -187,3 +191,48 @@ def load_vae_encoder(model_dir: Path, device: torch.device | str, dtype: torch.d
         elif isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.contiguous(memory_format=torch.channels_last)
     return encoder
+
+
+def _check_config(config: VAEConfig, folder: Path) -> None:
+    """Raises VAEError where the values contradict each other, which would show in the first encode,
+    or never: one deviation would do for all channels.
+    """
+    problem = ""
+    for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
+        if len(values) != config.z_dim:
+            problem = f"latents_{name} has {len(values)} numbers, z_dim is {config.z_dim}"
+    if min(config.latents_std, default=0.0) <= 0.0:
+        problem = problem or "latents_std holds a number that is not above 0"
+    patch_size = 1 if config.patch_size is None else config.patch_size
+    if patch_size < 1 or config.in_channels != 3 * patch_size**2:
+        problem = (
+            f"in_channels is {config.in_channels}, which is not 3 colours of patches with "
+            f"patch_size {config.patch_size}"
+        )
+    if len(config.temperal_downsample) < len(config.dim_mult) - 1:
+        problem = (
+            f"temperal_downsample has {len(config.temperal_downsample)} entries for the "
+            f"{len(config.dim_mult)} stages of dim_mult"
+        )
+    if problem:
+        raise VAEError(f"{folder / 'config.json'}: {problem}; download the model again")
+
+
+def _check_tensors(encoder: VAEEncoder, weights: dict[str, Tensor], folder: Path) -> None:
+    """Raises VAEError where they are not those of the encoder."""
+    own = encoder.state_dict()
+    faults = {
+        "missing": own.keys() - weights.keys(),
+        "unknown": weights.keys() - own.keys(),
+        "of another shape": {
+            name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+        },
+    }
+    if any(faults.values()):
+        found = ", ".join(
+            f"{len(names)} {what} {sorted(names)[:2]}" for what, names in faults.items() if names
+        )
+        raise VAEError(
+            f"{folder}: its tensors are not those of its config.json: {found}; download the model "
+            f"again"
+        )
