@@ -58,3 +58,20 @@ def test_a_missing_tensor_and_a_foreign_folder_are_named(
         load_transformer(half, torch.device("cpu"), torch.float32)
     with pytest.raises(WeightsError, match="must be a diffusers folder"):
         load_transformer(tmp_path / "nowhere", torch.device("cpu"), torch.float32)
+
+
+def test_an_index_of_another_download_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "transformer"
+    shutil.copytree(tiny_checkpoint / "transformer", folder)
+    names = load_file(folder / SINGLE).keys()
+    save_file({"other": torch.zeros(2)}, folder / "other.safetensors")
+    places = dict.fromkeys(names, SINGLE) | {"blocks.0.attn1.to_k.bias": "other.safetensors"}
+    (folder / INDEX).write_bytes(msgspec.json.encode({"weight_map": places}))
+    with pytest.raises(WeightsError, match=r"other\.safetensors: has no tensor blocks\.0\.attn1"):
+        load_transformer(tmp_path, torch.device("cpu"), torch.float32)
+
+
+def test_a_model_without_heads_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    other = changed(tiny_checkpoint, tmp_path, num_attention_heads=0)
+    with pytest.raises(WeightsError, match="num_attention_heads and attention_head_dim must be at"):
+        load_transformer(other, torch.device("cpu"), torch.float32)

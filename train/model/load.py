@@ -66,9 +66,9 @@ def load_transformer(
     """
     folder = model_dir / subfolder
     config = read_config(folder / CONFIG)
+    check_weights(folder, config)
     files = tensor_files(folder)
     handles = {file: _open(folder / file) for file in set(files.values())}
-    check_weights(folder, config)
     return build_transformer(
         config,
         files.keys(),
@@ -137,6 +137,13 @@ def check_weights(folder: Path, config: WanConfig) -> None:
     """
     files = tensor_files(folder)
     handles = {file: _open(folder / file) for file in set(files.values())}
+    held = {file: set(handle.keys()) for file, handle in handles.items()}
+    for name, file in files.items():
+        if name not in held[file]:
+            raise WeightsError(
+                f"{folder / file}: has no tensor {name}, which {INDEX} says it has; download the "
+                f"model again"
+            )
     with torch.device("meta"):
         model = Wan(config)
     sources = tensor_sources(model)
@@ -186,6 +193,12 @@ def _refuse_what_is_not_trained(config: WanConfig, path: Path) -> None:
     if config.image_dim is not None or config.added_kv_proj_dim is not None:
         raise WeightsError(
             f"{path}: image cross-attention (Wan2.1 I2V) is not supported; use Wan2.2-I2V-A14B"
+        )
+    least = min(config.num_layers, config.num_attention_heads, config.attention_head_dim)
+    if least < 1:
+        raise WeightsError(
+            f"{path}: num_layers, num_attention_heads and attention_head_dim must be at least 1, "
+            f"not {least}; download the model again"
         )
     found = (config.in_channels, config.out_channels, config.patch_size)
     trained = {(kind.in_channels, kind.out_channels, (1, 2, 2)): kind.name for kind in KINDS}
