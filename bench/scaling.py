@@ -74,6 +74,11 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    try:
+        bucket = WAN22.parse(arguments.shape)
+        rounds_of = [tuple(map(int, pair.split("="))) for pair in arguments.rounds.split(",")]
+    except ValueError as problem:
+        parser.error(str(problem))
     check_start("bench.scaling", arguments.json)
     with mesh.process_group() as world:
         if world.data_size < 2:
@@ -81,7 +86,7 @@ def main() -> None:
                 "one process has nothing to compare with: "
                 "torchrun --nproc-per-node 2 -m bench.scaling"
             )
-        steps = Steps(WAN22.parse(arguments.shape), torch.bfloat16, world)
+        steps = Steps(bucket, torch.bfloat16, world)
         error = steps.reduced_gradient_error()
         assert error < 1e-5, f"the reduced gradient is off by {error}"
         for _ in range(2):
@@ -98,9 +103,7 @@ def main() -> None:
         if world.is_main:
             print(json.dumps(result, indent=1), flush=True)
             save(arguments.json, result)
-        for num_micro, rounds in (
-            map(int, pair.split("=")) for pair in arguments.rounds.split(",")
-        ):
+        for num_micro, rounds in rounds_of:
             alone: list[float] = []
             together: list[float] = []
             for _ in range(rounds):

@@ -230,6 +230,10 @@ def parse_arguments() -> argparse.Namespace:
             f"unknown: {', '.join(sorted(unknown))}; cases are {', '.join(CASES)}, subjects "
             f"{'; '.join(SUBJECTS)}"
         )
+    try:
+        MODELS[arguments.model].kind.layout.parse(arguments.shape)
+    except ValueError as error:
+        parser.error(str(error))
     return arguments
 
 

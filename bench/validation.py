@@ -121,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         train(config_of(folder, name, dtype, num_gpus), num_processes)
         if name != "first":
             found[name] = read(folder / name)
+            relative_loss = found[name][0][".relative_loss"]
+            print(f"{num_processes} process(es): relative loss {relative_loss:.9f}", flush=True)
     off, place = furthest(found["one"], found["all"])
     count = sum(len(record) for record in found["one"])
     card = "CPU" if arguments.tiny else torch.cuda.get_device_name()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.learn.footage import SHIFT, Footage
+from bench.our_step import update
 from loader.batch import Batch
 from loader.feed_config import FeedConfig
 from loader.order import sample_seed
@@ -60,11 +61,7 @@ def optimizer_step(run: Run, inputs: Inputs, step: int) -> Tensor:
     run.micro_step.backward()
     lr = optim.learning_rate(step, config.num_steps, config.optim)
     optim.set_learning_rate(run.optimizer, lr, config.optim)
-    run.scaler.unscale_(run.optimizer)
-    optim.clip_gradient(run.flat.gradient, config.optim.clip_norm)
-    run.scaler.step(run.optimizer)
-    optim.update_scale(run.scaler, run.scales_loss)
-    run.adapters.refresh()
+    update(run)
     return losses_B
 
 
