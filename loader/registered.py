@@ -11,8 +11,6 @@ What several processes of a host read is in memory once: `SharedPages`.
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,37 +91,6 @@ class RegisteredMemory:
         self.tensor = torch.empty(0, dtype=torch.uint8)
 
 
-def available_bytes() -> int:
-    """What processes can still take of this host: of its memory, and of the limits of the control
-    groups that this process is in.
-    """
-    available = meminfo_available_bytes(Path("/proc/meminfo").read_text())
-    for folder in _cgroups():
-        room = cgroup_room_bytes(
-            *(_read(folder / name) for name in ("memory.max", "memory.current", "memory.stat"))
-        )
-        if room is not None:
-            available = min(available, room)
-    return available
-
-
-def meminfo_available_bytes(meminfo: str) -> int:
-    """MemAvailable of /proc/meminfo."""
-    (line,) = (line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024
-
-
-def cgroup_room_bytes(limit: str, used: str, stat: str) -> int | None:
-    """What a control group (version 2) may still take; None: it has no limit. Cached files count as
-    used, but give way.
-    """
-    if not limit.strip().isdigit() or not used.strip().isdigit():
-        return None
-    values = dict(line.split() for line in stat.splitlines())
-    cached = int(values.get("inactive_file", 0)) + int(values.get("active_file", 0))
-    return max(int(limit) - int(used) + cached, 0)
-
-
 def check_available(num_bytes: float, num_processes: int, available: int) -> None:
     """Raises ValueError where this host can't pin that much for each of its processes."""
     needed = num_processes * num_bytes
@@ -139,19 +106,3 @@ def check_available(num_bytes: float, num_processes: int, available: int) -> Non
 def processes_here() -> int:
     """Processes of this run on this host, as torchrun says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _cgroups() -> Iterator[Path]:
-    """The folders of the control group of this process and of those around it."""
-    root = Path("/sys/fs/cgroup")
-    own = [line for line in _read(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")]
-    folder = root / own[0].removeprefix("0::").lstrip("/") if own else root
-    # in a container the path may be that of the host, and only the root is there
-    yield from (place for place in (folder, *folder.parents) if place.is_relative_to(root))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -2,17 +2,22 @@
 
 import gc
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
 
+from loader.host_memory import (
+    available_bytes,
+    cgroup_room_bytes,
+    cgroups,
+    meminfo_bytes,
+    total_bytes,
+)
 from loader.registered import (
     RegisteredMemory,
     SharedPages,
-    available_bytes,
-    cgroup_room_bytes,
     check_available,
-    meminfo_available_bytes,
     registered_bytes,
 )
 
@@ -76,11 +81,40 @@ def test_a_control_group_has_what_its_limit_leaves_and_its_cached_files() -> Non
     assert cgroup_room_bytes("100", "120", "") == 0
     assert cgroup_room_bytes("max\n", "60\n", stat) is None
     assert cgroup_room_bytes("", "", "") is None
+    # version 1: of the group alone, and with those inside
+    stat = "inactive_file 1\nactive_file 1\ntotal_inactive_file 3\ntotal_active_file 4\n"
+    assert cgroup_room_bytes("100\n", "60\n", stat) == 47
+
+
+@pytest.mark.parametrize(
+    ("proc_self_cgroup", "limits"),
+    [
+        ("0::/\n", ["memory.max"]),
+        ("0::/a/b\n", ["a/b/memory.max", "a/memory.max", "memory.max"]),
+        (
+            "9:name=systemd:/\n4:cpu,memory:/docker/x\n1:cpu:/\n",
+            [
+                "memory/docker/x/memory.limit_in_bytes",
+                "memory/docker/memory.limit_in_bytes",
+                "memory/memory.limit_in_bytes",
+            ],
+        ),
+        ("4:memory:/\n0::/\n", ["memory/memory.limit_in_bytes", "memory.max"]),
+        ("", ["memory.max"]),
+    ],
+)
+def test_limits_of_both_versions_of_control_groups_count(
+    proc_self_cgroup: str, limits: list[str]
+) -> None:
+    found = cgroups(proc_self_cgroup)
+    assert [group.limit for group in found] == [Path("/sys/fs/cgroup") / each for each in limits]
+    assert all(group.used.parent == group.stat.parent == group.limit.parent for group in found)
 
 
 def test_the_host_has_what_the_kernel_says() -> None:
-    assert meminfo_available_bytes("MemTotal: 9 kB\nMemAvailable:   5 kB\nBuffers: 1 kB") == 5120
-    assert available_bytes() > 0
+    meminfo = "MemTotal: 9 kB\nMemAvailable:   5 kB\nBuffers: 1 kB"
+    assert meminfo_bytes(meminfo, "MemAvailable") == 5120
+    assert 0 < available_bytes() <= total_bytes()
 
 
 def test_all_processes_of_a_host_must_fit() -> None:

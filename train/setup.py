@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from loader.feed import Feed
+from loader.host_memory import available_bytes
 from loader.identity import check_identity, folder_xxh3
 from loader.models import ModelKind
-from loader.registered import available_bytes, check_available, processes_here
+from loader.registered import check_available, processes_here
 from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
 from train import checkpoint, optim

@@ -5,10 +5,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from loader.host_memory import total_bytes
 from tools.doctor.finding import Finding
 
 # The packages of pyproject.toml that decide numbers or bytes; each must import, too.
@@ -111,8 +111,7 @@ def pinned_memory() -> Iterator[Finding]:
     """The limits that registered host memory meets: locked pages, and the control group's."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = soft == resource.RLIM_INFINITY
-    total_bytes = _memory_bytes()
-    text = f"{total_bytes / 2**30:.0f} GiB for this process"
+    text = f"{total_bytes() / 2**30:.0f} GiB for this process"
     text += ", locked pages unlimited" if unlimited else f", locked pages {soft / 2**20:.0f} MiB"
     short = not unlimited and soft < LOCKED_LIMIT_BYTES
     # CUDA pins through its driver, which the limit does not bind everywhere: a warning, no more
@@ -124,16 +123,6 @@ def pinned_memory() -> Iterator[Finding]:
         if short
         else "",
     )
-
-
-def _memory_bytes() -> int:
-    """What this process may use: physical memory, or the control group's limit if lower."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    total_bytes = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        return min(total_bytes, int(text))
-    return total_bytes
 
 
 def fonts() -> Iterator[Finding]:

@@ -15,7 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from loader.registered import RegisteredMemory, SharedPages, available_bytes, registered_bytes
+from loader.host_memory import available_bytes
+from loader.registered import RegisteredMemory, SharedPages, registered_bytes
 from train.parallel import mesh
 from train.parallel.mesh import World
 from train.placement.layout import BlockLayout
