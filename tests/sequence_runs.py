@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from torch import Tensor
-from trainer_runs import fork_server, group_environment
+from trainer_runs import Group, fork_server
 
 from bench.our_step import update
 from loader.feed_config import FeedConfig
@@ -138,19 +138,19 @@ def _sum_gradients(run: Run, case: Case, step: int) -> None:
 
 def together(num_ranks: int, cases: Sequence[Case], folder: Path) -> list[tuple[Found, Found]]:
     """(on one rank, on `num_ranks` that share each sample) of each case."""
-    environment = group_environment(num_ranks)
+    group = Group(num_ranks)
     path = folder / "found.pt"
     processes = [
         fork_server().Process(
             target=_rank,
-            args=(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cases, path),
+            args=(group.environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cases, path),
         )
         for rank in range(num_ranks)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300 + 10 * len(cases))
+        process.join(600 + 10 * len(cases))
     assert [process.exitcode for process in processes] == [0] * num_ranks
     found = torch.load(path, weights_only=True)
     return [(Found(*one), Found(*several)) for one, several in found]

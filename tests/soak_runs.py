@@ -115,7 +115,7 @@ class Chain:
         return True
 
     def _check_end(self, hit: Hit, ranks: list[Rank]) -> None:
-        said = [rank.communicate(timeout=60.0)[1] for rank in ranks]
+        said = [rank.communicate()[1] for rank in ranks]
         codes = [rank.returncode for rank in ranks]
         assert all("Traceback" not in text for text in said), said
         if not hit.lone and hit.number == signal.SIGTERM:

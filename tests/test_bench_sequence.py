@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from sequence_runs import BUCKET, TINY
-from trainer_runs import fork_server, group_environment
+from trainer_runs import Group, fork_server
 
 from bench.our_step import Model
 from bench.sequence import CHECK_LIMIT, parse_cases, report
@@ -40,17 +40,17 @@ def rank(environment: dict[str, str], path: Path) -> None:
 
 
 def test_the_bytes_exchanged_are_those_of_the_plan(tmp_path: Path) -> None:
-    environment, path = group_environment(2), tmp_path / "found.x"
+    group, path = Group(2), tmp_path / "found.x"
     processes = [
         fork_server().Process(
-            target=rank, args=(environment | {"RANK": str(i), "LOCAL_RANK": str(i)}, path)
+            target=rank, args=(group.environment | {"RANK": str(i), "LOCAL_RANK": str(i)}, path)
         )
         for i in range(2)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0, 0]
     sent = []
     for i in range(2):

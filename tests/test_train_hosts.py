@@ -10,9 +10,9 @@ import msgspec
 import pytest
 import torch.distributed as dist
 from trainer_runs import (
+    Group,
     Rank,
     finish,
-    group_environment,
     records,
     wait_for_records,
     with_validation,
@@ -31,7 +31,7 @@ from train.watch import WatchConfig
 
 def start_hosts(config: TrainConfig, outputs: list[Path]) -> list[Rank]:
     """One process on each host; the first one's output is the run's."""
-    group, processes = group_environment(len(outputs)), []
+    group, processes = Group(len(outputs)), list[Rank]()
     for rank, output in enumerate(outputs):
         folder = output.with_name(f"{output.name}-host")
         folder.mkdir(parents=True)
@@ -45,7 +45,7 @@ def start_hosts(config: TrainConfig, outputs: list[Path]) -> list[Rank]:
         path.write_text(dump_toml(own))
         of_rank = {"RANK": str(rank), "LOCAL_RANK": "0", "GROUP_RANK": str(rank)}
         of_rank["LOCAL_WORLD_SIZE"] = "1"
-        processes.append(Rank(folder / "said.log", ["train/main.py", str(path)], group | of_rank))
+        processes.append(Rank(folder / "said.log", ["train/main.py", str(path)], group, of_rank))
     return processes
 
 
@@ -85,7 +85,7 @@ def test_a_lora_to_start_from_and_samples_need_one_host_only(
 def test_a_host_that_is_gone_or_hangs_ends_the_run(
     run_config: TrainConfig, tmp_path: Path, number: int
 ) -> None:
-    config = msgspec.structs.replace(run_config, num_steps=1000, watch=WatchConfig(silent_s=2.0))
+    config = msgspec.structs.replace(run_config, num_steps=5000, watch=WatchConfig(silent_s=5.0))
     first, second = tmp_path / "first", tmp_path / "second"
     processes = start_hosts(config, [first, second])
     try:
@@ -95,7 +95,7 @@ def test_a_host_that_is_gone_or_hangs_ends_the_run(
     finally:
         processes[1].send_signal(signal.SIGKILL)
     assert processes[0].returncode == 1 and "Traceback" not in said
-    expected = "gone or late" if number == signal.SIGKILL else "given no sign for 2 s"
+    expected = "gone or late" if number == signal.SIGKILL else "given no sign for 5 s"
     assert expected in said
     status = read_status(first)
     assert status is not None and status.state == "failed"

@@ -1,44 +1,114 @@
-"""The group of a run's processes, from a fresh interpreter: what torch imports late counts."""
+"""The end of a run's processes: what torch imports late counts, and what the interpreter's end
+would do. So they are forks of an interpreter that has imported nothing but the module.
+"""
 
+import json
 import os
-import socket
 import subprocess
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
-from trainer_runs import ROOT
+import pytest
+from trainer_runs import ROOT, Group
 
-# The first optimizer imports torch._dynamo.
-TWO_PROCESSES = """
-import os
-import sys
+# What a process does last in its group. The first optimizer imports torch._dynamo.
+LAST = {
+    "an optimizer": "torch.optim.AdamW([torch.zeros(1, requires_grad=True)])\n"
+    "assert 'torch._dynamo' in sys.modules",
+    "nothing": "pass",
+    "a reason": "sys.exit('what to do')",
+    "a code": "sys.exit(143)",
+    "a fault of ours": "raise AssertionError('wrong')",
+}
+# The interpreter's end deletes `end`: it clears the module.
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
 import torch
 from train.parallel import mesh
 
-child = os.fork()
-os.environ["RANK"] = str(int(child == 0))
-with mesh.process_group() as world:
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    mesh.barrier(world)
-assert "torch._dynamo" in sys.modules
-tasks = "/proc/self/task"
-threads = [open(f"{tasks}/{thread}/comm").read() for thread in os.listdir(tasks)]
-assert not [name for name in threads if "gloo" in name], threads
-if child:
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+class End:
+    def __del__(self):
+        print("the interpreter's end", flush=True)
+
+def main():
+    with mesh.process_group() as world:
+        mesh.barrier(world)
+        exec(last)
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    print([name for name in threads if "gloo" in name])
+
+ranks = {}
+for name, (last, environment) in json.loads(sys.argv[1]).items():
+    for rank in "01":
+        pid = os.fork()
+        if not pid:
+            os.environ |= environment | {"RANK": rank}
+            os.dup2(os.open(f"{name} {rank} out", os.O_WRONLY | os.O_CREAT), 1)
+            os.dup2(os.open(f"{name} {rank} err", os.O_WRONLY | os.O_CREAT), 2)
+            end = End()
+            mesh.run_program(main)
+            sys.exit()
+        ranks[pid] = f"{name} {rank} code"
+for _ in list(ranks):
+    pid, status = os.wait()
+    Path(ranks[pid]).write_text(str(os.waitstatus_to_exitcode(status)))
 """
 
 
-def test_no_thread_of_gloo_outlives_the_group() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run = subprocess.run(
-        [sys.executable, "-c", TWO_PROCESSES],
-        cwd=ROOT,
-        env=os.environ | group | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every process has said, and its exit code."""
+    folder = tmp_path_factory.mktemp("ranks")
+    groups = {name: Group(2) for name in LAST}
+    given = {name: (last, groups[name].environment) for name, last in LAST.items()}
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(given)],
+        cwd=folder,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+        timeout=600,
     )
-    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def said(folder: Path, last: str) -> list[Said]:
+    """Of both processes."""
+    return [
+        Said(
+            int((folder / f"{last} {rank} code").read_text()),
+            (folder / f"{last} {rank} out").read_text(),
+            (folder / f"{last} {rank} err").read_text(),
+        )
+        for rank in range(2)
+    ]
+
+
+def test_no_thread_of_gloo_outlives_the_group(folder: Path) -> None:
+    for rank in said(folder, "an optimizer"):
+        assert (rank.code, rank.out) == (0, "[]\n"), rank.err
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "out", "err"),
+    [
+        ("nothing", 0, "[]\n", ""),
+        ("a reason", 1, "", "what to do\n"),
+        ("a code", 143, "", ""),
+        ("a fault of ours", 1, "", "AssertionError: wrong\n"),
+    ],
+)
+def test_a_process_of_several_never_gets_to_the_interpreters_end(
+    folder: Path, last: str, code: int, out: str, err: str
+) -> None:
+    for rank in said(folder, last):
+        assert (rank.code, rank.out) == (code, out), rank.err
+        assert rank.err.endswith(err)

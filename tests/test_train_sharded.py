@@ -3,7 +3,6 @@ pass through the model a different number of times.
 """
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from msgspec.structs import replace
 from placed_runs import CPU, build, numbers, same, sample_of
 from soak_runs import struck_config
-from trainer_runs import finish, fork_server, start
+from trainer_runs import Group, finish, fork_server, start
 
 from train.config import TrainConfig
 from train.lora.files import DIFFUSERS_FILE
@@ -24,9 +23,9 @@ from train.validate import ValidationConfig
 NUM_RANKS = 2
 
 
-def as_a_rank(rank: int, port: int) -> None:
+def as_a_rank(rank: int, environment: dict[str, str]) -> None:
     """Of a process: fails unless sharded weights give what resident ones give."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= environment
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=NUM_RANKS)
     world = World(rank, NUM_RANKS, CPU)
@@ -47,16 +46,15 @@ def as_a_rank(rank: int, port: int) -> None:
 
 
 def test_sharded_weights_give_the_bits_of_resident_ones_on_every_rank() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    group = Group(NUM_RANKS)
     ranks = [
-        fork_server().Process(target=as_a_rank, args=(rank, port)) for rank in range(NUM_RANKS)
+        fork_server().Process(target=as_a_rank, args=(rank, group.environment))
+        for rank in range(NUM_RANKS)
     ]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(300)
+        process.join(600)
         process.kill()
     assert [process.exitcode for process in ranks] == [0] * NUM_RANKS
 

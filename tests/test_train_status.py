@@ -1,6 +1,8 @@
 """status.json keeps the first reason for which a run ended."""
 
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from train.parallel.mesh import PeerLostError, World
 from train.records import read_status
 from train.signals import Stopped
-from train.status import Status
+from train.status import Status, interruptible
 
 MAIN, OTHER = (World(data_rank=rank, data_size=2, device=torch.device("cpu")) for rank in (0, 1))
 TERM = int(signal.SIGTERM)
@@ -61,3 +63,25 @@ def test_a_stop_and_an_early_end_are_said_by_the_main_process_alone(tmp_path: Pa
     with Status(tmp_path, MAIN, 9) as status:
         status.ends("early_stop", "3 validations without a gain", best_step=2)
     assert end_of(tmp_path) == ("early_stop", "3 validations without a gain")
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_outside_the_loop_a_signal_ends_a_run_unless_a_lost_peer_does_or_it_is_over() -> None:
+    with pytest.raises(Stopped, match="SIGTERM before or after the steps"), interruptible():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), TERM)
+    with pytest.raises(PeerLostError), interruptible():
+        try:
+            raise PeerLostError("another process is gone")
+        finally:
+            os.kill(os.getpid(), TERM)
+    os.kill(os.getpid(), TERM)

@@ -49,11 +49,11 @@ def wait_for_steps(process: subprocess.Popen[str], output: Path, number: int) ->
 def test_sigterm_to_torchrun_saves_the_last_step_within_its_thirty_seconds(
     run_config: TrainConfig, tmp_path: Path
 ) -> None:
-    process = torchrun(run_config, tmp_path, num_steps=1000, optim=OptimConfig(lr=1e-3))
+    process = torchrun(run_config, tmp_path, num_steps=5000, optim=OptimConfig(lr=1e-3))
     wait_for_steps(process, tmp_path, 3)
     begin_s = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 1 and time.monotonic() - begin_s < 30, said
     status, newest = read_status(tmp_path), checkpoint.latest(tmp_path)
     assert status is not None and status.state == "stopped" and newest is not None
@@ -82,7 +82,7 @@ def test_max_restarts_goes_on_after_a_kill_to_the_same_bytes(
 def test_torchruns_last_block_has_the_reason(run_config: TrainConfig, tmp_path: Path) -> None:
     data = msgspec.structs.replace(run_config.data, datasets=[str(tmp_path / "nowhere")])
     process = torchrun(run_config, tmp_path, data=data)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     block = said[said.rindex("train/main.py FAILED") :]
     assert "DatasetError" in block and "nowhere" in block

@@ -1,7 +1,6 @@
 """Starts train/main.py as processes, as torchrun would, on a small run."""
 
 import os
-import socket
 import sys
 import time
 from contextlib import ExitStack, suppress
@@ -13,6 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from loader.config import dump_toml
@@ -26,6 +26,7 @@ from train.lora.config import LoRAConfig
 from train.main import main, train
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
+from train.parallel import mesh
 from train.parallel.mesh import World
 from train.records import METRICS_FILE, StepRecord, read_records
 from train.sampling import SamplesConfig
@@ -65,14 +66,36 @@ def with_validation(run: TrainConfig, folder: Path) -> TrainConfig:
     )
 
 
+class Group:
+    """What torchrun's agent is to the processes of a group: it keeps the store in which they meet.
+    The store listens on a port that the system gives it: of a free one that is found before, any
+    other process might be the first to make use.
+    """
+
+    def __init__(self, num_ranks: int):
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
+        self.environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "WORLD_SIZE": str(num_ranks),
+        }
+
+
 class Rank:
     """One process of a run. It is forked from a server that has imported the trainer, which takes
     longer than the small run itself; the methods are those of subprocess.Popen.
     """
 
-    def __init__(self, log: Path, argv: list[str], environment: dict[str, str]):
-        self._log = log
-        self._process = fork_server().Process(target=_main, args=(log, argv, environment))
+    def __init__(self, log: Path, argv: list[str], group: Group, environment: dict[str, str]):
+        """environment: beside that of the group."""
+        self._log, self._group = log, group
+        self._process = fork_server().Process(
+            target=_main, args=(log, argv, group.environment | environment), daemon=True
+        )
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -92,7 +115,7 @@ class Rank:
     def said(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
 
-    def communicate(self, timeout: float = 300.0) -> tuple[str, str]:
+    def communicate(self, timeout: float = 600.0) -> tuple[str, str]:
         """("", what it wrote to stderr). Raises TimeoutError."""
         self._process.join(timeout)
         if self._process.exitcode is None:
@@ -125,7 +148,7 @@ def _main(log: Path, argv: list[str], environment: dict[str, str]) -> None:
     os.dup2(descriptor, 2)
     os.environ |= environment
     sys.argv = argv
-    main()
+    mesh.run_program(main)
 
 
 def start(
@@ -139,28 +162,21 @@ def start(
     output.mkdir(parents=True, exist_ok=True)
     path = output / "test.toml"
     path.write_text(dump_toml(msgspec.structs.replace(config, output=str(output), **changes)))
-    group = group_environment(num_ranks)
+    group = Group(num_ranks)
     return [
         Rank(
             output / f"test-rank-{rank}.log",
             ["train/main.py", str(path)],
-            group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {}),
+            group,
+            {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {}),
         )
         for rank in range(num_ranks)
     ]
 
 
-def group_environment(num_ranks: int) -> dict[str, str]:
-    """What torchrun tells all processes of a group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
-
-
 def finish(processes: list[Rank]) -> str:
     """Wait for all; returns what rank 0 said."""
-    outputs = [process.communicate(timeout=300)[1] for process in processes]
+    outputs = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
     return outputs[0]
 
@@ -184,6 +200,9 @@ def train_here(config: TrainConfig, output: Path, **changes: Any) -> None:
 def wait_for_records(processes: list[Rank], output: Path, num_records: int) -> None:
     """Wait until so many steps are logged."""
     metrics = output / METRICS_FILE
+    are_running = True
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= num_records):
-        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
+        assert are_running, processes[0].communicate()[1]
+        # looked at before the file, to which a process that has ended adds nothing
+        are_running = all(process.poll() is None for process in processes)
         time.sleep(0.002)

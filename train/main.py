@@ -15,7 +15,6 @@ import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 if __name__ == "__main__":
     # torchrun puts train/ there, not the root
@@ -37,7 +36,7 @@ from train.parallel.beats import with_output
 from train.progress import Progress, Report
 from train.reports import Reports
 from train.signals import Signals, Stopped, Wish
-from train.status import Status, interrupt_outside_the_loop
+from train.status import Status, interruptible
 from train.step import prepare
 from train.stopwatch import RunAhead, Stopwatch, peak_memory_gib
 from train.tally import add_losses
@@ -232,9 +231,9 @@ def main() -> None:
     # the samples that each epoch leaves out, the LoRA that a run starts from
     for name in ("loader", "train.run"):
         logging.getLogger(name).setLevel(logging.INFO)
-    interrupt_outside_the_loop()
     try:
-        run(arguments.config, arguments.set)
+        with interruptible():
+            run(arguments.config, arguments.set)
     except torch.OutOfMemoryError as error:
         sys.exit(
             f"train: {error}\n"
@@ -245,19 +244,10 @@ def main() -> None:
     except (ValueError, OSError) as error:
         # every fault of the user's is one of these, and says what to do
         sys.exit(f"train: {told(error)}")
-    except Stopped as stopped:
-        _leave(stopped, 128 + stopped.number)
-    except mesh.PeerLostError as error:
-        _leave(error, 1)
-
-
-def _leave(why: Exception, code: int) -> NoReturn:
-    """Not by way of the interpreter's end: the process group is still there (mesh.py), which would
-    wait for collectives with a lost process, and may abort.
-    """
-    print(f"train: {why}", file=sys.stderr, flush=True)
-    os._exit(code)
+    except (Stopped, mesh.PeerLostError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        sys.exit(128 + error.number if isinstance(error, Stopped) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    mesh.run_program(main)

@@ -5,6 +5,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
@@ -124,14 +126,23 @@ def _tell_torchrun(reason: str) -> None:
         Path(path).write_bytes(msgspec.json.encode(message))
 
 
-def interrupt_outside_the_loop() -> None:
-    """Before the loop, and after it, nothing needs to be saved: SIGTERM ends the run as an
-    exception, SIGUSR1 does nothing.
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Around a run. Before its loop, and after it, nothing needs to be saved: SIGTERM ends it as an
+    exception, SIGUSR1 does nothing. What comes after the block changes nothing any more.
     """
 
     def end(number: int, frame: object) -> None:
+        if isinstance(sys.exc_info()[1], PeerLostError):
+            # it ends already: where a process is lost, torchrun sends SIGTERM to the others
+            return
         raise Stopped(f"{signal.Signals(number).name} before or after the steps", number)
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)

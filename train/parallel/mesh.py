@@ -9,6 +9,8 @@ gradients are tens of megabytes: there is nothing worth overlapping.
 """
 
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar, cast
@@ -65,6 +67,34 @@ class World(NamedTuple):
     def is_main(self) -> bool:
         """Whether this process writes the run's files and talks to the user: exactly one does."""
         return self.rank == 0
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a program that may be one of several processes, to the end of this one.
+
+    Of several it does not get to the interpreter's end, so `main` must have closed what it opened.
+    gloo's threads live as long as anything refers to a group: after an error, and wherever
+    something keeps one beyond `process_group`, as sequence.py does. At the interpreter's end they
+    would wait for a lost process, and one that still holds a tensor would abort this one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        main()
+        return
+    code: object = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as error:
+        # what the interpreter makes of it
+        code = error.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 @contextmanager
