@@ -20,7 +20,8 @@ import xxhash
 
 TEMPORARY, LOCK_FILE = ".tmp", ".lock"
 _READ_BYTES = 1 << 20
-NUM_TRIES = 5
+# until whoever asks for a writer is taken for one
+_ASKS_FOR_S = 30.0
 _ADVICE = {
     errno.ENOENT: "; check the path, or make it first",
     errno.EEXIST: "; a file stands where a folder is needed, name another folder",
@@ -138,15 +139,20 @@ def sole_writer(folder: Path, owner: str) -> Iterator[None]:
 
 
 def _lock(file: IO[bytes]) -> None:
-    """Raises BlockingIOError."""
-    for _ in range(NUM_TRIES - 1):
+    """Raises BlockingIOError where another process has it to write."""
+    deadline_s = time.monotonic() + _ASKS_FOR_S
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            # perhaps only somebody who asks `has_writer`
-            time.sleep(0.02)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # one that only asks `has_writer` shares it, and is not refused; it asks for a moment,
+            # which on a busy machine may be a long one
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_UN)
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(0.02)
 
 
 def has_writer(folder: Path) -> bool:

@@ -79,7 +79,7 @@ def test_a_folder_has_one_writer_and_a_killed_one_lets_go(tmp_path: Path) -> Non
     code = (
         "import sys, time; from pathlib import Path; from loader.files import sole_writer\n"
         "with sole_writer(Path(sys.argv[1]), 'run 7'):\n"
-        "    print(flush=True); time.sleep(60)"
+        "    print(flush=True); time.sleep(120)"
     )
     folder = tmp_path / "run"
     assert not has_writer(folder)
@@ -106,7 +106,7 @@ def test_who_only_asks_whether_somebody_writes_keeps_nobody_from_writing(tmp_pat
     with (tmp_path / LOCK_FILE).open("rb") as asking:
         # as has_writer holds it, for a moment
         fcntl.flock(asking, fcntl.LOCK_SH)
-        timer = threading.Timer(0.03, lambda: fcntl.flock(asking, fcntl.LOCK_UN))
+        timer = threading.Timer(0.3, lambda: fcntl.flock(asking, fcntl.LOCK_UN))
         timer.start()
         with sole_writer(tmp_path, "second"):
             assert has_writer(tmp_path)
