@@ -107,8 +107,9 @@ class Watch:
         try:
             yield
         finally:
-            self._mine.is_busy = False
+            # in this order: a thing that took long must not be seen as no progress of training
             self.mark("trains")
+            self._mine.is_busy = False
 
     def __enter__(self) -> Self:
         is_shared = self._world.output_ranks is None
