@@ -30,6 +30,7 @@ from train.config import TrainConfig
 from train.lora.config import parse_blocks
 from train.model.attention import NOT_DETERMINISTIC, Choice, Row, fixed_kernel
 from train.model.wan import WanConfig
+from train.optim import state_bytes
 from train.parallel.sequence import check_heads
 
 GIB = 2**30
@@ -237,7 +238,7 @@ def resident_parts(config: TrainConfig, wan: WanConfig) -> dict[str, float]:
         "base model": base,
         "LoRA, its gradient, its copies": num_adapter * (8.0 + dtype_bytes),
         **average,
-        "optimizer": num_adapter * (2.0 if config.optim.name == "adamw8bit" else 8.0),
+        "optimizer": num_adapter * state_bytes(config.optim),
         "CUDA (an allowance)": CONTEXT_BYTES,
     }
 

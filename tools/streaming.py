@@ -18,6 +18,7 @@ from train.config import TrainConfig
 from train.lora.config import parse_blocks
 from train.model.attention import Choice
 from train.model.wan import WanConfig
+from train.optim import state_bytes
 from train.placement.layout import spread
 from train.placement.plan import ActivationPlans, card_bytes, check_placement, choose_moved
 from train.placement.ring import NUM_SLOTS
@@ -57,8 +58,8 @@ def moved_on(
     check_placement(config.model, config.lora, config.activation_memory)
     blocks = parse_blocks(config.lora.blocks, wan.num_layers)
     dtype, targets = getattr(torch, config.model.dtype), config.lora.targets
-    state_bytes = 2.0 if config.optim.name == "adamw8bit" else 8.0
-    card = card_bytes(wan, len(blocks), targets, config.lora.rank, dtype, state_bytes)
+    rank, of_optimizer = config.lora.rank, state_bytes(config.optim)
+    card = card_bytes(wan, len(blocks), targets, rank, dtype, of_optimizer)
     num_moved = choose_moved(
         config.model,
         config.lora,

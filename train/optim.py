@@ -134,6 +134,11 @@ def make_optimizer(groups: Sequence[nn.Parameter], config: OptimConfig) -> torch
     )
 
 
+def state_bytes(config: OptimConfig) -> float:
+    """What the optimizer keeps of each parameter: both moments, in float32 or in 8 bits."""
+    return 2.0 if config.name == "adamw8bit" else 8.0
+
+
 def make_scaler(device: torch.device, scaling: bool, config: OptimConfig) -> GradScaler:
     """The loss scaler, which also leaves out steps whose gradient is not finite.
 

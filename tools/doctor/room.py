@@ -11,6 +11,7 @@ from train.config import TrainConfig, in_steps
 from train.lora.config import parse_blocks
 from train.model.load import WeightsError, read_config
 from train.model.wan import TI2V_5B
+from train.optim import state_bytes
 
 # metrics, TensorBoard, samples: an allowance, not measured
 OTHER_BYTES = 2 * 2**30
@@ -26,15 +27,15 @@ def run_bytes(config: TrainConfig) -> float:
         wan = TI2V_5B
     blocks = parse_blocks(config.lora.blocks, wan.num_layers)
     num_parameters = num_adapter_parameters(wan, config.lora.targets, config.lora.rank, len(blocks))
-    # parameters and both moments; an average of the parameters may come to that
-    state_bytes = num_parameters * (8 + (2 if config.optim.name == "adamw8bit" else 8))
+    # parameters, and perhaps their average, beside the optimizer's
+    checkpoint_bytes = num_parameters * (8 + state_bytes(config.optim))
     lora_dtype_bytes = 2 if config.checkpoint.lora_dtype == "bfloat16" else 4
     # for diffusers and for ComfyUI
     lora_bytes = 2 * num_parameters * lora_dtype_bytes
     # the newest ones, the best, and the one that is being written
     num_states = config.checkpoint.keep_newest + 2
     num_loras = num_states + _num_validations(config)
-    return num_states * state_bytes + num_loras * lora_bytes + OTHER_BYTES
+    return num_states * checkpoint_bytes + num_loras * lora_bytes + OTHER_BYTES
 
 
 def _num_validations(config: TrainConfig) -> int:
