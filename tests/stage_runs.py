@@ -37,7 +37,7 @@ def config_of(root: Path, **changes: Any) -> ShardgenConfig:
             labels=LabelsConfig(root=str(root), workers=1),
             encode=EncodeConfig(model=""),
             windows=WindowsConfig(buckets=("64x32x5", "64x32x1"), samples_per_shard=4),
-            fetch=FetchConfig(retries=0, timeout_s=2.0),
+            fetch=FetchConfig(retries=0),
         ),
         **changes,
     )

@@ -2,7 +2,7 @@
 difference ends it.
 """
 
-import time
+import math
 from typing import Any
 
 import msgspec
@@ -34,7 +34,7 @@ def test_streamed_and_resident_run_side_by_side(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = CASES[name]._replace(shape="32x32x5")
-    deadline_s = time.perf_counter() + 60
+    deadline_s = math.inf
     noted: list[list[dict[str, Any]]] = []
     rows = compare(name, TINY, ALONE, torch.float32, "auto", 2, deadline_s, noted.append, case)
     assert [row["n"] for rows in noted for row in rows] == [1, 1, 2, 2]

@@ -173,7 +173,7 @@ def kill_and_resume(dataset: Path, folder: Path, rounds: int, seed: int) -> None
             target=consume, args=(dataset, folder, choose.choice([1, 2, 3, 4, 8]))
         )
         process.start()
-        num_lines, deadline_s = choose.randrange(1, 30), time.monotonic() + 60
+        num_lines, deadline_s = choose.randrange(1, 30), time.monotonic() + 300
         while (
             keys_file.read_text().count("\n") < num_lines
             and process.is_alive()
@@ -230,7 +230,7 @@ def test_damaged_samples_are_replaced_alike_in_every_world_and_reported(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
-    tar = next((copy / "train").glob("train-64x32x5-*.tar"))
+    tar = min((copy / "train").glob("train-64x32x5-*.tar"))
     data = bytearray(tar.read_bytes())
     data[600] ^= 4  # in the first json
     tar.write_bytes(data)
@@ -270,12 +270,13 @@ def test_a_threads_exception_reaches_the_consumer_with_shard_and_key(
 
 
 def test_no_thread_outlives_the_feed(dataset: Path) -> None:
+    # one of another test may end meanwhile
     before = set(threading.enumerate())
     feed = make(dataset, num_threads=4, max_ahead=16)
     take(feed, 3)
-    assert set(threading.enumerate()) > before
+    assert set(threading.enumerate()) - before
     feed.close()
-    assert set(threading.enumerate()) == before
+    assert not set(threading.enumerate()) - before
 
 
 def test_no_more_than_max_ahead_micro_batches_are_read(dataset: Path) -> None:

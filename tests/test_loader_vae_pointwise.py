@@ -205,7 +205,7 @@ TARGETS = [("70", "*fp16", "0"), ("90", "*bf16", "8")]
 
 @pytest.fixture(scope="module")
 def runs() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
-    return outputs(COMPILE, TARGETS, timeout_s=400)
+    return outputs(COMPILE, TARGETS, timeout_s=900)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=["V100", "Hopper"])

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,14 +12,19 @@ from shardgen.encode.lookahead import run_looking_ahead
 from shardgen.encode.speed import EncodeSpeed
 from shardgen.encode.unit import ShardTimes
 
+LAST = 1000
+
 
 def work(unit: int | None, upcoming: int | None) -> tuple[int | None, int | None]:
     if unit == 3:
         raise ValueError("three is not wanted")
     if unit == 99:
         os.kill(os.getpid(), signal.SIGKILL)
-    if unit == 1000:
-        time.sleep(2)
+    if unit == LAST:
+        # until the other worker has done all others
+        deadline_s = time.monotonic() + 120
+        while not Path(os.environ["DONE"]).exists() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
     return unit, upcoming
 
 
@@ -28,9 +34,13 @@ def test_one_worker_hears_of_every_next_unit() -> None:
     assert outcomes == {None: (None, 1), 1: (1, 2), 2: (2, 3), 4: (4, None)}
 
 
-def test_an_idle_worker_takes_what_a_busy_one_was_promised() -> None:
-    order = [unit for unit, _ in run_looking_ahead(work, [1000, 5, 6], [{}, {}])]
-    assert sorted(order) == [5, 6, 1000] and order[-1] == 1000
+def test_an_idle_worker_takes_what_a_busy_one_was_promised(tmp_path: Path) -> None:
+    order = []
+    for unit, _ in run_looking_ahead(work, [LAST, 5, 6], 2 * [{"DONE": str(tmp_path / "done")}]):
+        order.append(unit)
+        if len(order) == 2:
+            (tmp_path / "done").touch()
+    assert sorted(order) == [5, 6, LAST] and order[-1] == LAST
 
 
 def test_units_are_taken_lazily() -> None:

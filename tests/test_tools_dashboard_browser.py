@@ -57,9 +57,12 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        # bound, though it does not listen: nobody else gets the port before the dashboard does, nor
+        # while it is started again
+        self.reserved = socket.socket()
+        self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.reserved.bind(("127.0.0.1", 0))
+        self.port = self.reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
@@ -73,7 +76,7 @@ class Server:
             ],
             cwd=ROOT,
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while True:
             try:
                 # until the search index stands, which the notice is about
@@ -86,7 +89,7 @@ class Server:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(300)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +102,10 @@ def server(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     write_samples(folder / "runs" / "first")
     write_evaluation(folder / "runs" / "evaluations" / "final", num_seeds=1)
     server = Server(folder)
-    server.start()
-    yield server
-    server.stop()
+    with server.reserved:
+        server.start()
+        yield server
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,8 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     """A page whose console stays silent and that asks nobody else."""
     context = browser.new_context(locale="ko-KR", viewport={"width": 1280, "height": 900})
     page = context.new_page()
+    # only for what never comes
+    page.set_default_timeout(120_000)
     trouble: list[str] = []
 
     def hear(message: ConsoleMessage) -> None:
@@ -273,4 +279,4 @@ def test_an_open_page_follows_a_run(page: Page, server: Server) -> None:
     page.wait_for_selector(".uplot canvas")
     with (server.folder / "runs/first/metrics.jsonl").open("a") as file:
         file.write('{"step": 777, "loss": 0.1, "s_per_step": 1.5}\n')
-    page.get_by_text("777 / 1,000").wait_for(timeout=20_000)
+    page.get_by_text("777 / 1,000").wait_for()

@@ -65,7 +65,7 @@ def test_missing_model_files_are_named_with_the_command_that_fetches_them(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
-    weights = next((model / "transformer").glob("*.safetensors"))
+    weights = min((model / "transformer").glob("*.safetensors"))
     weights.unlink()
     shutil.rmtree(model / "vae")
     findings = {f.name: f for f in run.model_files(config(model, tmp_path, tmp_path))}
@@ -166,7 +166,7 @@ def test_weights_that_give_no_finite_loss_are_a_failure(
     tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
-    path = next((model / "transformer").glob("*.safetensors"))
+    path = min((model / "transformer").glob("*.safetensors"))
     tensors = load_file(path)
     tensors["proj_out.weight"][0, 0] = float("nan")
     save_file(tensors, path)

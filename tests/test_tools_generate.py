@@ -115,7 +115,7 @@ def test_a_base_model_that_makes_nan_is_named_and_not_its_lora(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
-    path = next((model / "transformer").glob("*.safetensors"))
+    path = min((model / "transformer").glob("*.safetensors"))
     tensors = load_file(path)
     tensors["proj_out.bias"][0] = float("nan")
     save_file(tensors, path, {"format": "pt"})
@@ -193,7 +193,7 @@ def test_a_part_of_the_model_that_is_missing_is_named_before_anything_is_loaded(
 
 
 def test_a_file_without_lora_tensors_is_called_that(tiny_checkpoint: Path) -> None:
-    weights = next((tiny_checkpoint / "transformer").glob("*.safetensors"))
+    weights = min((tiny_checkpoint / "transformer").glob("*.safetensors"))
     with pytest.raises(NotAppliedError, match="there is no LoRA tensor in it"):
         check_lora(weights)
 

@@ -55,7 +55,7 @@ CAPABILITIES, NUM_KEYS = ("70", "90"), ("512", "46800")
 
 @pytest.fixture(scope="module")
 def runs() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
-    return outputs(COMPILE, list(product(CAPABILITIES, NUM_KEYS)), timeout_s=240)
+    return outputs(COMPILE, list(product(CAPABILITIES, NUM_KEYS)), timeout_s=900)
 
 
 @pytest.mark.parametrize("num_keys", NUM_KEYS)

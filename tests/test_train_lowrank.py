@@ -254,7 +254,7 @@ TARGETS = [(70, 0, 96), (80, 256, 163), (89, 128, 99), (90, 256, 227)]
 @pytest.fixture(scope="module")
 def compilations() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
     commands = [(str(capability), str(num_low)) for capability, num_low, _ in TARGETS]
-    return outputs(COMPILE, commands, timeout_s=400)
+    return outputs(COMPILE, commands, timeout_s=900)
 
 
 @pytest.mark.parametrize(("capability", "num_low", "limit_kib"), TARGETS)

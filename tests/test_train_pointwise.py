@@ -183,7 +183,7 @@ def test_every_kernel_compiles_for(capability: str, half_type: str) -> None:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.split()) == 6

@@ -2,7 +2,8 @@
 
 import os
 import signal
-import time
+from collections.abc import Callable
+from queue import Queue
 
 import pytest
 import torch
@@ -13,12 +14,26 @@ from train.signals import REPEATED_S, Signals, Wish
 ALONE = World(data_rank=0, data_size=1, device=torch.device("cpu"))
 
 
-def send(number: int) -> None:
-    os.kill(os.getpid(), number)
-    time.sleep(0.2)  # for the thread that reads it
+@pytest.fixture
+def send(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sends this process a signal, and waits until the thread has noted it."""
+    noted, note = Queue[int](), Signals._note
+
+    def note_and_tell(signals: Signals, number: int) -> None:
+        note(signals, number)
+        noted.put(number)
+
+    def send(number: int) -> None:
+        os.kill(os.getpid(), number)
+        assert noted.get(timeout=60) == number
+
+    monkeypatch.setattr(Signals, "_note", note_and_tell)
+    return send
 
 
-def test_a_wish_is_told_once_and_the_stronger_one_wins() -> None:
+def test_a_wish_is_told_once_and_the_stronger_one_wins(
+    send: Callable[[int], None],
+) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Signals() as signals:
         assert signals.agreed(ALONE) == Wish.NONE
@@ -35,7 +50,7 @@ def test_a_wish_is_told_once_and_the_stronger_one_wins() -> None:
 
 
 def test_a_second_signal_ends_at_once_but_not_the_same_one_passed_on_by_torchrun(
-    monkeypatch: pytest.MonkeyPatch,
+    send: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[int] = []
     clock = [100.0]
@@ -50,7 +65,9 @@ def test_a_second_signal_ends_at_once_but_not_the_same_one_passed_on_by_torchrun
         assert ended == [128 + signal.SIGINT]
 
 
-def test_where_nothing_needs_to_be_saved_it_ends_at_once_also_for_an_earlier_signal() -> None:
+def test_where_nothing_needs_to_be_saved_it_ends_at_once_also_for_an_earlier_signal(
+    send: Callable[[int], None],
+) -> None:
     ended: list[tuple[str, int]] = []
 
     def end(reason: str, number: int) -> None:
