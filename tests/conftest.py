@@ -11,12 +11,19 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+import torch
 from trainer_runs import finish, small_run, start, with_validation
 
 from shardgen.cli import main as shardgen
 from tools.fake.checkpoint import write_tiny_checkpoint
 from tools.fake.corpus import write_sample_corpus
 from train.config import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws does not depend on which tests this process has run before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
