@@ -20,6 +20,13 @@ LAST = {
     "a reason": "sys.exit('what to do')",
     "a code": "sys.exit(143)",
     "a fault of ours": "raise AssertionError('wrong')",
+    "a loss": """if world.rank:
+    os._exit(7)
+for collective in (mesh.gather, mesh.broadcast, mesh.maximum):
+    try:
+        collective(1, world)
+    except mesh.PeerLostError:
+        print("lost", end=" ")""",
 }
 # The interpreter's end deletes `end`: it clears the module.
 PROGRAM = """
@@ -112,3 +119,8 @@ def test_a_process_of_several_never_gets_to_the_interpreters_end(
     for rank in said(folder, last):
         assert (rank.code, rank.out) == (code, out), rank.err
         assert rank.err.endswith(err)
+
+
+def test_whoever_waits_for_a_lost_process_hears_of_it(folder: Path) -> None:
+    left, lost = said(folder, "a loss")
+    assert lost.code == 7 and left.out.startswith("lost lost lost "), left.err

@@ -168,7 +168,7 @@ def main() -> None:
             run("final", config_of_run(arguments.path, arguments.set))
         else:
             run(arguments.command, load_toml(arguments.path, EvaluateConfig, arguments.set))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, mesh.PeerLostError) as error:
         sys.exit(f"evaluate: {told(error)}")
 
 

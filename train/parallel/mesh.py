@@ -220,11 +220,14 @@ def from_main(work: Callable[[], T], world: World) -> T:
 
 
 def gather(value: T, world: World) -> list[T]:
-    """Everyone's `value`, by rank, for everyone; any object that can be pickled."""
+    """Everyone's `value`, by rank, for everyone; any object that can be pickled. Raises
+    PeerLostError.
+    """
     if world.size == 1:
         return [value]
     values = [value] * world.size
-    dist.all_gather_object(values, value)
+    with peers():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -246,11 +249,14 @@ def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def first_found(value: T | None, world: World) -> T | None:
-    """What the first process of this one's sequence group has found that has found anything."""
+    """What the first process of this one's sequence group has found that has found anything. Raises
+    PeerLostError.
+    """
     if world.sequence_group is None:
         return value
     values: list[T | None] = [None] * world.sequence_size
-    dist.all_gather_object(values, value, group=world.sequence_group)
+    with peers():
+        dist.all_gather_object(values, value, group=world.sequence_group)
     return next((each for each in values if each is not None), None)
 
 
