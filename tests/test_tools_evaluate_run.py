@@ -199,7 +199,7 @@ def test_scores_of_clips_that_were_made_again_are_not_compared(
     chosen = read_set(config.folder)
     assert chosen is not None
     assert compare(config, chosen).metrics == result.metrics
-    path = next((config.folder / "lora").glob("*.mp4"))
+    path = min((config.folder / "lora").glob("*.mp4"))
     data = path.read_bytes()
     path.write_bytes(data + b"again")
     with pytest.raises(ValueError, match=r"lora\.json: its clips were made again since"):
