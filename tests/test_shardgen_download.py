@@ -104,6 +104,15 @@ class Flaky(BaseHTTPRequestHandler):
         self.wfile.write(BODY[:1_500_000])
         self.close_connection = True
 
+    def piecemeal(self) -> None:
+        wanted = self.headers.get("Range")
+        if not wanted:
+            return self.truncated()
+        start = int(wanted.removeprefix("bytes=").rstrip("-"))
+        piece = f"bytes {start}-{start + 999}/{len(BODY)}"
+        self.head(206, Content_Length=1000, ETag='"v1"', Content_Range=piece)
+        self.wfile.write(BODY[start : start + 1000])
+
     def unversioned(self) -> None:
         self.head(200, Content_Length=len(BODY))
         self.wfile.write(BODY[:1_500_000])
@@ -181,6 +190,7 @@ def fetch(server: FaultServer, path: str, cache: Path, policy: RetryPolicy = FAS
         "/stall/1",
         "/drip/1",
         "/truncated/2",
+        "/piecemeal/2",
         "/unversioned/2",
         "/lying/1",
         "/moved",

@@ -190,6 +190,9 @@ def _receive(response: Any, part: Path, held: int, url: str, policy: RetryPolicy
     """
     length = _count(response.headers.get("Content-Length"))
     expected = None if length is None else held + length
+    if response.status == 206:
+        # a server may send less than all that was asked for
+        expected = _range_total(response) or expected
     if expected is not None and expected > policy.max_bytes:
         raise FetchError(
             "http_too_large", f"{without_query(url)}: {expected} bytes", may_pass=False
@@ -226,6 +229,11 @@ def _receive(response: Any, part: Path, held: int, url: str, policy: RetryPolicy
         raise FetchError(
             "http_truncated", f"{without_query(url)}: {size} of {expected} bytes", may_pass=True
         )
+
+
+def _range_total(response: Any) -> int | None:
+    """Size of the whole file by a "bytes 5-9/10" Content-Range; None if it says none."""
+    return _count((response.headers.get("Content-Range") or "").rpartition("/")[2])
 
 
 def _range_start(response: Any) -> int:
