@@ -12,7 +12,7 @@ from PIL import Image
 from shardgen.media.errors import MediaError
 from shardgen.media.probe import probe
 from tools.fake.clips import counting_clip, grey, ntsc, write_clip
-from tools.index import examine_clip
+from tools.index_rules import examine_clip
 
 
 def test_probe_tells_what_the_file_is(tmp_path: Path) -> None:

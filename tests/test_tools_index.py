@@ -108,6 +108,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         "odd": {"mp4": clip(pictures(6, 9), "libx264", BT709), "json": about("x")},
         "broken": {"mp4": clips["clip 1"]["mp4"][:500], "json": about("x")},
         "cut": {"jpg": b"x", "json": b"{"},
+        "\udcb0\udca1": {"jpg": jpeg(pictures(7, 1)[0]), "json": about("x")},
     }
     return [write_tar(folder / "one.tar", clips), write_tar(folder / "two.tar", bad | images)]
 
@@ -158,6 +159,7 @@ def test_every_sample_is_used_or_refused_for_one_reason_and_the_tars_stay_as_the
         f"fewer than {FRAMES} frames": 1,
         "its mp4: media_truncated": 1,
         "its json can't be read": 1,
+        "its name is not UTF-8": 1,
         "the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)": 1,
     }
     assert isinstance(read_manifest(tmp_path), Manifest)

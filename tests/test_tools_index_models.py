@@ -56,3 +56,14 @@ def test_image_to_video_of_a14b_is_refused_by_name(
     with pytest.raises(SystemExit, match=r"Wan2.2-I2V-A14B takes what `shardgen build` alone"):
         index(monkeypatch, tar, tmp_path / "out", tiny_model("i2v-a14b"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_can_be_seen_to_fail_is_said_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tar: Path, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    monkeypatch.delattr("tools.index.TextEncoder")
+    with pytest.raises(SystemExit, match=r"gone\.tar: No such file"):
+        index(monkeypatch, tmp_path / "gone.tar", tmp_path / "out", tiny_model("t2v-a14b"))
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(SystemExit, match="is a dataset already"):
+        index(monkeypatch, tar, tmp_path, tiny_model("t2v-a14b"))

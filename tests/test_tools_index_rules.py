@@ -13,7 +13,7 @@ import pytest
 
 from tools.fake.clips import grey, remux, write_clip
 from tools.fake.stills import WIDE_XYZ, rgb_profile
-from tools.index import RefusedError, examine_clip, examine_image
+from tools.index_rules import RefusedError, examine_clip, examine_image
 
 FRAMES = 5
 

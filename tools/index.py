@@ -16,7 +16,6 @@ copy DIR with links followed (`cp -rL`, `rsync -L`).
 """
 
 import argparse
-import io
 import os
 import tarfile
 from collections import Counter, defaultdict
@@ -26,10 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 import torch
 import xxhash
-from PIL import Image
 
 from loader.files import file_xxh3, told, write_atomic
 from loader.manifest import (
@@ -56,26 +53,13 @@ from loader.sample import (
     TensorInfo,
     encode_meta,
     encode_tensor,
-    is_bt709,
     sample_key,
 )
 from loader.shape import WAN22, Bucket, LatentLayout
 from shardgen.encode.text import TextEncoder
 from shardgen.encode.write import write_shard
-from shardgen.media.containers import open_video
-from shardgen.media.errors import MediaError
-from shardgen.media.geometry import Orientation
-from shardgen.media.images import load_image
-from shardgen.media.probe import probe_video
 from shardgen.rules.prompt import prompt_clean
-
-
-class RefusedError(ValueError):
-    """A sample that can't be used. `reason` is what is counted."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+from tools.index_rules import RefusedError, examine_clip, examine_image
 
 
 class Found(NamedTuple):
@@ -119,6 +103,9 @@ def examine(
     layout: LatentLayout,
 ) -> Found:
     """Metadata of one sample. Raises RefusedError."""
+    # of other bytes tarfile makes lone surrogates
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise RefusedError("its name is not UTF-8")
     kind = next((kind for kind in (MP4, JPG) if kind in members), None)
     if JSON not in members or kind is None:
         raise RefusedError("no json" if JSON not in members else "neither mp4 nor jpg")
@@ -167,57 +154,17 @@ def examine(
     return Found(meta, media, xxhash.xxh3_64_hexdigest(data))
 
 
-def examine_clip(data: bytes, num_frames: int, side_px: int = 32) -> tuple[int, int, float]:
-    """Width and height in pixels, and frames per second. Raises RefusedError.
-
-    The rules are those of `shardgen build`, and decoding is as whole. Beyond them a clip is refused
-    whose frames need more than DALI does to them: it gives what is stored, in the matrix that
-    players assume of the size.
+def check_inputs(
+    tars: Sequence[Path], output: Path, num_frames: int, layout: LatentLayout = WAN22
+) -> None:
+    """What can be seen to fail before a model is loaded. Raises ValueError for an output that is a
+    dataset already and for frames that the model doesn't take, OSError for tars that can't be read.
     """
-    try:
-        with open_video(data) as video:
-            rate = video.stream.average_rate
-            num_streams = len(video.container.streams.video)
-            found = probe_video(video)
-        with open_video(data) as video:
-            packets = video.container.demux(video.stream)
-            num_packets = sum(packet.size > 0 for packet in packets)
-    except MediaError as error:
-        raise RefusedError(f"its mp4: {error.reason}") from None
-    if num_streams > 1:
-        raise RefusedError("its mp4 has several video streams")
-    if num_packets != found.num_frames:
-        raise RefusedError("its mp4 holds frames that are not shown, as an edit list hides them")
-    is_square = found.sar_num == found.sar_den
-    if not is_square or found.orientation != Orientation() or found.interlaced:
-        raise RefusedError("its mp4 is rotated, interlaced or has pixels that aren't square")
-    width, height = found.width_px, found.height_px
-    matrix = "bt709" if is_bt709(width - width % side_px, height - height % side_px) else "bt601"
-    if found.color_matrix not in ("unspecified", matrix):
-        raise RefusedError(
-            "the colour matrix of its mp4 is not the one of its size (BT.709 if large, else BT.601)"
-        )
-    if found.num_frames < num_frames or not rate:
-        raise RefusedError(f"fewer than {num_frames} frames")
-    return width, height, float(rate)
-
-
-def examine_image(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels, as shown. Raises RefusedError, for one whose colours DALI would
-    not show as a display does too.
-    """
-    if not data.startswith(b"\xff\xd8\xff"):
-        raise RefusedError("its jpg is no JPEG")
-    try:
-        still = load_image(data)
-    except MediaError as error:
-        raise RefusedError(f"its jpg: {error.reason}") from None
-    with Image.open(io.BytesIO(data)) as image:
-        plain = np.asarray(image.convert("RGB"))
-    if still.mode not in ("L", "RGB") or not np.array_equal(still.rgb, plain):
-        raise RefusedError("its jpg is CMYK, or has a colour profile other than sRGB")
-    height, width = still.upright.shape[:2]
-    return width, height
+    if (output / MANIFEST_FILE).exists():
+        raise ValueError(f"{output} is a dataset already; take another folder")
+    layout.check(Bucket(layout.patch_px, layout.patch_px, num_frames))
+    for tar in tars:
+        tar.open("rb").close()
 
 
 def write_index(
@@ -236,9 +183,7 @@ def write_index(
     Raises ValueError for an output that is a dataset already, for tars that can't be read, and
     for samples that repeat.
     """
-    if (output / MANIFEST_FILE).exists():
-        raise ValueError(f"{output} is a dataset already; take another folder")
-    layout.check(Bucket(layout.patch_px, layout.patch_px, num_frames))
+    check_inputs(tars, output, num_frames, layout)
     refused: Counter[str] = Counter()
     shards: list[ShardInfo] = []
     media: dict[str, ShardInfo] = {}
@@ -325,6 +270,7 @@ def main() -> None:
         kind = read_kind(arguments.model)
         if kind.condition:
             raise ValueError(f"{kind.name} takes what `shardgen build` alone stores; use that")
+        check_inputs(arguments.tars, arguments.output, arguments.frames, kind.layout)
         encoder = TextEncoder(arguments.model, arguments.device, getattr(torch, arguments.dtype))
         encoder.model.to(arguments.device)
         manifest, refused = write_index(
