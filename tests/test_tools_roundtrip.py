@@ -40,3 +40,7 @@ def test_a_clip_goes_through_both_halves_of_the_vae(
         assert sheet.size == (192, 256)
     assert "PSNR" in capsys.readouterr().out
     assert main([str(tmp_path / "none.mp4"), *options, "--device", "cpu"]) == 1
+    (tmp_path / "file").touch()
+    options = ["--model", str(tiny_checkpoint), "--output", str(tmp_path / "file")]
+    assert main([str(clip), *options, "--device", "cpu"]) == 1
+    assert "a file stands where a folder is needed" in capsys.readouterr().err

@@ -108,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         bucket = Bucket.parse(options.shape)
+        options.output.mkdir(parents=True, exist_ok=True)
         frames = decode_window(options.clip, options.start_ms, options.fps, bucket, "crop")
         dtype = getattr(torch, options.dtype)
         decoded = reconstruct(frames, options.model, options.device, dtype)
@@ -123,7 +124,6 @@ def main(arguments: list[str] | None = None) -> int:
         "mean_ssim": float(np.mean([each.ssim for each in by_frame])),
         "frames": [each._asdict() for each in by_frame],
     }
-    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "roundtrip.json").write_text(json.dumps(result, indent=1) + "\n")
     sheet(frames, decoded).save(options.output / "roundtrip.jpg", quality=92)
     print(
