@@ -41,8 +41,6 @@ from shardgen.catalog.tables import (
     GONE,
     INGESTED,
     SOUND,
-    UNAVAILABLE,
-    WANTED,
 )
 from shardgen.encode.config import EncodeConfig, ExecutorConfig
 from shardgen.encode.device import check_device
@@ -57,7 +55,7 @@ from shardgen.report.summary import status_line, summary
 from shardgen.rules.config import RulesConfig
 from shardgen.stages.config import FetchConfig, LabelsConfig
 from shardgen.stages.encode import encode_shards, shards_to_write
-from shardgen.stages.fetch import fetch_media
+from shardgen.stages.fetch import TO_FETCH, fetch_media
 from shardgen.stages.filter import filter_labels
 from shardgen.stages.ingest import ingest_labels
 from shardgen.stages.plan import plan_shards, settle_duplicates
@@ -196,7 +194,7 @@ def run_stages(
     yield "filter"
 
     # wanted -> fetched: local files hashed, others downloaded
-    with stage("fetch", catalog.count(WANTED, UNAVAILABLE, ACCEPTED)) as progress:
+    with stage("fetch", catalog.count(*TO_FETCH, ACCEPTED)) as progress:
         flag_changed_media(catalog, root, inputs.fetch.workers, progress.update)
         fetch_media(catalog, root, inputs.cache, inputs.fetch, progress.update)
     yield "fetch"

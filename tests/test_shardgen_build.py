@@ -294,6 +294,8 @@ def test_a_split_without_samples_verifies_and_a_file_that_vanishes_costs_its_cli
         f"output={output}",
         "--set",
         "split.val_share=0.0",
+        "--set",
+        "fetch.schemes=[]",
     ]
     assert shardgen(["build", str(tiny_recipe), *options, "--stage", "fetch"]) == 0
     with Catalog(output / "catalog.sqlite") as catalog:
@@ -311,4 +313,5 @@ def test_a_split_without_samples_verifies_and_a_file_that_vanishes_costs_its_cli
     )
     with Catalog(output / "catalog.sqlite") as catalog:
         (row,) = catalog.claims(gone.stem)
-    assert (row.status, row.reason) == ("unavailable", "media_missing")
+    # the second build has looked for it again, and then at its label's URL
+    assert (row.status, row.reason) == ("unavailable", "url_refused")

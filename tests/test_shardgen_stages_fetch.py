@@ -29,7 +29,7 @@ from loader.manifest import recipe_id
 from shardgen.catalog.adopt import adopt_media, adopt_recipe
 from shardgen.config import recipe_of, rules_of
 from shardgen.media.cache import cached_files
-from shardgen.stages.config import FetchConfig
+from shardgen.stages.config import FetchConfig, LabelsConfig
 from shardgen.stages.ingest import ingest_labels
 from shardgen.stages.probe import probe_media
 
@@ -87,6 +87,26 @@ def test_a_file_rewritten_between_hashing_and_probing_is_never_taken_for_what_wa
         )
     assert run(config)[label] == ("accepted", "")
     assert row(config, label)["media_xxh3"] == xxhash.xxh3_128_hexdigest(png(2) + b"more")
+
+
+def test_what_changes_after_an_interrupted_build_counts_as_if_it_had_never_run(root: Path) -> None:
+    config = config_of(root)
+    for number in (1, 2, 3):
+        add_image(root, f"200000{number}", png(number))
+    with open_catalog(config) as catalog:
+        adopt_recipe(catalog.database, recipe_id(recipe_of(config)), "0/1.0")
+        ingest_labels(catalog, root, workers=1)
+        judge_and_fetch(catalog, config)
+        probe_media(catalog, rules_of(config), 1, advance)
+        assert catalog.count("sound") == 3  # and killed here
+    (root / "2000001.png").write_bytes(png(9) + b"more")
+    two = config_of(root, labels=LabelsConfig(root=str(root), workers=1, limit=2))
+    assert list(run(two).values()) == [
+        ("accepted", ""),
+        ("accepted", ""),
+        ("skipped", "not_selected"),
+    ]
+    assert row(two, "2000001.json")["media_xxh3"] == xxhash.xxh3_128_hexdigest(png(9) + b"more")
 
 
 def test_of_equal_files_one_that_still_holds_the_bytes_is_encoded(root: Path) -> None:

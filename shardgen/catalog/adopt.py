@@ -72,12 +72,9 @@ def adopt_recipe(database: Database, recipe_id: str, selection: str) -> None:
     """Start a build under this recipe and selection (limit, fraction). Raises CatalogError as
     `forgets_plan` does.
     """
-    again: tuple[str, ...] = ()
     unplan = forgets_plan(database, recipe_id)
-    if unplan:
-        again = _JUDGED
-    elif database.recall("selection", selection) != selection:
-        again = (SKIPPED, WANTED)
+    is_other_selection = database.recall("selection", selection) != selection
+    again = _JUDGED if unplan or is_other_selection else ()
     with database.transaction() as db:
         if unplan:
             db.execute("DELETE FROM windows")

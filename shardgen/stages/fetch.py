@@ -1,5 +1,6 @@
 """The stage that finds and hashes the media of every wanted clip: wanted -> fetched, or
-unavailable with the reason.
+unavailable with the reason. Clips that an interrupted build had got further are looked at again,
+because their media may have changed since; once they are planned, nothing does.
 
 Local files come first and are read in place; what is behind URLs goes through the cache. What was
 hashed before and has not changed since is not read again, and a server is asked again only for
@@ -13,8 +14,8 @@ from typing import NamedTuple
 
 from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.drafts import Urls
-from shardgen.catalog.rows import MediaFile
-from shardgen.catalog.tables import UNAVAILABLE, WANTED, Outcome
+from shardgen.catalog.rows import Clip, MediaFile
+from shardgen.catalog.tables import FETCHED, SOUND, UNAVAILABLE, WANTED, Outcome
 from shardgen.media.cache import CacheBudget
 from shardgen.media.download import PERMANENT, RetryPolicy, download
 from shardgen.media.errors import FetchError
@@ -22,6 +23,8 @@ from shardgen.media.local import Fetched, find_local, hash_local, list_media
 from shardgen.media.parallel import in_parallel
 from shardgen.media.urls import check_url
 from shardgen.stages.config import FetchConfig
+
+TO_FETCH = (WANTED, UNAVAILABLE, FETCHED, SOUND)
 
 
 class _Request(NamedTuple):
@@ -37,8 +40,8 @@ class _Request(NamedTuple):
 def fetch_media(
     catalog: Catalog, root: Path, cache: Path, fetch: FetchConfig, advance: Callable[[int], None]
 ) -> None:
-    """wanted, or unavailable if asking again may help -> fetched (media_xxh3 known), or
-    unavailable. `root` is the label tree, `cache` the folder for downloads.
+    """wanted, fetched or sound, or unavailable if asking again may help -> fetched (media_xxh3
+    known), or unavailable. `root` is the label tree, `cache` the folder for downloads.
 
     Raises OSError if the cache can't be written.
     """
@@ -91,8 +94,11 @@ def _requests(
     """
     # Labels come in path order, so a few folders are enough to list each one once.
     list_folder = lru_cache(maxsize=16)(list_media)
-    for clip in catalog.clips(WANTED, UNAVAILABLE):
+    for clip in catalog.clips(*TO_FETCH):
         local = find_local(root / clip.label, clip.clip_id, clip.media_type, list_folder)
+        if _holds_still(catalog, clip, str(local) if local else clip.url):
+            advance(1)
+            continue
         if local is not None:
             if not _reuse(catalog, [clip.id], str(local)):
                 yield _Request(str(local), "", [clip.id])
@@ -117,6 +123,14 @@ def _requests(
         except FetchError as error:
             _record_failure(catalog, clips, error)
             advance(len(clips))
+
+
+def _holds_still(catalog: Catalog, clip: Clip, source: str) -> bool:
+    """Whether a clip that has its media already has them from this source, which is as it was."""
+    if clip.status not in (FETCHED, SOUND):
+        return False
+    known = catalog.media.source(source)
+    return known is not None and known.media_xxh3 == clip.media_xxh3 and known.is_unchanged()
 
 
 def _record_failure(catalog: Catalog, clips: Sequence[int], error: FetchError) -> None:
