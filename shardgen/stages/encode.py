@@ -18,7 +18,7 @@ from shardgen.encode.lookahead import run_units
 from shardgen.encode.speed import EncodeSpeed
 from shardgen.encode.unit import EncodeSpec, ShardJob, ShardResult
 from shardgen.encode.worker import encode_unit
-from shardgen.encode.write import stored_size
+from shardgen.encode.write import remove_shard, stored_size
 
 
 def shards_to_write(catalog: Catalog, output: Path) -> list[str]:
@@ -61,7 +61,13 @@ def encode_shards(
             failures.append(f"{job.plan.name if job else EMPTY_PROMPT_FILE}: {result}")
         elif isinstance(result, ShardResult):
             problem = _record(catalog, result, finished.get(result.name))
-            failures += [problem] if problem else []
+            if problem:
+                failures.append(problem)
+                # what stands under this name is what the catalog has, or nothing: the size of
+                # its files alone would not tell them apart
+                remove_shard(
+                    Path(spec.output) / catalog.shards.plan(result.name).split, result.name
+                )
             speed.add(result.info.num_samples if result.info else 0, result.times)
             advance(1)
     speed.elapsed_s = time.monotonic() - begin_s
