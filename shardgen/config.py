@@ -8,9 +8,10 @@ edits; `recipe_of` picks the former. Each table is a Struct of the sub-package t
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 from msgspec.structs import replace
 
 from loader.config import ConfigError, dump_toml
@@ -33,7 +34,7 @@ from shardgen.stages.config import FetchConfig, LabelsConfig
 class ShardgenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole build: `shardgen build CONFIG.toml`."""
 
-    output: str  # the dataset folder
+    output: Annotated[str, Meta(min_length=1)]  # the dataset folder
     # 2 also names the latent layout; version 1 means that of Wan2.2-TI2V-5B, and older readers
     # take it
     manifest_version: Literal[1, 2] = 1
@@ -101,17 +102,18 @@ def take_apart(config: ShardgenConfig) -> BuildInputs:
 
 
 def check_paths(config: ShardgenConfig) -> None:
-    """Raises ConfigError when the label root is no folder, or the output lies inside it."""
-    root, output = Path(config.labels.root).resolve(), Path(config.output).resolve()
+    """Raises ConfigError when the label root is no folder, or what is written lies inside it."""
+    root = Path(config.labels.root).resolve()
     if not root.is_dir():
         raise ConfigError(
             f"labels.root = {root}: no such folder; it must hold {{image,video}}/batch_NNNN/ID.json"
         )
-    if output == root or root in output.parents:
-        raise ConfigError(
-            f"output = {output} lies inside labels.root = {root}: choose a folder outside, the "
-            f"label tree is never written"
-        )
+    for key, folder in ("output", config.output), ("fetch.cache", config.fetch.cache):
+        if folder and Path(folder).resolve().is_relative_to(root):
+            raise ConfigError(
+                f"{key} = {folder} lies inside labels.root = {root}: choose a folder outside, the "
+                f"label tree is never written"
+            )
 
 
 def check_model(config: ShardgenConfig) -> LatentLayout:

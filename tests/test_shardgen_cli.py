@@ -69,6 +69,10 @@ def test_user_faults_are_one_line_and_exit_2(
     for overrides, words in [
         (["output=" + str(tiny_corpus / "out")], "choose a folder outside"),
         (["output=/proc/newsreel"], "/proc/newsreel"),
+        ([f"fetch.cache={tiny_corpus / 'cache'}"], "choose a folder outside"),
+        # a slip of the shell's, not the folder one stands in
+        (["output="], "length >= 1 - at `$.output`"),
+        (["labels.root="], "length >= 1 - at `$.labels.root`"),
         (["labels.root=/nowhere"], "no such folder"),
         (["windows.fps=0"], "> 0.0 - at `$.windows.fps`"),
         (["encode.threads=0"], "$.encode.threads"),

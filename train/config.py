@@ -29,7 +29,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """One run."""
 
     # folder of everything that the run writes; it goes on from the newest checkpoint there
-    output: str
+    output: Annotated[str, Meta(min_length=1)]
     model: ModelConfig
     data: FeedConfig
     lora: LoRAConfig = LoRAConfig()

@@ -16,7 +16,8 @@ PositiveFloat = Annotated[float, Meta(gt=0, lt=1e6)]
 class LabelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the labels lie and which of them to take."""
 
-    root: str  # folder of label files, read recursively, never written
+    # folder of label files, read recursively, never written
+    root: Annotated[str, Meta(min_length=1)]
     limit: NonNegativeInt = 0  # take the first N label files in path order; 0: all
     # take this share, chosen by a hash of the clip id
     sample_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0

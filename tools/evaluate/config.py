@@ -72,7 +72,7 @@ class EvaluateConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """One evaluation."""
 
     # its folder; the dashboard finds RUN/evaluations/NAME
-    output: str
+    output: Annotated[str, Meta(min_length=1)]
     # a folder in diffusers' layout
     model: str
     # folders with a manifest.json and a val split
