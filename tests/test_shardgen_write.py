@@ -94,5 +94,10 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     write_atomic(tmp_path / "manifest.json", b"{}")
     for name in ("manifest.json.77", "train/s.tar.77"):
         (tmp_path / (name + TEMPORARY)).write_bytes(b"half")
+    # the user's: labels may lie in a folder beside the splits
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / f"1.json.7-8{TEMPORARY}").touch()
+    (tmp_path / f"notes{TEMPORARY}").touch()
     assert len(remove_leftovers(tmp_path)) == 2
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["manifest.json", "s.idx"]
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert left == ["labels/1.json.7-8.tmp", "manifest.json", "notes.tmp", "train/s.idx"]

@@ -13,11 +13,12 @@ are compressed already).
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import get_args
 
 import xxhash
 
 from loader.files import TEMPORARY, atomic_file, write_atomic
-from loader.manifest import Member, ShardInfo, encode_hashes, encode_index
+from loader.manifest import Member, ShardInfo, Split, encode_hashes, encode_index
 from loader.sample import MEMBERS
 
 BLOCK_BYTES = 512
@@ -82,10 +83,11 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary files that a killed run left below `folder`; returns them. Only the
-    build's owner may.
+    """Delete the temporary files that a killed run left in `folder` and its splits; returns them.
+    Only the build's owner may. What else lies there, the label tree perhaps, is not ours.
     """
-    leftovers = sorted(folder.glob(f"*{TEMPORARY}")) + sorted(folder.glob(f"*/*{TEMPORARY}"))
+    places = folder, *(folder / split for split in get_args(Split))
+    leftovers = [path for place in places for path in sorted(place.glob(f"*.[0-9]*{TEMPORARY}"))]
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers
