@@ -2,7 +2,8 @@
 
 Each entry begins with its own hash, so that a half-written or damaged one is a miss. Entries
 appear by rename. The process that has written a hundredth of the bound looks, under a file lock,
-whether the least recently used entries must go. The folder may be deleted at any time.
+whether the least recently used entries must go. The folder may be deleted at any time. Files that
+are not named as an entry is are never touched: somebody may have named a folder of his own.
 
 Left out: a cache in memory (the page cache is one).
 """
@@ -11,6 +12,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -22,6 +24,9 @@ from loader.files import TEMPORARY, atomic_file
 
 log = logging.getLogger(__name__)
 _HASH_BYTES = 16
+# An entry in its folder: the hash of what it is or is a part of, which part, and while it is
+# written, by whom.
+_ENTRY = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{30}(-\d+-\d+)?(\.\d+-\d+\.tmp)?")
 _STALE_S = 600.0  # a temporary file this old belongs to a killed process
 # share of the bound above which entries are deleted, and down to which
 _FULL, _ROOMY = 0.9, 0.8
@@ -35,7 +40,7 @@ class _Entry(NamedTuple):
 
 class Cache:
     """Byte strings by name in a folder of at most about `max_bytes`; any number of processes may
-    share it.
+    share it. A name is an xxh3_128 in hex, with or without "-OFFSET-SIZE" of a part.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -101,6 +106,8 @@ class Cache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             entries = []
             for path in self._folder.glob("*/*"):
+                if not _ENTRY.fullmatch(path.relative_to(self._folder).as_posix()):
+                    continue
                 try:
                     status = path.stat()
                 except FileNotFoundError:
