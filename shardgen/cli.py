@@ -6,10 +6,14 @@ given, 130 interrupted.
 
 import argparse
 import os
+import signal
 import sqlite3
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 from tqdm import tqdm
@@ -38,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        with _ending_at_once():
+            return int(options.run(options))
     except sqlite3.Error as error:
         print(
             f"shardgen: the catalog can't be read or written: {error}; is the disk full, or the "
@@ -52,13 +57,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ExecutorError) as error:
         print(f"shardgen: {error}", file=sys.stderr)
         return CANNOT
-    except KeyboardInterrupt:
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process there and then. As an exception it would wait for what threads and
+    workers are at, a download of an hour perhaps; a build may be killed anywhere, and its workers
+    end with it.
+    """
+
+    def end(_number: int, _frame: FrameType | None) -> None:
         print(
-            "shardgen: interrupted; what was finished stands, run the same command to go on",
+            "\nshardgen: interrupted; what was finished stands, run the same command to go on",
             file=sys.stderr,
+            flush=True,
         )
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)  # not by way of the workers' last units: they end with this process
+        os._exit(INTERRUPTED)
+
+    # elsewhere than in the main thread no handler can be set; one that ignores Ctrl-C is nohup's
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_build(options: argparse.Namespace) -> int:

@@ -1,7 +1,12 @@
 """The command line: stages, exit codes, and a user's faults in one line that names the remedy."""
 
 import errno
+import os
 import shutil
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -90,6 +95,36 @@ def test_user_faults_are_one_line_and_exit_2(
         assert shardgen(["build", str(tiny_recipe), *arguments]) == 2
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("shardgen: ") and words in message
+
+
+def test_ctrl_c_waits_for_nothing_that_is_at_work(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = threading.Event()
+    in_time = []
+
+    def interrupted_build(_: object) -> int:
+        with ThreadPoolExecutor(1) as pool:
+            download = pool.submit(ended.wait, 5)
+            os.kill(os.getpid(), signal.SIGINT)
+            in_time.append(download)
+        return 0
+
+    def end(code: int) -> None:
+        ended.set()
+
+    monkeypatch.setattr("shardgen.cli.run_build", interrupted_build)
+    monkeypatch.setattr(os, "_exit", end)
+    # a shell that starts the tests in the background has them ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
+            shardgen(["build", str(tiny_recipe)])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert in_time and in_time[0].result()
+    assert "interrupted; what was finished stands" in capsys.readouterr().err
 
 
 def test_help_says_what_the_exit_codes_mean(capsys: pytest.CaptureFixture[str]) -> None:
