@@ -46,6 +46,37 @@ def test_a_file_that_was_cut_is_truncated_however_little_is_missing(
     assert refused(path) in ("media_truncated", "media_undecodable")
 
 
+@pytest.mark.parametrize(
+    ("size", "rate", "kind", "frame_bytes"),
+    [
+        ((720, 576), Fraction(25), "yuv420p", 144_000),
+        ((720, 480), Fraction(30000, 1001), "yuv411p", 120_000),
+        ((720, 480), Fraction(30000, 1001), "yuv422p", 240_000),
+        ((960, 720), Fraction(50), "yuv422p", 288_000),
+        ((1440, 1080), Fraction(25), "yuv422p", 576_000),
+    ],
+)
+def test_a_dv_stream_that_ends_within_a_frame_is_truncated(
+    tmp_path: Path, size: tuple[int, int], rate: Fraction, kind: str, frame_bytes: int
+) -> None:
+    path = tmp_path / "a.dv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("dvvideo", rate=rate)
+        (stream.width, stream.height), stream.pix_fmt = size, kind
+        for number in range(2):
+            frame = av.VideoFrame(*size, kind)
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    whole = path.read_bytes()
+    assert len(whole) == 2 * frame_bytes and probe(path).num_frames == 2
+    path.write_bytes(whole[:frame_bytes])
+    assert probe(path).num_frames == 1
+    for length in (frame_bytes + 1, 2 * frame_bytes - 1):
+        path.write_bytes(whole[:length])
+        assert refused(path) == "media_truncated"
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_file_cut_between_two_frames_is_truncated(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"

@@ -2,8 +2,8 @@
 
 A file that was cut between two packets decodes without an error. But most containers write the
 length of what follows before it, so the cut is found to the byte. Formats that don't (program and
-raw streams) can't tell: one that ends between two frames is whole. So is a transport stream that
-ends between two of its packets, which are all of one length.
+raw streams) can't tell: one that ends between two frames is whole. So is a transport stream
+that ends between two of its packets, or a DV stream between two frames, which are of one length.
 """
 
 import io
@@ -18,6 +18,9 @@ _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 _MXF_PARTITION = bytes.fromhex("060e2b34020501010d01020101")
+# The first block of a raw DV frame, of 525 lines and of 625; what its kind is multiplied by.
+_DV_525, _DV_625 = bytes.fromhex("1f07003f"), bytes.fromhex("1f0700bf")
+_DV_KIND_AT, _DV_CHANNELS = 451, {0x04: 2, 0x14: 4, 0x18: 2}
 # Lengths of a transport stream's packets and where in them the sync byte stands: plain, with a
 # time stamp before it (M2TS), with a check sum after it.
 _TS_PACKETS, _TS_SYNC = ((188, 0), (192, 4), (204, 0)), 0x47
@@ -60,6 +63,8 @@ def _missing(file: BinaryIO) -> int:
         walk = _end_of_mxf
     elif head[:3] == b"FLV":
         walk = _end_of_flv
+    elif head[:4] in (_DV_525, _DV_625):
+        walk = _end_of_dv
     elif _TS_SYNC in (head[0:1] + head[4:5]):
         walk = _end_of_packets
     return max(walk(file, size) - size, 0) if walk else 0
@@ -169,6 +174,18 @@ def _end_of_flv(file: BinaryIO, size: int) -> int:
         file.seek(position + 1)
         position += 11 + int.from_bytes(file.read(3), "big") + 4
     return position if position > size else position + 11 * (position < size)
+
+
+def _end_of_dv(file: BinaryIO, size: int) -> int:
+    """SMPTE ST 314 and 370: a frame is 10 or 12 sequences of 150 blocks of 80 bytes, for each of
+    its channels. libavformat fills up a last frame with what the one before held.
+    """
+    file.seek(0)
+    head = file.read(_DV_KIND_AT + 1)
+    num_sequences = 12 if head[:4] == _DV_625 else 10
+    num_channels = _DV_CHANNELS.get(head[-1] & 0x1F, 1)
+    frame_bytes = num_channels * num_sequences * 150 * 80
+    return -(-size // frame_bytes) * frame_bytes
 
 
 def _end_of_packets(file: BinaryIO, size: int) -> int:
