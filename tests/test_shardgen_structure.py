@@ -109,13 +109,13 @@ def test_a_live_matroska_says_nothing_of_its_length_but_its_clusters_do(tmp_path
     assert refused(live) == "media_truncated"
 
 
-@pytest.mark.parametrize("suffix", [".ts", ".m2ts", ".mxf", ".flv"])
+@pytest.mark.parametrize("suffix", [".ts", ".m2ts", ".mxf", ".flv", ".ogg"])
 def test_what_is_cut_within_a_packet_is_truncated_and_padding_is_not(
     tmp_path: Path, suffix: str
 ) -> None:
     path = tmp_path / f"a{suffix}"
     frames = [grey(16 + 4 * i) for i in range(20)]
-    codec = "mpeg2video" if suffix == ".mxf" else "libx264"
+    codec = {".mxf": "mpeg2video", ".ogg": "libvpx"}.get(suffix, "libx264")
     write_clip(path, frames, [Fraction(i, 25) for i in range(20)], codec=codec, rate=Fraction(25))
     whole = path.read_bytes()
     assert missing_bytes(whole) == 0 and probe(path).num_frames == 20

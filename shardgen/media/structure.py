@@ -63,6 +63,8 @@ def _missing(file: BinaryIO) -> int:
         walk = _end_of_mxf
     elif head[:3] == b"FLV":
         walk = _end_of_flv
+    elif head[:4] == b"OggS":
+        walk = _end_of_ogg
     elif head[:4] in (_DV_525, _DV_625):
         walk = _end_of_dv
     elif _TS_SYNC in (head[0:1] + head[4:5]):
@@ -174,6 +176,22 @@ def _end_of_flv(file: BinaryIO, size: int) -> int:
         file.seek(position + 1)
         position += 11 + int.from_bytes(file.read(3), "big") + 4
     return position if position > size else position + 11 * (position < size)
+
+
+def _end_of_ogg(file: BinaryIO, size: int) -> int:
+    """RFC 3533: a page is 27 bytes, the last of which counts the segments, a byte for the length of
+    each, and the segments.
+    """
+    position = 0
+    while position < size:
+        file.seek(position)
+        head = file.read(27 + 255)
+        if head[:4] != b"OggS"[: len(head)]:
+            return size
+        if len(head) < 27 or len(head) < 27 + head[26]:
+            return size + 1
+        position += 27 + head[26] + sum(head[27 : 27 + head[26]])
+    return position
 
 
 def _end_of_dv(file: BinaryIO, size: int) -> int:
