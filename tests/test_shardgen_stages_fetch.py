@@ -49,6 +49,16 @@ def test_broken_footage_stays_where_it_is_whatever_the_label_root_is_called(
     assert (root / "2000001.png").exists()
 
 
+def test_a_file_of_another_suffix_is_named_where_none_is_found(root: Path) -> None:
+    config = config_of(root)
+    label = add_image(root, "2000001", None)
+    run(config)
+    assert row(config, label)["detail"] == "no file beside the label, no URL in it"
+    (root / "2000001.TIF").touch()
+    run(config)
+    assert row(config, label)["detail"].endswith("URL in it; not taken as image: 2000001.TIF")
+
+
 def test_missing_or_broken_media_are_looked_at_again_when_they_change(root: Path) -> None:
     config = config_of(root)
     for clip_id, media in (("2000001", None), ("2000002", b""), ("2000003", png(3)[:60])):

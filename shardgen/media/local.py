@@ -94,6 +94,16 @@ def find_local(
     return None
 
 
+def others_beside(
+    label_path: Path, clip_id: str, list_folder: Callable[[Path], Listing] = list_media
+) -> list[str]:
+    """Files beside the label that have its name, or the clip's, whatever their suffix."""
+    stems = {unicodedata.normalize("NFC", stem) for stem in (label_path.stem, clip_id)}
+    listing = list_folder(label_path.parent)
+    names = {name for (stem, _), found in listing.items() if stem in stems for name in found}
+    return sorted(name for name in names if not name.lower().endswith(".json"))
+
+
 def hash_local(path: Path) -> Fetched:
     """Hash a file where it lies. Raises FetchError (media_unreadable, media_changing)."""
     digest = xxhash.xxh3_128()

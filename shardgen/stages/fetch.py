@@ -19,7 +19,7 @@ from shardgen.catalog.tables import FETCHED, SOUND, UNAVAILABLE, WANTED, Outcome
 from shardgen.media.cache import CacheBudget
 from shardgen.media.download import PERMANENT, RetryPolicy, download
 from shardgen.media.errors import FetchError
-from shardgen.media.local import Fetched, find_local, hash_local, list_media
+from shardgen.media.local import Fetched, find_local, hash_local, list_media, others_beside
 from shardgen.media.parallel import in_parallel
 from shardgen.media.urls import check_url
 from shardgen.stages.config import FetchConfig
@@ -105,6 +105,8 @@ def _requests(
                 continue
         elif not clip.url:
             detail = "no file beside the label, no URL in it"
+            if others := others_beside(root / clip.label, clip.clip_id, list_folder):
+                detail += f"; not taken as {clip.media_type}: {', '.join(others)[:200]}"
             catalog.record([Outcome(clip.id, UNAVAILABLE, "media_missing", detail)])
         elif clip.reason in PERMANENT and not fetch.ask_again:
             catalog.record([Outcome(clip.id, UNAVAILABLE, clip.reason, clip.detail)])
