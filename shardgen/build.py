@@ -205,7 +205,7 @@ def run_stages(
     yield "probe"
 
     # sound -> accepted, in a planned shard: from here on nothing moves
-    settle_duplicates(catalog)
+    settle_duplicates(catalog, rules)
     with stage("plan", catalog.count(SOUND)) as progress:
         plan_shards(catalog, rules, progress.update)
     yield "plan"

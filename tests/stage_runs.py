@@ -70,7 +70,7 @@ def run(config: ShardgenConfig, excluded: frozenset[str] = frozenset()) -> Ends:
         )
         judge_and_fetch(catalog, config, excluded)
         probe_media(catalog, rules_of(config), 1, advance)
-        settle_duplicates(catalog)
+        settle_duplicates(catalog, rules_of(config))
         plan_shards(catalog, rules_of(config), advance)
         ends = {row.label: (row.status, row.reason) for row in catalog.clips()}
         assert (

@@ -10,6 +10,7 @@ from stage_runs import (
     add_image,
     config_of,
     finish_all,
+    judge_and_fetch,
     mp4,
     open_catalog,
     png,
@@ -20,12 +21,15 @@ from stage_runs import (
 
 from bench.label_tree import defective_labels, label_bytes, label_files, make_label
 from loader.config import load_toml
+from loader.manifest import recipe_id
 from loader.shape import WAN22
+from shardgen.catalog.adopt import adopt_recipe
 from shardgen.catalog.database import CatalogError
-from shardgen.config import ShardgenConfig, rules_of
+from shardgen.config import ShardgenConfig, recipe_of, rules_of
 from shardgen.report.estimate import estimate
 from shardgen.rules.config import FiltersConfig, SplitConfig, WindowsConfig
 from shardgen.stages.config import LabelsConfig
+from shardgen.stages.ingest import ingest_labels
 
 
 @pytest.fixture
@@ -114,6 +118,58 @@ def test_an_id_in_two_label_files_is_a_reason_but_not_if_one_cannot_be_read(root
         "b.json": ("unreadable", "label_not_json"),
     }
     assert "2000001.json" in row(config_of(root), "a.json")["detail"]
+
+
+def test_a_label_that_no_longer_claims_the_id_stands_in_nobodys_way(root: Path) -> None:
+    first = add_image(root, "2000001", None)
+    add_image(root, "2000002", png(2))
+    second = root / "b.json"
+    second.write_bytes((root / first).read_bytes())
+    (root / "b.png").write_bytes(png(1))
+    assert run(config_of(root)) == {
+        first: ("unavailable", "media_missing"),
+        "2000002.json": ("accepted", ""),
+        "b.json": ("rejected", "clip_id_repeated"),
+    }
+    (root / first).unlink()
+    assert run(config_of(root))["b.json"] == ("accepted", "")
+
+
+def test_a_label_that_comes_after_an_interruption_does_not_double_an_id(root: Path) -> None:
+    add_image(root, "2000002", png(1))
+    config = config_of(root)
+    with open_catalog(config) as catalog:
+        adopt_recipe(catalog.database, recipe_id(recipe_of(config)), "0/1.0")
+        ingest_labels(catalog, root, workers=1)
+        judge_and_fetch(catalog, config)
+    (root / "1.json").write_bytes((root / "2000002.json").read_bytes())
+    (root / "1.png").write_bytes(png(2))
+    ends = run(config)
+    assert ends["1.json"] == ("accepted", "")
+    assert ends["2000002.json"] == ("rejected", "clip_id_repeated")
+
+
+def test_a_label_that_gives_no_window_takes_no_other_ones_place(root: Path) -> None:
+    root.mkdir()
+    footage = mp4(24 * 4)
+    for clip_id, last in (("2000001", "00:00:09;00"), ("2000002", "00:00:03;00")):
+        label = make_label(clip_id, shots=(("00:00:00;00", last),))
+        (root / f"{clip_id}.json").write_bytes(label_bytes(label))
+        (root / f"{clip_id}.mp4").write_bytes(footage)
+    config = config_of(root)
+    ends = {
+        "2000001.json": ("rejected", "timecode_past_end"),
+        "2000002.json": ("accepted", ""),
+    }
+    assert run(config) == ends
+    # builds of before made a duplicate of the second, and are put right
+    with open_catalog(config) as catalog:
+        catalog.db.execute("DELETE FROM windows")
+        catalog.db.execute("DELETE FROM shards")
+        catalog.db.execute(
+            "UPDATE clips SET status = 'duplicate', num_windows = 0 WHERE status = 'accepted'"
+        )
+    assert run(config) == ends
 
 
 def test_what_comes_later_goes_to_new_shards_and_moves_nothing(root: Path) -> None:

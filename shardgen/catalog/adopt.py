@@ -17,6 +17,7 @@ from shardgen.catalog.tables import (
     FETCHED,
     INGESTED,
     REJECTED,
+    REPEATED_ID,
     SKIPPED,
     SOUND,
     UNAVAILABLE,
@@ -39,7 +40,7 @@ CREATE TEMP TABLE excluded (label TEXT PRIMARY KEY) WITHOUT ROWID;
 _JUDGE_REVIEWED_ANEW = f"""
 UPDATE clips SET status = '{INGESTED}', reason = '', detail = ''
 WHERE status IN ({", ".join(f"'{status}'" for status in _JUDGED)}) AND (
-    label IN (SELECT label FROM temp.excluded) OR reason IN ('{EXCLUDED}', 'clip_id_repeated')
+    label IN (SELECT label FROM temp.excluded) OR reason IN ('{EXCLUDED}', '{REPEATED_ID}')
     OR status = '{DUPLICATE}')
 """
 _REVIEWED_SAMPLES = f"""

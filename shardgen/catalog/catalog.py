@@ -17,7 +17,7 @@ from shardgen.catalog.label_table import LabelTable
 from shardgen.catalog.media_table import MediaTable
 from shardgen.catalog.rows import CLIP_COLUMNS, Claim, Clip, StatusCount, clip_of
 from shardgen.catalog.shard_table import ShardTable
-from shardgen.catalog.tables import Outcome
+from shardgen.catalog.tables import REJECTED, REPEATED_ID, Outcome
 
 _PAGE = 2000
 _CLIPS = f"SELECT {CLIP_COLUMNS} FROM clips LEFT JOIN media USING (media_xxh3)"
@@ -34,6 +34,10 @@ WITH sound AS (SELECT * FROM clips WHERE status IN ('sound', 'accepted'))
 SELECT id, clip_id, label, status, media_xxh3 FROM sound
 WHERE media_xxh3 IN (SELECT media_xxh3 FROM sound GROUP BY 1 HAVING count(*) > 1)
 ORDER BY status != 'accepted', generation, length(clip_id), clip_id, label
+"""
+_DUPLICATES_OF_NONE = """
+SELECT id FROM clips WHERE status = 'duplicate' AND media_xxh3 NOT IN (
+    SELECT media_xxh3 FROM clips WHERE status IN ('accepted', 'failed'))
 """
 _COUNTS = """
 SELECT category, status, reason, count(*) FROM clips GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
@@ -133,6 +137,17 @@ class Catalog(AbstractContextManager["Catalog"]):
         for claim in map(Claim._make, self.db.execute(_REPEATED_IDS)):
             claims.setdefault(claim.clip_id, []).append(claim)
         return list(claims.values())
+
+    def rejected_for_their_id(self) -> dict[int, str]:
+        """Row -> detail of each label file that was rejected because another claims its id."""
+        rows = self.db.execute(
+            "SELECT id, detail FROM clips WHERE status = ? AND reason = ?", (REJECTED, REPEATED_ID)
+        )
+        return dict(rows.fetchall())
+
+    def duplicates_of_none(self) -> list[int]:
+        """The rows of duplicates whose bytes no planned clip has (any more)."""
+        return [clip for (clip,) in self.db.execute(_DUPLICATES_OF_NONE)]
 
     def equal_media(self) -> list[list[Claim]]:
         """Clips whose media are equal byte for byte, per medium; the one to take first."""

@@ -17,6 +17,7 @@ UNREADABLE, SKIPPED, REJECTED, UNAVAILABLE, DUPLICATE = (
 FAILED, GONE, ACCEPTED = "failed", "gone", "accepted"
 # reasons and flags that more than one module names
 EXCLUDED, MEDIA_CHANGED = "excluded_by_review", "media_changed"
+REPEATED_ID = "clip_id_repeated"
 FINAL = (ACCEPTED, REJECTED, DUPLICATE, UNAVAILABLE, UNREADABLE, FAILED, SKIPPED, GONE)
 
 SCHEMA = """

@@ -11,10 +11,15 @@ from shardgen.catalog.catalog import Catalog, LabelScores
 from shardgen.catalog.rows import Clip
 from shardgen.catalog.tables import (
     ACCEPTED,
+    DUPLICATE,
     EXCLUDED,
+    FETCHED,
     INGESTED,
     REJECTED,
+    REPEATED_ID,
     SKIPPED,
+    SOUND,
+    UNAVAILABLE,
     WANTED,
     Outcome,
 )
@@ -27,6 +32,9 @@ from shardgen.rules.split import programme_group
 from shardgen.stages.config import LabelsConfig
 from shardgen.stages.verdict import outcome_of
 
+# judged already, and not planned
+_FURTHER = (WANTED, FETCHED, SOUND, UNAVAILABLE, DUPLICATE)
+
 
 def filter_labels(
     catalog: Catalog,
@@ -38,7 +46,7 @@ def filter_labels(
     """ingested -> wanted, or rejected by a reviewer (`excluded`, relative paths of labels) or a
     label rule, or skipped by limit and sample_fraction.
     """
-    keepers = _keepers(catalog, excluded)
+    repeated = _repeated(catalog, excluded)
     chosen = set(catalog.first_labels(labels.limit)) if labels.limit else None
     for page in catalog.pages(INGESTED):
         outcomes, all_scores = [], []
@@ -57,9 +65,8 @@ def filter_labels(
             elif clip.label in excluded:
                 detail = "a reviewer excluded it (labels.exclusions)"
                 outcomes.append(Outcome(clip.id, REJECTED, EXCLUDED, detail))
-            elif clip.id in keepers:
-                detail = f"{label.clip_id} is also claimed by {keepers[clip.id]}"
-                outcomes.append(Outcome(clip.id, REJECTED, "clip_id_repeated", detail))
+            elif clip.id in repeated:
+                outcomes.append(Outcome(clip.id, REJECTED, REPEATED_ID, repeated[clip.id]))
             else:
                 verdict = _judge(clip, label, scores, rules)
                 outcomes.append(
@@ -70,17 +77,27 @@ def filter_labels(
         advance(len(page))
 
 
-def _keepers(catalog: Catalog, excluded: Set[str]) -> dict[int, str]:
-    """Row -> the label that keeps its clip id, for every later label that claims the same one. A
+def _repeated(catalog: Catalog, excluded: Set[str]) -> dict[int, str]:
+    """Row -> which label keeps its clip id, for every later label that claims the same one. A
     label that is excluded keeps no id, unless its samples are planned already.
+
+    Labels and footage come and go: who was rejected for one that claims the id no more is judged
+    anew, who had got further before the one that keeps it came, and who was a duplicate.
     """
-    keepers: dict[int, str] = {}
+    repeated: dict[int, str] = {}
+    again = catalog.duplicates_of_none()
     for claims in catalog.repeated_ids():
-        standing = [
+        keeper, *others = [
             claim for claim in claims if claim.status == ACCEPTED or claim.label not in excluded
-        ]
-        keepers |= {claim.id: standing[0].label for claim in standing[1:]}
-    return keepers
+        ] or [claims[0]]
+        for claim in others:
+            repeated[claim.id] = f"{claim.clip_id} is also claimed by {keeper.label}"
+            if claim.status in _FURTHER:
+                again.append(claim.id)
+    rejected = catalog.rejected_for_their_id()
+    again += [clip for clip, detail in rejected.items() if repeated.get(clip) != detail]
+    catalog.record([Outcome(clip, INGESTED) for clip in again])
+    return repeated
 
 
 def _sampled(clip_id: str, fraction: float) -> bool:

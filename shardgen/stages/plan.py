@@ -7,26 +7,44 @@ from collections.abc import Callable
 
 from shardgen.catalog.catalog import Catalog
 from shardgen.catalog.drafts import Draft
-from shardgen.catalog.tables import DUPLICATE, REJECTED, SOUND, Outcome
+from shardgen.catalog.rows import Claim, Clip
+from shardgen.catalog.tables import ACCEPTED, DUPLICATE, REJECTED, SOUND, Outcome
 from shardgen.rules.config import RulesConfig
 from shardgen.rules.shards import assign_shards
 from shardgen.rules.shots import PlanError
 from shardgen.rules.windows import Window, clip_windows
 
 
-def settle_duplicates(catalog: Catalog) -> None:
+def settle_duplicates(catalog: Catalog, rules: RulesConfig) -> None:
     """sound -> duplicate where another clip, catalogued before or of smaller id, has the same
-    bytes.
+    bytes, and gives windows: one that does not, for its label's timecodes, takes nobody's place.
     """
     outcomes = []
-    for taken, *others in catalog.equal_media():
-        detail = f"the same bytes as {taken.label}"
-        outcomes += [
-            Outcome(claim.id, DUPLICATE, "duplicate_media", detail)
-            for claim in others
-            if claim.status == SOUND
-        ]
+    for claims in catalog.equal_media():
+        taken = ""
+        for claim in claims:
+            if not taken:
+                taken = claim.label if _is_taken(catalog, claim, rules) else ""
+            elif claim.status == SOUND:
+                detail = f"the same bytes as {taken}"
+                outcomes.append(Outcome(claim.id, DUPLICATE, "duplicate_media", detail))
     catalog.record(outcomes)
+
+
+def _is_taken(catalog: Catalog, claim: Claim, rules: RulesConfig) -> bool:
+    if claim.status == ACCEPTED:
+        return True
+    (clip,) = (clip for clip in catalog.claims(claim.clip_id) if clip.id == claim.id)
+    try:
+        return bool(_windows(catalog, clip, rules))
+    except PlanError:
+        return False
+
+
+def _windows(catalog: Catalog, clip: Clip, rules: RulesConfig) -> list[Window]:
+    """The windows of a sound clip. Raises PlanError if it gives none."""
+    assert clip.probe is not None, f"{clip.label} is sound without a probe"
+    return clip_windows(clip.origin, catalog.labels.read(clip.id), clip.probe, rules)
 
 
 def plan_shards(catalog: Catalog, rules: RulesConfig, advance: Callable[[int], None]) -> int:
@@ -38,10 +56,8 @@ def plan_shards(catalog: Catalog, rules: RulesConfig, advance: Callable[[int], N
             windows: list[Window] = []
             rejected = []
             for clip in page:
-                assert clip.probe is not None, f"{clip.label} is sound without a probe"
                 try:
-                    label = catalog.labels.read(clip.id)
-                    windows += clip_windows(clip.origin, label, clip.probe, rules)
+                    windows += _windows(catalog, clip, rules)
                 except PlanError as error:
                     rejected.append(
                         Outcome(
