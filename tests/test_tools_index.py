@@ -265,6 +265,11 @@ def test_what_is_no_tar_or_repeats_is_refused_by_name(
     cut.write_bytes(tars[0].read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"cut\.tar: not a plain, whole tar"):
         write_index([cut], tmp_path / "a", encoder, num_frames=FRAMES)
+    endless = tarfile.TarInfo("a")
+    endless.type, endless.size = tarfile.XHDTYPE, 1 << 80
+    cut.write_bytes(endless.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(ValueError, match=r"cut\.tar: not a plain, whole tar"):
+        write_index([cut], tmp_path / "a", encoder, num_frames=FRAMES)
     again = tmp_path / "zwei.tar"
     again.write_bytes(tars[0].read_bytes())
     with pytest.raises(

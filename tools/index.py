@@ -87,7 +87,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
             files = (member for member in tar if member.isreg() and not member.issparse())
             for name, members in groupby(files, key=lambda member: split(member)[0]):
                 yield name, {split(m)[1]: Member(m.name, m.offset_data, m.size) for m in members}
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OverflowError) as error:  # a length that no machine has
         raise ValueError(
             f"{path}: not a plain, whole tar file: {error}; unpack .tar.gz first"
         ) from error
