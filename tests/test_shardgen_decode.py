@@ -140,3 +140,20 @@ def test_a_window_past_the_end_is_an_error_not_a_short_clip(tmp_path: Path) -> N
     assert len(decode_window(path, 660, 24.0, BUCKET)) == 9
     with pytest.raises(MediaError, match="media_truncated"):
         decode_window(path, 670, 24.0, BUCKET)
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 40_000)])
+def test_a_sliver_that_can_not_fill_the_canvas_is_refused_not_an_error_of_the_shard(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    path = tmp_path / "sliver.png"
+    Image.new("RGB", size, "white").save(path)
+    bucket = Bucket(1280, 704, 1)
+    assert decode_window(path, 0, 24.0, bucket, "letterbox").shape == (1, 704, 1280, 3)
+    with pytest.raises(MediaError, match="at most 178956970 pixels are scaled") as caught:
+        decode_window(path, 0, 24.0, bucket, "crop")
+    assert caught.value.reason == "media_too_large"
+    # few pixels, but more rows than swscale takes
+    Image.new("RGB", (1, 200_000), "white").save(path)
+    with pytest.raises(MediaError, match="rgb24 of 1x200000 to 16x3200000 can't be scaled"):
+        decode_window(path, 0, 24.0, Bucket(16, 16, 1), "crop")

@@ -26,7 +26,7 @@ from shardgen.media.colour import check_colour, source_colour, with_stated_range
 from shardgen.media.containers import Shown, open_video, shown_frames
 from shardgen.media.errors import MediaError
 from shardgen.media.geometry import Fit, Fitting, Orientation, fit, orientation_of_matrix
-from shardgen.media.images import is_image, load_image
+from shardgen.media.images import MAX_PIXELS, is_image, load_image
 
 Frames = np.ndarray[Any, Any]  # uint8 RGB, full range: [H, W, 3] or [F, H, W, 3]
 # start_ms is rounded to whole milliseconds; a frame may begin up to 0.5 ms after it
@@ -105,21 +105,31 @@ def orientation_of(frame: Any) -> Orientation:
 
 
 def fit_frame(shown: Shown, bucket: Bucket, fitting: Fitting) -> Frames:
-    """Scale one frame, lay it, and place it on the bucket's canvas: uint8 RGB [H, W, 3]."""
-    frame = on_black(with_stated_range(shown.frame))
-    orientation = orientation_of(shown.frame)
-    place = fit(frame.width, frame.height, shown.sar, orientation, bucket, fitting)
+    """Scale one frame, lay it, and place it on the bucket's canvas: uint8 RGB [H, W, 3]. Raises
+    MediaError: media_too_large where a sliver would have to become a picture of that many pixels
+    before it is cropped, media_undecodable for a size that swscale does not take.
+    """
+    stored = shown.frame
+    orientation = orientation_of(stored)
+    place = fit(stored.width, stored.height, shown.sar, orientation, bucket, fitting)
     width_px, height_px = place.width_px, place.height_px
     if orientation.swaps_sides:
         width_px, height_px = height_px, width_px
-    scaled = frame.reformat(
-        width=width_px,
-        height=height_px,
-        format="rgb24",
-        interpolation=SCALER,
-        threads=1,
-        **source_colour(frame),
-    )
+    told = f"{stored.format.name} of {stored.width}x{stored.height} to {width_px}x{height_px}"
+    if width_px * height_px > MAX_PIXELS:
+        raise MediaError("media_too_large", f"{told}: at most {MAX_PIXELS} pixels are scaled")
+    try:
+        frame = on_black(with_stated_range(stored))
+        scaled = frame.reformat(
+            width=width_px,
+            height=height_px,
+            format="rgb24",
+            interpolation=SCALER,
+            threads=1,
+            **source_colour(frame),
+        )
+    except (ValueError, av.FFmpegError) as error:
+        raise MediaError("media_undecodable", f"{told} can't be scaled: {error}") from error
     return _place(orientation.apply(scaled.to_ndarray()), place, bucket)
 
 
