@@ -157,3 +157,20 @@ def test_a_sliver_that_can_not_fill_the_canvas_is_refused_not_an_error_of_the_sh
     Image.new("RGB", (1, 200_000), "white").save(path)
     with pytest.raises(MediaError, match="rgb24 of 1x200000 to 16x3200000 can't be scaled"):
         decode_window(path, 0, 24.0, Bucket(16, 16, 1), "crop")
+
+
+def test_interlaced_pictures_of_two_lines_are_refused_not_an_error_of_the_shard(
+    tmp_path: Path,
+) -> None:
+    lines = [np.full((3, 2, 64), 120, np.uint8)] * 12
+    path = write_clip(
+        tmp_path / "a.mov",
+        lines,
+        [Fraction(i, 25) for i in range(12)],
+        codec="mpeg2video",
+        rate=Fraction(25),
+        options={"flags": "+ildct+ilme"},
+    )
+    assert probe(path).interlaced
+    with pytest.raises(MediaError, match="can't be deinterlaced"):
+        decode_window(path, 0, 24.0, BUCKET)

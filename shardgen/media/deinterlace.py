@@ -5,11 +5,21 @@ from typing import Any
 
 import av
 
+from shardgen.media.errors import MediaError
+
 
 def deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:
     """Frames as they are up to the first interlaced one, from there on through bwdif, which
-    passes progressive ones.
+    passes progressive ones. Raises MediaError (media_undecodable) for what bwdif does not take, as
+    pictures of less than three lines.
     """
+    try:
+        yield from _through_bwdif(frames)
+    except av.FFmpegError as error:
+        raise MediaError("media_undecodable", f"can't be deinterlaced: {error.strerror}") from error
+
+
+def _through_bwdif(frames: Iterator[Any]) -> Iterator[Any]:
     graph: Any = None
     kind: Any = None
     for frame in frames:
