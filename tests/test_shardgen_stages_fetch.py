@@ -3,6 +3,7 @@ they are not.
 """
 
 import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from stage_runs import (
 from bench.label_tree import label_bytes, make_label
 from loader.manifest import recipe_id
 from shardgen.catalog.adopt import adopt_media, adopt_recipe
+from shardgen.catalog.database import CatalogError
 from shardgen.config import recipe_of, rules_of
 from shardgen.media.cache import cached_files
 from shardgen.stages.config import FetchConfig, LabelsConfig
@@ -146,6 +148,34 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         yield folder, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+def test_what_a_planned_shard_needs_is_fetched_again_if_the_cache_was_deleted(
+    root: Path, served: tuple[Path, str]
+) -> None:
+    folder, url = served
+    root.mkdir()
+    for clip_id in ("2000001", "2000002"):
+        label = make_label(clip_id, shots=(("", ""),), media_type="image")
+        label["source_data_info"]["clip_proxy_url"] = f"{url}/{clip_id}.png"
+        (root / f"{clip_id}.json").write_bytes(label_bytes(label))
+        (folder / f"{clip_id}.png").write_bytes(png(int(clip_id) % 2))
+    config = config_of(root)
+    ends = run(config)
+    assert set(ends.values()) == {("accepted", "")}
+    shutil.rmtree(root.parent / "cache")
+    (folder / "2000002.png").write_bytes(png(5))  # and this one is another picture now
+    assert run(config) == ends
+    with open_catalog(config) as catalog:
+        first, second = (clip.media_xxh3 for clip in catalog.clips())
+        assert xxhash.xxh3_128_hexdigest(catalog.media.path(first).read_bytes()) == first
+        with pytest.raises(CatalogError, match="start a new output folder"):
+            catalog.media.path(second)
+    # once the shard is written nothing needs it
+    finish_all(config)
+    shutil.rmtree(root.parent / "cache")
+    assert run(config) == ends
+    assert not list((root.parent / "cache").glob("*/*"))
 
 
 def test_media_behind_urls_are_fetched_once_and_asked_for_again_only_if_that_may_help(

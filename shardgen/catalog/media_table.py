@@ -23,6 +23,11 @@ _BAD_DOWNLOADS = """
 SELECT path FROM sources JOIN media USING (media_xxh3)
 WHERE error_reason != '' AND (source LIKE 'http://%' OR source LIKE 'https://%')
 """
+_NEEDED_URLS = """
+SELECT DISTINCT url, media_xxh3
+FROM clips JOIN windows ON clip = clips.id JOIN shards ON shard = name
+WHERE NOT done AND url != ''
+"""
 
 
 class MediaTable:
@@ -82,6 +87,14 @@ class MediaTable:
             f"media {media_xxh3}: none of {list(map(str, paths))} is there any more; put it back, "
             f"or start a new output folder"
         )
+
+    def lost_urls(self) -> list[str]:
+        """URLs of media that planned shards need and of which no file is left."""
+        return [
+            url
+            for url, media_xxh3 in self._db.execute(_NEEDED_URLS).fetchall()
+            if not any(file.path.is_file() for file in self.files(media_xxh3))
+        ]
 
     def unused(self) -> set[str]:
         """Hashed media that no shard needs which is still to come or to be written."""

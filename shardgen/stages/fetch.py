@@ -24,6 +24,8 @@ from shardgen.media.parallel import in_parallel
 from shardgen.media.urls import check_url
 from shardgen.stages.config import FetchConfig
 
+# ids count from 1: what is recorded of this one changes no row
+_NO_CLIP = 0
 TO_FETCH = (WANTED, UNAVAILABLE, FETCHED, SOUND)
 
 
@@ -115,6 +117,10 @@ def _requests(
             urls.add(clip.url, clip.id)
             continue
         advance(1)
+    # What is planned keeps its plan, but the cache may have been deleted since. If the bytes are
+    # others now, encoding will say so.
+    for url in catalog.media.lost_urls():
+        urls.add(url, _NO_CLIP)
     # All local files are hashed by now or wait in a queue.
     for url, clips in urls:
         if _reuse(catalog, clips, url):
