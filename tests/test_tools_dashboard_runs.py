@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from loader.files import sole_writer
 from tools.dashboard.files import FileProblem, JsonFiles, Lines, Recent
 from tools.dashboard.records import QualityReport, ValidationLine
 from tools.dashboard.runs import (
@@ -79,6 +80,19 @@ def test_a_json_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert files.read(path, QualityReport) is report
     path.write_text('{"label_files": "three"}')
     assert isinstance(files.read(path, QualityReport), FileProblem)
+
+
+def test_a_killed_run_is_not_said_to_run_on(state: State, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    write_metrics(run, [{"step": 1, "loss": 0.5, "s_per_step": 2.0}])
+    (run / "status.json").write_text('{"state": "running", "step": 1, "num_steps": 11}')
+    # a copy, or of an older version: there is no lock to tell by
+    assert summarise(state, "a", run).state == "running"
+    with sole_writer(run, "a run"):
+        found = summarise(state, "a", run)
+        assert (found.state, found.left_s) == ("running", 20.0)
+    found = summarise(state, "a", run)
+    assert (found.state, found.left_s) == ("killed", None)
 
 
 def test_a_run_in_one_line(state: State, tmp_path: Path) -> None:

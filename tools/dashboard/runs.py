@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loader.files import LOCK_FILE, has_writer
 from tools.dashboard.files import FileProblem
 from tools.dashboard.records import RunStatus, ValidationLine, flat
 from tools.dashboard.sources import STATUS_FILE
@@ -24,7 +25,8 @@ class RunSummary(NamedTuple):
     """A run in one line; None is not measured."""
 
     name: str
-    state: str  # "" without a status.json
+    # as in status.json, "" without one; "killed" where it says running and nobody holds the folder
+    state: str
     reason: str
     step: int | None
     num_steps: int | None
@@ -75,7 +77,8 @@ def summarise(state: State, name: str, run: Path) -> RunSummary:
     times = [number(each.get("s_per_step")) for each in records[-RECENT_RECORDS:]]
     measured = [value for value in times if value is not None]
     s_per_step = statistics.median(measured) if measured else None
-    running = known.state in ("", "running")
+    run_state = "killed" if known.state == "running" and _is_left(run) else known.state
+    running = run_state in ("", "running")
     left_s = None
     if running and s_per_step is not None and step is not None and num_steps is not None:
         left_s = max(0, num_steps - step) * s_per_step
@@ -83,7 +86,7 @@ def summarise(state: State, name: str, run: Path) -> RunSummary:
     judged = [line for line in lines if line.relative is not None]
     return RunSummary(
         name=name,
-        state=known.state,
+        state=run_state,
         reason=known.reason,
         step=step if step is not None else known.step,
         num_steps=num_steps,
@@ -94,6 +97,15 @@ def summarise(state: State, name: str, run: Path) -> RunSummary:
         newest_validation=lines[-1] if lines else None,
         problem=problem,
     )
+
+
+def _is_left(run: Path) -> bool:
+    """Whether a trainer has had this folder and none has it now, as far as this machine sees."""
+    try:
+        return (run / LOCK_FILE).exists() and not has_writer(run)
+    except OSError:
+        # somebody else's folder: nothing can be told
+        return False
 
 
 def number(value: Any) -> float | None:
