@@ -163,6 +163,8 @@ def test_contact_sheet_has_base_above_lora() -> None:
         ("--shift", "nan", "--shift nan: give a number above 0"),
         ("--guidance", "nan", "--guidance nan: give a number from 0 on"),
         ("--guidance", "inf", "--guidance inf: give a number from 0 on"),
+        ("--prompt", "한 " * 600, r"prompt 1 has \d+ tokens, the model takes 512"),
+        ("--negative-prompt", "한 " * 600, r"prompt 2 has \d+ tokens, the model takes 512"),
     ],
 )
 def test_a_wrong_argument_is_told_before_a_model_is_loaded(

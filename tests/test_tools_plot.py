@@ -28,6 +28,13 @@ def test_null_and_absent_values_are_gaps(tmp_path: Path) -> None:
         assert image.size == (1080, 960)
 
 
+def test_a_run_whose_losses_were_never_finite_is_drawn_without_them(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": null, "lr": 1e-4}\n{"step": 2, "lr": 1e-4}\n')
+    plot(read_metrics(path), "run", tmp_path / "metrics.png")
+    assert (tmp_path / "metrics.png").stat().st_size
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "no step"), ('{"step": 1}\n{"st\n', "line 2"), ("[1]\n", "line 1")],

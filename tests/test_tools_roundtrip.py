@@ -40,7 +40,29 @@ def test_a_clip_goes_through_both_halves_of_the_vae(
         assert sheet.size == (192, 256)
     assert "PSNR" in capsys.readouterr().out
     assert main([str(tmp_path / "none.mp4"), *options, "--device", "cpu"]) == 1
-    (tmp_path / "file").touch()
-    options = ["--model", str(tiny_checkpoint), "--output", str(tmp_path / "file")]
-    assert main([str(clip), *options, "--device", "cpu"]) == 1
-    assert "a file stands where a folder is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fps", "0"], "--fps 0.0: give frames a second, above 0"),
+        (["--output", "{folder}/file"], "a file stands where a folder is needed"),
+    ],
+)
+def test_what_can_not_be_done_is_told_before_the_clip_is_read(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    given = [each.format(folder=tmp_path) for each in options]
+    arguments = ["nowhere.mp4", "--model", "nowhere", "--output", str(tmp_path / "out"), *given]
+    assert main(arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_no_choice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["nowhere.mp4", "--model", "nowhere", "--output", "x", "--device", "cuda"])
+    assert "argument --device: invalid choice: 'cuda'" in capsys.readouterr().err

@@ -49,6 +49,8 @@ from tools.applied import (
     counting_passes,
     mean_difference,
 )
+from tools.device import add_device
+from tools.prompts import check_lengths
 from train.contact_sheet import Frames, contact_sheet
 from train.lora.formats import expert_of
 
@@ -168,6 +170,9 @@ def compare(
     files. loras: see `files_by_transformer`.
     """
     num_tensors = {name: check_lora(path) for name, path in loras.items()}
+    check_parts(model)
+    # the pipeline would cut them without a word
+    check_lengths([*prompts, options.negative_prompt], model)
     kind = read_kind(model)
     pipeline = load_pipeline(model, device, dtype, options.image is not None, options.shift)
     with counting_passes(pipeline) as passes:
@@ -301,9 +306,7 @@ def main() -> None:
         help="of the noise schedule: that of training (default: the model's official one)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],

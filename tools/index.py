@@ -59,6 +59,7 @@ from loader.shape import WAN22, Bucket, LatentLayout
 from shardgen.encode.text import TextEncoder
 from shardgen.encode.write import write_shard
 from shardgen.rules.prompt import prompt_clean
+from tools.device import add_device
 from tools.index_rules import RefusedError, examine_clip, examine_image
 
 
@@ -257,13 +258,11 @@ def main() -> None:
     )
     parser.add_argument("tars", nargs="+", type=Path, metavar="TAR")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--model", type=Path, required=True, help="the diffusers folder whose text encoder to use"
-    )
+    parser.add_argument("--model", type=Path, required=True, help="diffusers folder, for its UMT5")
     parser.add_argument("--frames", type=int, default=49, help="of each clip; 4n+1")
     parser.add_argument("--caption", default="caption", help="the caption's field in the json")
     parser.add_argument("--split", choices=["train", "val"], default="train")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     arguments = parser.parse_args()
     try:

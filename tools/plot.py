@@ -51,13 +51,14 @@ def plot(metrics: dict[str, np.ndarray], title: str, path: Path) -> None:
         3, 1, sharex=True, figsize=(9, 8), layout="constrained", height_ratios=(2, 1, 1)
     )
     _line(top, step, metrics, "loss", "loss", color="0.75", label="each record")
-    top.plot(
-        step,
-        running_mean(metrics["loss"], width),
-        color="tab:blue",
-        label=f"mean of {width} records",
-    )
-    top.legend(loc="upper right")
+    if "loss" in metrics:
+        top.plot(
+            step,
+            running_mean(metrics["loss"], width),
+            color="tab:blue",
+            label=f"mean of {width} records",
+        )
+        top.legend(loc="upper right")
     top.set_title(title)
     _line(middle, step, metrics, "lr", "learning rate", color="tab:orange")
     middle.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

@@ -31,7 +31,7 @@ from tools.fake.step import random_batch, random_transformer
 from tools.table import table
 from train import setup
 from train.activations.plan import describe
-from train.base import base_kind
+from train.base import base_kind, transformer_folder
 from train.choices import micro_shapes
 from train.config import TrainConfig
 from train.model.load import read_config
@@ -161,11 +161,15 @@ def profile_step(config: TrainConfig, bucket: Bucket, output: Path, random: bool
         )
     device, dtype = torch.device("cuda", 0), getattr(torch, config.model.dtype)
     # one micro-batch on one GPU, and not as CUDA graphs, in which the profiler sees no operations
-    found = Path(config.model.path) / "transformer" / "config.json"
+    found = Path(config.model.path) / transformer_folder(config) / "config.json"
     kind = base_kind(config) if found.exists() else models.TI2V_5B
     kind.layout.check(bucket)
     num_samples = micro_shapes(config, 1, [bucket], kind.layout)[bucket].batch
-    alone = msgspec.structs.replace(config, global_batch=num_samples, cuda_graph_tokens=0)
+    # nor is anything sampled: the datasets need not be here
+    samples = msgspec.structs.replace(config.samples, every=0)
+    alone = msgspec.structs.replace(
+        config, global_batch=num_samples, cuda_graph_tokens=0, samples=samples
+    )
     model = None
     if random:
         wan = read_config(found) if found.exists() else TI2V_5B

@@ -26,6 +26,7 @@ from loader.files import told, write_atomic
 from loader.sample import MAX_TEXT_TOKENS
 from shardgen.encode.text import TextEncoder, TextError
 from shardgen.rules.prompt import prompt_clean
+from tools.device import add_device
 from train.subjects import EMPTY_KEY, PROMPTS_KEY
 
 MAX_PROMPTS = 99  # a clip of each at every event: more would be a mistake
@@ -119,9 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("--model", type=Path, required=True, help="folder in diffusers layout")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],

@@ -27,6 +27,7 @@ from loader.shape import Bucket
 from loader.vae.encoder import VAEError, load_vae_encoder
 from shardgen.media.decode import Frames, decode_window
 from shardgen.media.errors import MediaError
+from tools.device import add_device
 
 SHEET_ROWS, SHEET_WIDTH_PX = 4, 480
 
@@ -103,10 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", default="1280x704x49", help="WIDTHxHEIGHTxFRAMES")
     parser.add_argument("--start-ms", type=int, default=0)
     parser.add_argument("--fps", type=float, default=24.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float32")
     options = parser.parse_args(arguments)
     try:
+        if not 0 < options.fps < math.inf:
+            raise ValueError(f"--fps {options.fps}: give frames a second, above 0")
         bucket = Bucket.parse(options.shape)
         options.output.mkdir(parents=True, exist_ok=True)
         frames = decode_window(options.clip, options.start_ms, options.fps, bucket, "crop")
