@@ -2,9 +2,10 @@
 kernel distance (KVD). Pure functions of float64 arrays [N, D].
 
 A Frechet distance of N samples is too large by about c / N, so it has a meaning only beside its
-floor, the distance of real from other real clips at the same N. Its percentile bootstrap does not
-contain the estimate, because samples that are drawn twice look like a smaller N: intervals come
-from halves that are drawn without replacement.
+floor, the distance of one half of the real clips from the other: of N / 2 clips, so about twice
+what it would be at N. A percentile bootstrap does not contain the estimate, because samples that
+are drawn twice look like a smaller N: intervals come from halves that are drawn without
+replacement.
 """
 
 from collections.abc import Callable

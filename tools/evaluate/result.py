@@ -40,7 +40,7 @@ class Metric(msgspec.Struct, frozen=True):
     unit: str = ""
     why: str = ""
     model: str = ""  # extractor or tower, with its hash
-    floor: float | None = None  # real against real at the same n
+    floor: float | None = None  # real against real, half of the real clips on each side
     target: str = ""
     reached: bool | None = None
 
