@@ -107,9 +107,11 @@ def model_files(config: TrainConfig) -> Iterator[Finding]:
 
 
 def _hub_id(folder: Path, has_experts: bool) -> str:
+    """By the transformers that are there; of two experts one may be missing."""
     default = HUB_IDS[16 if has_experts else 48]
+    files = [folder / name / "config.json" for name in ("transformer", "transformer_2")]
     try:
-        config = json.loads((folder / "transformer" / "config.json").read_text())
+        config = json.loads(next((file for file in files if file.exists()), files[0]).read_text())
     except (OSError, ValueError):
         return default
     if config.get("in_channels") == 16 and not has_experts:
