@@ -242,6 +242,22 @@ def test_what_votes_are_too_few_for_is_not_measured_and_the_rest_is_told(
     assert told.count("a over d") + told.count("d over a") == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "there is no vote in it"),
+        ("pair,question\na,b,c\n", "line 2: has more cells than the first line"),
+        ("pair,question\na,b\n", "line 2: .* not a CSV of votes that the dashboard wrote"),
+        ("\x00", "not a CSV|there is no vote"),
+    ],
+)
+def test_a_file_without_votes_is_refused_by_name(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "votes.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"votes\.csv: .*(?:{said})"):
+        say_votes(path)
+
+
 def test_votes_come_from_the_dashboards_columns_alone() -> None:
     row = vote(3, "left")._asdict() | {"repeated": "1", "evaluation": "x"}
     assert votes_of_rows([row])[0].repeated

@@ -30,9 +30,17 @@ def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes
 
 
 def read_csv(data: bytes) -> list[dict[str, str]]:
-    """The rows of such a file by column, every text as it was."""
-    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
-    return [{name: restored(value or "") for name, value in row.items()} for row in reader]
+    """The rows of such a file by column, every text as it was. Raises ValueError."""
+    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), restkey="")
+    rows = []
+    try:
+        for row in reader:
+            if row.pop("", None):
+                raise ValueError(f"line {reader.line_num}: has more cells than the first line")
+            rows.append({name: restored(value or "") for name, value in row.items()})
+    except csv.Error as error:
+        raise ValueError(f"not a CSV file: {error}") from error
+    return rows
 
 
 def exclusion_rows(newest: Sequence[Decision], in_file: Sequence[Exclusion]) -> list[Exclusion]:

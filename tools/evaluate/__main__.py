@@ -98,7 +98,12 @@ def say(result: Result) -> None:
 
 
 def say_votes(path: Path) -> None:
-    found = ballots.votes_of_rows(read_csv(path.read_bytes()))
+    try:
+        found = ballots.votes_of_rows(read_csv(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not found:
+        raise ValueError(f"{path}: there is no vote in it; the dashboard's page Vote writes them")
     names = sorted({name for vote in found for name in (vote.left_variant, vote.right_variant)})
     consistent, num_repeated = ballots.self_consistency(found)
     print(f"self-consistency: {_share(consistent)} of {num_repeated} pairs asked twice")

@@ -44,7 +44,7 @@ def votes_of_rows(rows: Iterable[Mapping[str, str]]) -> list[Vote]:
         missing = [name for name in Vote._fields if name not in row]
         if missing or row["answer"] not in ("left", "right", "same", "unusable"):
             raise ValueError(
-                f"votes, line {number}: {missing or row['answer']!r}: not a CSV of votes that the "
+                f"line {number}: {missing or row['answer']!r}: not a CSV of votes that the "
                 f"dashboard wrote"
             )
         fields = {name: row[name] for name in Vote._fields if name != "repeated"}
