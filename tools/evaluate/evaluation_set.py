@@ -64,7 +64,14 @@ def choose_set(walk: Walk, config: EvaluateConfig) -> EvaluationSet:
     hashed = sorted(videos, key=lambda place: hash64(seed, place.key))
     candidates: dict[str, Window] = {}
     if wanted.categories:
-        hashed = [p for p in hashed if walk.meta(p).category in wanted.categories]
+        category_of = {place: walk.meta(place).category for place in hashed}
+        known = set(category_of.values())
+        if unknown := sorted(set(wanted.categories) - known):
+            raise ValueError(
+                f"set.categories: the val split has no videos of {', '.join(unknown)}; it has some "
+                f"of {', '.join(sorted(known))}"
+            )
+        hashed = [place for place in hashed if category_of[place] in wanted.categories]
     for place in hashed[: 64 * wanted.num_prompts]:
         meta = walk.meta(place)
         if meta.prompt not in candidates:
@@ -73,9 +80,8 @@ def choose_set(walk: Walk, config: EvaluateConfig) -> EvaluationSet:
             )
     windows = spread(list(candidates.values()), wanted.num_prompts)
     if not windows:
-        of = f" of {', '.join(wanted.categories)}" if wanted.categories else ""
         raise ValueError(
-            f"{', '.join(config.datasets)}: the val split has no videos{of} to take prompts from"
+            f"{', '.join(config.datasets)}: the val split has no videos to take prompts from"
         )
     decoded = decoded_keys(windows, wanted.num_decoded)
     prompts = [
