@@ -103,7 +103,9 @@ def test_every_case_opens(client: TestClient, sources: Sources, language: str) -
     report = json.loads((sources.datasets["tiny"].folder / "quality_report.json").read_bytes())
     for clip in range(1, report["label_files"] + 1):
         assert client.get(f"/data/tiny/case/{clip}?lang={language}").status_code == 200
-    assert client.get(f"/data/tiny/case/{report['label_files'] + 1}").status_code == 404
+    for number in (report["label_files"] + 1, 10**20):
+        assert client.get(f"/data/tiny/case/{number}").status_code == 404
+        assert client.get(f"/data/tiny/media/clip/{number}").status_code == 404
 
 
 def test_the_language_is_chosen_by_query_then_cookie_then_browser(client: TestClient) -> None:

@@ -82,6 +82,17 @@ def test_a_json_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert isinstance(files.read(path, QualityReport), FileProblem)
 
 
+def test_numbers_that_no_float_holds_are_not_measured(state: State, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    huge = 10**400
+    record = {"step": huge, "loss": huge, "lr": -huge, "s_per_step": 1.0}
+    write_metrics(run, [{"step": 1, "loss": 0.5}, record])
+    (run / "status.json").write_text(json.dumps({"state": "running", "num_steps": huge}))
+    found = summarise(state, "a", run)
+    assert (found.step, found.loss, found.num_steps, found.left_s) == (None, None, None, None)
+    assert metric_curves(state, run).columns["loss"] == [0.5, None]
+
+
 def test_a_killed_run_is_not_said_to_run_on(state: State, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
     write_metrics(run, [{"step": 1, "loss": 0.5, "s_per_step": 2.0}])

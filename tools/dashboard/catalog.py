@@ -123,6 +123,9 @@ class CatalogView:
             return dict(db.execute("SELECT status, count(*) FROM clips GROUP BY 1 ORDER BY 1"))
 
     def clip(self, clip: int) -> Clip | None:
+        """None for a number that no row has, SQLite's largest or above."""
+        if clip >= 2**63:
+            return None
         with self._open() as db:
             row = db.execute(f"{_CLIP} WHERE id = ?", (clip,)).fetchone()
         return Clip(*row) if row else None

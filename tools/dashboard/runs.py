@@ -1,6 +1,7 @@
 """What the files of a run say: state, curves, configuration."""
 
 import statistics
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def summarise(state: State, name: str, run: Path) -> RunSummary:
     records, _ = metrics_of(state, run)
     last = records[-1] if records else {}
     step = _whole(last.get("step"))
-    num_steps = known.num_steps or _whole(config_of(run).get("num_steps"))
+    num_steps = _whole(known.num_steps) or _whole(config_of(run).get("num_steps"))
     times = [number(each.get("s_per_step")) for each in records[-RECENT_RECORDS:]]
     measured = [value for value in times if value is not None]
     s_per_step = statistics.median(measured) if measured else None
@@ -112,11 +113,14 @@ def number(value: Any) -> float | None:
     """A finite number, else None: JSON has no other way to say that something was not measured."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) < float("inf") else None
+    # a whole number in JSON may be larger than any float
+    return float(value) if abs(value) <= sys.float_info.max else None
 
 
 def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """A number of steps, as far as one can be that."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_whole and abs(value) < 2**63 else None
 
 
 def metric_curves(state: State, run: Path) -> Curves:
