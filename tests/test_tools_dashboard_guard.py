@@ -230,6 +230,7 @@ def test_the_secret_is_ours_alone_and_survives_a_restart(dataset: Path, tmp_path
         (["--dataset", "{data}", "--dataset", "data={data}"], "two datasets"),
         (["--dataset", "{data}/missing"], "no such dataset"),
         (["--dataset", "a/b={data}"], "letters, digits"),
+        (["--dataset", "{data}", "--port", "99999"], "--port 99999: a port is a number"),
     ],
 )
 def test_the_command_refuses_by_name(
@@ -242,6 +243,17 @@ def test_the_command_refuses_by_name(
     given = [each.format(data=dataset) for each in arguments]
     assert main([*given, "--own", str(tmp_path / "own")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_damaged_decisions_are_told_and_stay_as_they_are(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    review = tmp_path / "own" / "review.sqlite"
+    review.parent.mkdir()
+    review.write_bytes(b"no database, but all that is left" * 9)
+    assert main(["--dataset", str(dataset), "--own", str(review.parent)]) == 2
+    assert "it holds the decisions and votes: bring back a copy" in capsys.readouterr().err
+    assert review.read_bytes() == b"no database, but all that is left" * 9
 
 
 def test_a_second_dashboard_in_one_folder_is_refused(

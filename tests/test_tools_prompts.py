@@ -145,3 +145,5 @@ def test_other_inputs_are_named_too(tiny_checkpoint: Path, tmp_path: Path) -> No
         encode(tmp_path / "a.txt", tmp_path, tmp_path / "out")
     with pytest.raises(SystemExit, match=r"nowhere: no such folder for --output"):
         encode(tmp_path / "a.txt", tiny_checkpoint, tmp_path / "nowhere" / "out")
+    with pytest.raises(SystemExit, match=r"is a folder; name a file in it"):
+        encode(tmp_path / "a.txt", tiny_checkpoint, tmp_path)

@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> None:
         prompts = read_prompts(arguments.texts)
         if not arguments.output.parent.is_dir():
             raise PromptsError(f"{arguments.output.parent}: no such folder for --output")
+        if arguments.output.is_dir():
+            raise PromptsError(f"--output {arguments.output}: is a folder; name a file in it")
         check_lengths(prompts, arguments.model)
         dtype = getattr(torch, arguments.dtype)
         rows = encode(prompts, arguments.model, arguments.device, dtype)

@@ -8,6 +8,7 @@ import argparse
 import fcntl
 import logging
 import os
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import uvicorn
 from loader.files import told
 from tools.dashboard.app import create_app
 from tools.dashboard.guard import LOOPBACK, MAX_QUERY_BYTES, TokenError, host_name, read_token
+from tools.dashboard.review import REVIEW_FILE
 from tools.dashboard.sources import SourceError, find_sources
 
 
@@ -43,25 +45,35 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    names = (*LOOPBACK, options.host, *(host_name(name) for name in options.allow_host))
     try:
         if options.host not in LOOPBACK and options.token_file is None:
             raise TokenError(
                 f"--host {options.host} can be reached by others: give --token-file, or keep "
                 f"127.0.0.1 and use an SSH tunnel"
             )
+        if not 0 < options.port < 2**16:
+            raise SourceError(f"--port {options.port}: a port is a number from 1 to 65535")
         token = read_token(options.token_file) if options.token_file else ""
         sources = find_sources(options.dataset, options.runs, options.own)
         sources.own.mkdir(parents=True, exist_ok=True)
         lock = _lock(sources.own)
+        app = create_app(sources, token=token, hosts=names)
+    except sqlite3.DatabaseError as error:
+        print(
+            f"dashboard: {options.own / REVIEW_FILE}: {error}; it holds the decisions and votes: "
+            f"bring back a copy, or give another --own",
+            file=sys.stderr,
+        )
+        return 2
     except (TokenError, SourceError, OSError) as error:
         print(f"dashboard: {told(error)}", file=sys.stderr)
         return 2
-    names = (*LOOPBACK, options.host, *(host_name(name) for name in options.allow_host))
     # requests wait for the interpreter while the index is made: let it change hands more often
     sys.setswitchinterval(0.001)
     print(f"dashboard: http://{options.host}:{options.port}/ (Ctrl-C ends it)")
     uvicorn.run(
-        create_app(sources, token=token, hosts=names),
+        app,
         host=options.host,
         port=options.port,
         http="h11",
