@@ -144,6 +144,7 @@ def together(num_ranks: int, cases: Sequence[Case], folder: Path) -> list[tuple[
         fork_server().Process(
             target=_rank,
             args=(group.environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cases, path),
+            daemon=True,
         )
         for rank in range(num_ranks)
     ]

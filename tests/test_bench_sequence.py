@@ -43,7 +43,9 @@ def test_the_bytes_exchanged_are_those_of_the_plan(tmp_path: Path) -> None:
     group, path = Group(2), tmp_path / "found.x"
     processes = [
         fork_server().Process(
-            target=rank, args=(group.environment | {"RANK": str(i), "LOCAL_RANK": str(i)}, path)
+            target=rank,
+            args=(group.environment | {"RANK": str(i), "LOCAL_RANK": str(i)}, path),
+            daemon=True,
         )
         for i in range(2)
     ]

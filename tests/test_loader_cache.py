@@ -55,7 +55,9 @@ def test_processes_share_the_bound_and_a_killed_one_leaves_nothing_in_the_way(
     tmp_path: Path,
 ) -> None:
     processes = [
-        multiprocessing.get_context("spawn").Process(target=fill, args=(tmp_path, 1_000_000, seed))
+        multiprocessing.get_context("spawn").Process(
+            target=fill, args=(tmp_path, 1_000_000, seed), daemon=True
+        )
         for seed in range(2)
     ]
     for process in processes:

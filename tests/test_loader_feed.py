@@ -4,7 +4,6 @@ the interruptions.
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainer_runs import fork_server
 
 from loader.batch import Batch
 from loader.feed import Feed
@@ -164,13 +164,10 @@ def kill_and_resume(dataset: Path, folder: Path, rounds: int, seed: int) -> None
         folder / "keys.txt",
         [],
     )
-    # a fork of a process without threads, torch imported once
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["loader.feed", __name__])
     for _ in range(rounds):
         keys_file.write_text("")
-        process = processes.Process(
-            target=consume, args=(dataset, folder, choose.choice([1, 2, 3, 4, 8]))
+        process = fork_server().Process(
+            target=consume, args=(dataset, folder, choose.choice([1, 2, 3, 4, 8])), daemon=True
         )
         process.start()
         num_lines, deadline_s = choose.randrange(1, 30), time.monotonic() + 300

@@ -48,7 +48,7 @@ def as_a_rank(rank: int, environment: dict[str, str]) -> None:
 def test_sharded_weights_give_the_bits_of_resident_ones_on_every_rank() -> None:
     group = Group(NUM_RANKS)
     ranks = [
-        fork_server().Process(target=as_a_rank, args=(rank, group.environment))
+        fork_server().Process(target=as_a_rank, args=(rank, group.environment), daemon=True)
         for rank in range(NUM_RANKS)
     ]
     for process in ranks:

@@ -87,7 +87,8 @@ class Group:
 
 class Rank:
     """One process of a run. It is forked from a server that has imported the trainer, which takes
-    longer than the small run itself; the methods are those of subprocess.Popen.
+    longer than the small run itself; the methods are those of subprocess.Popen. A daemon: one that
+    hangs, or that a test which failed has left, does not outlive the tests.
     """
 
     def __init__(self, log: Path, argv: list[str], group: Group, environment: dict[str, str]):
@@ -126,6 +127,9 @@ class Rank:
 
 @cache
 def fork_server() -> ForkServerContext:
+    """The one server that a process can have: whoever asks first decides what it has imported, so
+    all tests have to ask here.
+    """
     # the server takes no sys.path, only the environment
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     context = get_context("forkserver")
