@@ -34,7 +34,7 @@ def start_hosts(config: TrainConfig, outputs: list[Path]) -> list[Rank]:
     group, processes = Group(len(outputs)), list[Rank]()
     for rank, output in enumerate(outputs):
         folder = output.with_name(f"{output.name}-host")
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "test.toml"
         own = msgspec.structs.replace(config, output=str(output))
         if rank and own.lora.init:
@@ -78,6 +78,10 @@ def test_a_lora_to_start_from_and_samples_need_one_host_only(
     finish(start_hosts(config, [first, second]))
     folder = first / "samples" / "step-00000001"
     assert len(list(folder.glob("*.mp4"))) == 2
+    # gone on from, they are there for all hosts, also for the one that does not see them
+    made = folder.stat().st_mtime_ns
+    finish(start_hosts(config, [first, second]))
+    assert folder.stat().st_mtime_ns == made
     assert not second.exists()
 
 

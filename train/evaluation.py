@@ -9,6 +9,7 @@ from typing import Any
 
 from train.lora import files as lora_files
 from train.open_sampler import open_sampler
+from train.parallel.mesh import from_main
 from train.progress import Progress
 from train.run import Resumed, Run
 from train.sampling import Sampler
@@ -46,15 +47,15 @@ class Evaluation:
 
     def is_complete(self, step: int, is_validated: bool) -> bool:
         """Whether nothing that was due after `step` is missing: `is_validated` says the checkpoint,
-        samples are there or not.
+        samples are there or not. On all processes together, and the same on all of them.
         """
         return is_validated and not self._lacks_samples(step)
 
     def _lacks_samples(self, step: int) -> bool:
         if self._sampler is None or not self.samples(step):
             return False
-        # a step's folder appears when it is whole
-        return not self._sampler.folder_of(step).exists()
+        # a step's folder appears when it is whole; other hosts may not see it
+        return not from_main(self._sampler.folder_of(step).exists, self._run.world)
 
     @property
     def stops(self) -> bool:
