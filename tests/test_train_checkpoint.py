@@ -50,9 +50,18 @@ def test_the_newest_the_best_and_the_regular_ones_stay() -> None:
 def test_only_the_best_one_and_the_newest_keep_their_state() -> None:
     config = CheckpointConfig(keep_newest=2, keep_every=1000)
     steps = range(100, 2001, 100)
-    kept = retain(steps, config, best=[500, 900], validated=[500, 900, 1500])
+    kept = retain(steps, steps, config, best=[500, 900], validated=[500, 900, 1500])
     assert kept.states == {500, 1900, 2000}
     assert kept.loras == {500, 900, 1000, 1500, 1900, 2000}
+
+
+def test_lora_files_of_later_steps_do_not_cost_the_checkpoint_that_was_just_written() -> None:
+    """Of a run that has gone back to step 500: the newer states were damaged, or deleted."""
+    config = CheckpointConfig(keep_newest=2, keep_every=1000)
+    steps = [500, 501, 600, 700, 800, 1000]
+    kept = retain(steps, [500, 501], config, best=[500], validated=[500])
+    assert kept.states == {500, 501}
+    assert kept.loras == {500, 501, 1000}
 
 
 def test_what_does_not_stay_is_deleted_and_a_lora_stays_without_its_state(tmp_path: Path) -> None:
@@ -62,7 +71,7 @@ def test_what_does_not_stay_is_deleted_and_a_lora_stays_without_its_state(tmp_pa
     assert not (folders[3] / checkpoint.STATE_FILE).exists()
     assert (folders[3] / "step-3.safetensors").exists()
     assert checkpoint.latest(tmp_path) == folders[4]
-    assert checkpoint.has_state(tmp_path, 1) and not checkpoint.has_state(tmp_path, 3)
+    assert checkpoint.steps_with_state(tmp_path) == [1, 4]
 
 
 def test_what_a_killed_run_left_is_neither_found_nor_kept(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_run_that_overfits_ends_well_and_leaves_its_best_step(
     newest = [step for step in range(1, last.step + 1) if step % 2 == 0 or step in by_step][-2:]
     expected = {*by_step, *regular, *newest} - {0}
     assert set(checkpoint.steps(tmp_path)) == expected
-    states = {step for step in expected if checkpoint.has_state(tmp_path, step)}
+    states = set(checkpoint.steps_with_state(tmp_path))
     assert states == {best.step, *newest}
     # started again, it does not go on
     train_here(validated_run, tmp_path, **changes)

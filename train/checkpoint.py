@@ -71,18 +71,18 @@ def keep(steps: Collection[int], newest: int, best: Iterable[int], every: int = 
 
 def retain(
     steps: Collection[int],
+    with_state: Collection[int],
     config: CheckpointConfig,
     best: Sequence[int],
     validated: Iterable[int],
 ) -> Retention:
-    """What stays of the checkpoints of `steps`. best: steps by validation, the best one first;
-    validated: all steps that were validated.
+    """What stays of the checkpoints of `steps`. with_state: those of them that can be gone on from;
+    best: steps by validation, the best one first; validated: all steps that were validated.
     """
-    newest = config.keep_newest
-    return Retention(
-        states=keep(steps, newest, best[:1]),
-        loras=keep(steps, newest, [*best, *validated], config.keep_every),
-    )
+    # Of a run that went back to an older checkpoint there are LoRA files of later steps: counted
+    # among the newest they would cost the state that was just written.
+    states = keep(with_state, config.keep_newest, best[:1])
+    return Retention(states, states | keep(steps, 0, [*best, *validated], config.keep_every))
 
 
 def save(output: Path, step: int, state: dict[str, Any], save_lora: Callable[[Path], None]) -> Path:
@@ -147,9 +147,9 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def has_state(output: Path, step: int) -> bool:
-    """Whether the checkpoint of `step` can be gone on from."""
-    return (_folder_of(output, step) / STATE_FILE).exists()
+def steps_with_state(output: Path) -> list[int]:
+    """Those of `steps` that can be gone on from."""
+    return [step for step, folder in _all(output) if (folder / STATE_FILE).exists()]
 
 
 class Intact(NamedTuple):

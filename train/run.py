@@ -189,6 +189,7 @@ class Run:
         validated = read_records(path, ValidationRecord) if path.exists() else []
         retention = checkpoint.retain(
             checkpoint.steps(output),
+            checkpoint.steps_with_state(output),
             self.config.checkpoint,
             best=best_steps,
             validated=[record.step for record in validated],
