@@ -134,6 +134,26 @@ def test_windows_may_change_as_long_as_none_were_measured(
         train_here(validated_run, tmp_path, num_steps=4, validation=other)
 
 
+def test_what_validation_has_found_outlives_a_part_of_the_run_without_it(
+    validated_run: TrainConfig, tmp_path: Path
+) -> None:
+    on = msgspec.structs.replace(OFF, every=1)
+    few = CheckpointConfig(every=1, keep_newest=1)
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    train_here(validated_run, output, num_steps=1, validation=on, checkpoint=few)
+    before = validations(output)[-1]
+    reference = before.step if before.is_improvement else before.reference_step
+    train_here(validated_run, output, num_steps=3, validation=OFF, checkpoint=few)
+    # the best one can still be gone on from
+    assert checkpoint.steps_with_state(output) == [before.best_step, 3] == [1, 3]
+    train_here(validated_run, output, num_steps=4, validation=on, checkpoint=few)
+    train_here(validated_run, whole, num_steps=4, validation=on, checkpoint=few)
+    ours, theirs = validations(output)[-1], validations(whole)[-1]
+    # compared with what was the reference then, not with itself
+    assert ours.reference_step == reference and ours.relative_loss == theirs.relative_loss
+    assert ours.best_step == min(validations(output), key=lambda each: each.relative_loss).step
+
+
 def test_training_windows_are_measured_at_the_middle_levels_which_older_checkpoints_had_too(
     validated_run: TrainConfig, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from train.run import Resumed, Run
 from train.sampling import Sampler
 from train.signals import Signals
 from train.status import Status
-from train.validator import Validator, open_validator
+from train.validator import Validator, best_steps_in, open_validator
 from train.watch import Watch
 
 BEST_FOLDER = "best"
@@ -28,11 +28,14 @@ class Evaluation:
         self._run = run
         self._validator: Validator | None = open_validator(run)
         self._sampler: Sampler | None = open_sampler(run)
+        # of a run that validates no more: what it had found, for when it does again
+        self._found_before: dict[str, Any] | None = None
         if self._validator:
             stack.callback(self._validator.close)
 
     def resume(self, resumed: Resumed) -> None:
         """Raises ValueError if the checkpoint is of other windows."""
+        self._found_before = resumed.validation
         if self._validator and resumed.validation:
             self._validator.load_state_dict(resumed.validation)
 
@@ -66,11 +69,14 @@ class Evaluation:
     @property
     def best_steps(self) -> list[int]:
         """By validation, the best first."""
-        return self._validator.best_steps if self._validator else []
+        if self._validator:
+            return self._validator.best_steps
+        return best_steps_in(self._found_before)
 
     def of_checkpoint(self) -> tuple[dict[str, Any] | None, list[int]]:
         """`validation` and `best_steps` of Run.save_checkpoint."""
-        return self._validator.state_dict() if self._validator else None, self.best_steps
+        found = self._validator.state_dict() if self._validator else self._found_before
+        return found, self.best_steps
 
     def evaluate(
         self,

@@ -176,6 +176,12 @@ class Validator:
         return train_loss, fmean(by_level(losses, base)[TRAIN_LEVELS]) - train_loss
 
 
+def best_steps_in(state: dict[str, Any] | None) -> list[int]:
+    """Those of a checkpoint's `Validator.state_dict`, the best first; None: it has none."""
+    history = state["history"] if state else None
+    return [step for _, step in history["best"]] if history else []
+
+
 def _interval(run: Run) -> tuple[float, float] | None:
     """Of sigma, where an expert is measured; None for a whole model."""
     expert, boundary = run.laws.expert, run.laws.boundary
