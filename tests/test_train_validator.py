@@ -21,7 +21,7 @@ from train.lora import files
 from train.optim import OptimConfig
 from train.records import VALIDATION_FILE, ValidationRecord, read_records, read_status
 from train.run import PATHS
-from train.validate import ValidationConfig
+from train.validate import Losses, ValidationConfig, measure
 
 OFF = ValidationConfig(every=0, num_windows=2, num_train_windows=0)
 
@@ -152,6 +152,34 @@ def test_what_validation_has_found_outlives_a_part_of_the_run_without_it(
     # compared with what was the reference then, not with itself
     assert ours.reference_step == reference and ours.relative_loss == theirs.relative_loss
     assert ours.best_step == min(validations(output), key=lambda each: each.relative_loss).step
+
+
+@pytest.mark.parametrize(("poisoned", "whose"), [(0, "the base model's"), (1, "the run's")])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_window(
+    validated_run: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned: int,
+    whose: str,
+) -> None:
+    """It would make every later step as good, and a line that nobody can read."""
+    measured: list[str] = []
+
+    def measure_once_wrongly(**arguments: Any) -> Losses:
+        losses = measure(**arguments)
+        if len(measured) == poisoned:
+            losses.loss_WU[1, 2] = float("nan")
+        measured.append(losses.keys[1])
+        return losses
+
+    monkeypatch.setattr("train.validator.measure", measure_once_wrongly)
+    on = msgspec.structs.replace(OFF, every=1)
+    with pytest.raises(ValueError) as caught:
+        train_here(validated_run, tmp_path, num_steps=1, validation=on)
+    expected = f"validation: {whose} loss is not finite on 1 of 2 windows, the first of them "
+    assert str(caught.value).startswith(f"{expected}{measured[0]} at sigma 0.893 ")
+    assert "it does not show again" in str(caught.value)
+    assert validations(tmp_path) == []
 
 
 def test_training_windows_are_measured_at_the_middle_levels_which_older_checkpoints_had_too(

@@ -32,7 +32,7 @@ from train.model.wan import Wan
 from train.parallel.mesh import World, first_found, from_main
 from train.placement.weights import MovedWeights
 from train.records import VALIDATION_FILE, ValidationRecord, read_records
-from train.step import MicroStep, prepare
+from train.step import Inputs, MicroStep, prepare
 from train.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -273,22 +273,20 @@ class Run:
         """What was not finite first on this process in global batch `index`, with its samples.
         Runs that batch again with the parameters of now; overwrites the gradient.
         """
-        if self.weights is not None and self.weights.couples:
-            return 'not looked for: with model.placement = "sharded" no process can pass alone'
         for number in range(feed.batch_again(index, 0).num_micro):
             batch = feed.batch_again(index, number)
-            found = find_non_finite(
-                prepare(batch, self.laws),
-                self.model,
-                self.adapters,
-                self.flat,
-                self.micro_step,
-            )
+            found = self.find_non_finite(prepare(batch, self.laws))
             # who trains a sample together goes on together
             found = first_found(found, self.world)
             if found:
                 return f"{found}; samples {', '.join(batch.keys)}"
         return f"it does not show again on rank {self.world.rank} with the parameters of now"
+
+    def find_non_finite(self, inputs: Inputs) -> str | None:
+        """What is not finite first of what is computed from these; overwrites the gradient."""
+        if self.weights is not None and self.weights.couples:
+            return 'not looked for: with model.placement = "sharded" no process can pass alone'
+        return find_non_finite(inputs, self.model, self.adapters, self.flat, self.micro_step)
 
     def uneven(self) -> AbstractContextManager[None]:
         """Around forward passes without gradients of which ranks make different numbers, and

@@ -192,6 +192,12 @@ class Sampler:
             given_CThw=subject.given_CThw,
             start_CThw=subject.start_CThw,
         )
+        if not bool(latent_CThw.isfinite().all()):
+            raise ValueError(
+                f"samples: the latent of {subject.key} ({subject.task}, {subject.bucket}) holds NaN "
+                f"or infinity; use another model.dtype, a lower optim.lr in a new output, or set "
+                f"samples.every = 0"
+            )
         return self._decoder.decode(latent_CThw)
 
     def _base(self, subject: Subject) -> Frames:

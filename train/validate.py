@@ -97,10 +97,8 @@ def measure(
         for row in range(world.rank, len(windows), world.size):
             window, task = windows[row], tasks[row]
             batch = walk.batch(window.place, is_i2v=task == "i2v", seed=seed)
-            law = laws.of(batch.bucket)
-            sigmas_U = [flow.sigma_at(u, law) for u in LEVELS_U]
-            for level, sigma in list(enumerate(sigmas_U))[levels]:
-                inputs = _inputs(batch, sigma, sample_seed(seed, level, window.key))
+            for level in range(len(LEVELS_U))[levels]:
+                sigma, inputs = inputs_at(level, batch, window.key, laws, seed)
                 with torch.no_grad():
                     value = loss(inputs).double()
                 table[row, level] = value
@@ -125,13 +123,20 @@ def _task(window: Window, i2v_share: float, seed: int) -> Task:
     return "i2v" if chosen else "t2v"
 
 
-def _inputs(batch: Batch, sigma: float, seed: int) -> Inputs:
+def inputs_at(
+    level: int, batch: Batch, key: str, laws: NoiseLaws, seed: int
+) -> tuple[float, Inputs]:
+    """(the noise level, what the model gets) of the window `key`, which is `batch`, at number
+    `level` of LEVELS_U.
+    """
+    sigma = flow.sigma_at(LEVELS_U[level], laws.of(batch.bucket))
+    seed = sample_seed(seed, level, key)
     device = batch.latent_BCTHW.device
     shape = batch.latent_BCTHW.shape[1:]
     # on the CPU: a GPU draws other numbers from the same seed
     noise_BCThw = flow.sample_noise([seed], shape, torch.device("cpu")).to(device)
     # what one loss is worth in training has no part in how far the model is off
-    return noised_inputs(batch, noise_BCThw, [sigma], [seed], weights=[1.0])
+    return sigma, noised_inputs(batch, noise_BCThw, [sigma], [seed], weights=[1.0])
 
 
 def relative_losses(losses: Losses, base: Losses) -> Tensor:

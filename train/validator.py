@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from msgspec.structs import replace
-from torch import Tensor
 
 from loader.walk import Walk
 from train import early_stop
@@ -32,6 +31,7 @@ from train.validate import (
     by_level,
     by_task,
     headline,
+    inputs_at,
     measure,
     relative_losses,
 )
@@ -56,7 +56,7 @@ class _Split:
         run.model.eval()  # no dropout
         try:
             with run.adapters.switched_off() if switched_off else nullcontext():
-                return measure(
+                losses = measure(
                     loss=run.micro_step.loss,
                     walk=self.walk,
                     windows=self.windows,
@@ -69,11 +69,35 @@ class _Split:
                 )
         finally:
             run.model.train(was_training)
+        self._check_finite(losses, is_base=switched_off)
+        return losses
 
-    def relative(self, losses: Losses) -> Tensor:
+    def _check_finite(self, losses: Losses, is_base: bool) -> None:
+        """Raises ValueError: no step could be compared with what is not a number."""
+        lost = (~losses.loss_WU.isfinite()).nonzero().tolist()
+        if not lost:
+            return
+        row, column = lost[0]
+        window, config = self.windows[row], self._run.config
+        is_i2v, seed = losses.tasks[row] == "i2v", config.validation.seed
+        batch = self.walk.batch(window.place, is_i2v=is_i2v, seed=seed)
+        level = range(len(LEVELS_U))[self.levels][column]
+        sigma, inputs = inputs_at(level, batch, window.key, self._run.laws, seed)
+        found = self._run.find_non_finite(inputs) or "it does not show again"
+        whose, advice = "the run's", "start a new output with a lower optim.lr"
+        if is_base:
+            whose, advice = "the base model's", "check model.path and the dataset"
+        raise ValueError(
+            f"validation: {whose} loss is not finite on {len({row for row, _ in lost})} of "
+            f"{len(losses.keys)} windows, the first of them {window.key} at sigma {sigma:.3f} "
+            f"(model.dtype {config.model.dtype}). {found}. Try another model.dtype, or {advice}"
+        )
+
+    def measure_base(self) -> Losses:
+        """Before anything else that is measured, and once."""
         if self.base is None:
             self.base = self.measure(switched_off=True)
-        return relative_losses(losses, self.base)
+        return self.base
 
 
 class Validator:
@@ -82,12 +106,13 @@ class Validator:
         self._history: History | None = None
 
     def validate(self, step: int) -> ValidationRecord:
-        """Measure, compare with the reference, and move it if this step is better."""
+        """Measure, compare with the reference, and move it if this step is better. Raises ValueError
+        for a loss that is not finite.
+        """
         begin_s = time.perf_counter()
+        base = self._val.measure_base()
         losses = self._val.measure()
-        relative_W = self._val.relative(losses)
-        base = self._val.base
-        assert base is not None
+        relative_W = relative_losses(losses, base)
         if self._history is None:
             self._history = early_stop.begin(relative_W, losses.tasks, step)
         reference_step = self._history.reference_step
@@ -169,10 +194,8 @@ class Validator:
         """
         if self._train is None:
             return None, None
-        of_train = self._train.measure()
-        self._train.relative(of_train)
-        assert self._train.base is not None
-        train_loss = fmean(by_level(of_train, self._train.base))
+        base_of_train = self._train.measure_base()
+        train_loss = fmean(by_level(self._train.measure(), base_of_train))
         return train_loss, fmean(by_level(losses, base)[TRAIN_LEVELS]) - train_loss
 
 
