@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from train import checkpoint
 from train.checkpoint import CheckpointConfig, CheckpointError, keep, retain
+from train.signals import Stopped
 
 STATE: dict[str, Any] = {"step": 3, "config": {"seed": 1, "output": "a"}}
 
@@ -129,6 +131,19 @@ def test_one_without_hashes_of_an_older_version_is_gone_on_from(tmp_path: Path) 
     assert checkpoint.latest_intact(tmp_path) == (newest, [])
     (newest / checkpoint.STATE_FILE).write_bytes(b"half")
     assert checkpoint.latest_intact(tmp_path).folder == older
+
+
+def test_a_signal_while_a_state_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise Stopped("SIGTERM before or after the steps", 15)
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    with pytest.raises(Stopped):
+        checkpoint.read_state(folder)
 
 
 def test_damaged_ones_are_set_aside_so_that_they_can_be_written_again(tmp_path: Path) -> None:

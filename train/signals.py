@@ -35,8 +35,10 @@ class Wish(IntEnum):
     STOP = 2
 
 
-class Stopped(Exception):
-    """The run ended because a signal asked for it; `number` is the signal's."""
+class Stopped(BaseException):
+    """The run ended because a signal asked for it; `number` is the signal's. No Exception: outside
+    of the loop it is raised anywhere, and must not be taken for a fault of what it interrupts.
+    """
 
     def __init__(self, reason: str, number: int):
         super().__init__(reason)

@@ -71,7 +71,10 @@ class Status:
             if self._world.is_main:
                 self._write(*self._end)
         elif isinstance(error, Stopped | KeyboardInterrupt | SystemExit):
-            self._stop(str(error) or "interrupted")
+            reason = str(error) or "interrupted"
+            self._stop(reason)
+            # `record` tells it of an Exception alone
+            _tell_torchrun(reason)
         elif isinstance(error, PeerLostError):
             self._fail(str(error), only_if_running=True)
         else:
