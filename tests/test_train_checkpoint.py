@@ -2,6 +2,7 @@
 result has changed; and what is deleted is decided by one pure function.
 """
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from loader.files import file_xxh3
 from train import checkpoint
 from train.checkpoint import CheckpointConfig, CheckpointError, keep, retain
 from train.signals import Stopped
@@ -131,6 +133,35 @@ def test_one_without_hashes_of_an_older_version_is_gone_on_from(tmp_path: Path) 
     assert checkpoint.latest_intact(tmp_path) == (newest, [])
     (newest / checkpoint.STATE_FILE).write_bytes(b"half")
     assert checkpoint.latest_intact(tmp_path).folder == older
+
+
+def test_what_the_disk_can_not_read_any_more_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, newest = save(tmp_path, 2), save(tmp_path, 3)
+
+    def fail(path: Path) -> str:
+        if path.parent == newest:
+            raise OSError(fault, os.strerror(fault))
+        return file_xxh3(path)
+
+    monkeypatch.setattr("train.checkpoint.file_xxh3", fail)
+    fault = errno.EIO
+    intact, damaged = checkpoint.latest_intact(tmp_path)
+    assert intact == before and "state.pt can't be read (Input/output error)" in damaged[0]
+    # what a user can mend is not gone round
+    fault = errno.EACCES
+    with pytest.raises(PermissionError, match=r"state\.pt"):
+        checkpoint.latest_intact(tmp_path)
+
+
+def test_a_file_of_something_else_is_no_state(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    (folder / checkpoint.HASH_FILE).unlink()
+    others: list[object] = [{"state_dict": {}}, [1, 2], torch.zeros(2)]
+    for other in others:
+        torch.save(other, folder / checkpoint.STATE_FILE)
+        assert checkpoint.find_damage(folder) == "state.pt is not the state of a run"
 
 
 def test_a_signal_while_a_state_is_read_is_no_damage(

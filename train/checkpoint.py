@@ -15,6 +15,7 @@ differently each time).
 The LoRA files are small and stay longer than state.pt: see `keep`.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ import msgspec
 import torch
 from msgspec import Meta
 
-from loader.files import atomic_file, file_xxh3, sync_folder, write_atomic
+from loader.files import atomic_file, file_xxh3, naming, sync_folder, write_atomic
 
 FOLDER, STATE_FILE, HASH_FILE = "checkpoints", "state.pt", "checkpoint.xxh3"
 _NAME = re.compile(r"step-(\d{8})")
@@ -183,8 +184,17 @@ def latest_intact(output: Path) -> Intact:
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. One of a version without hashes is only
-    tried when it is loaded.
+    tried when it is loaded. Raises OSError, but not for what the disk can't read any more.
     """
+    try:
+        return _find_damage(folder)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return f"{Path(error.filename or folder).name} can't be read ({error.strerror})"
+
+
+def _find_damage(folder: Path) -> str | None:
     if not (folder / HASH_FILE).exists():
         try:
             read_state(folder)
@@ -205,7 +215,9 @@ def find_damage(folder: Path) -> str | None:
     if found ^ expected.keys():
         return f"{HASH_FILE} and the files there differ: {sorted(found ^ expected.keys())}"
     for name, xxh3 in expected.items():
-        if file_xxh3(folder / name) != xxh3:
+        with naming(folder / name):
+            actual = file_xxh3(folder / name)
+        if actual != xxh3:
             return f"{name} is damaged: its bytes are not those that were written"
     return None
 
@@ -265,6 +277,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     except Exception as error:
         # torch raises many kinds for a damaged file; all of them mean the same to the user
         raise CheckpointError(f"{STATE_FILE} can't be read ({error})") from error
+    if not isinstance(state, dict) or not {"step", "config"} <= state.keys():
+        raise CheckpointError(f"{STATE_FILE} is not the state of a run")
     return state
 
 

@@ -194,8 +194,8 @@ class Sampler:
         )
         if not bool(latent_CThw.isfinite().all()):
             raise ValueError(
-                f"samples: the latent of {subject.key} ({subject.task}, {subject.bucket}) holds NaN "
-                f"or infinity; use another model.dtype, a lower optim.lr in a new output, or set "
+                f"samples: the latent of {subject.key} ({subject.task}, {subject.bucket}) is not "
+                f"finite; use another model.dtype, a lower optim.lr in a new output, or set "
                 f"samples.every = 0"
             )
         return self._decoder.decode(latent_CThw)

@@ -106,8 +106,8 @@ class Validator:
         self._history: History | None = None
 
     def validate(self, step: int) -> ValidationRecord:
-        """Measure, compare with the reference, and move it if this step is better. Raises ValueError
-        for a loss that is not finite.
+        """Measure, compare with the reference, and move it if this step is better. Raises
+        ValueError for a loss that is not finite.
         """
         begin_s = time.perf_counter()
         base = self._val.measure_base()
