@@ -46,6 +46,8 @@ def test_a_wish_is_told_once_and_the_stronger_one_wins(
         stopped = signals.stopped(12)
         assert str(stopped) == "SIGINT: stopped after step 12, which is saved"
         assert stopped.number == signal.SIGINT
+        # nothing is saved then, so nothing must say so
+        assert str(signals.stopped(0)) == "SIGINT: stopped before the first step was done"
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -119,6 +119,8 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
                 if step > first_step:
                     with watched.busy("writes a checkpoint"):
                         run.save_checkpoint(step, resume_feed, *evaluation.of_checkpoint())
+                # further than the log, if not every step is logged
+                status.running(step)
                 if wish == Wish.STOP:
                     raise signals.stopped(step)
             stopwatch.lap("sync_s")

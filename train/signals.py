@@ -66,7 +66,8 @@ class Signals:
     def stopped(self, step: int) -> Stopped:
         """What to raise after a checkpoint of `step` finished steps."""
         name = signal.Signals(self._number).name
-        return Stopped(f"{name}: stopped after step {step}, which is saved", self._number)
+        where = f"after step {step}, which is saved" if step else "before the first step was done"
+        return Stopped(f"{name}: stopped {where}", self._number)
 
     @contextmanager
     def at_once(self, end: Callable[[str, int], None]) -> Iterator[None]:
