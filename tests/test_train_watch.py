@@ -1,5 +1,7 @@
 """A run that hangs is ended with who is to blame; what takes long is not taken for a hang."""
 
+import errno
+import os
 import threading
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from train import watch
+from train.parallel.beats import FolderBeats
 from train.parallel.mesh import World
 from train.watch import Beat, Watch, WatchConfig
 
@@ -90,6 +93,26 @@ def test_a_silent_process_is_named_and_one_that_has_finished_is_not(
         time.sleep(0.3)
         path.unlink()
         assert not finished.within(1.5)
+
+
+def test_a_full_disk_is_the_reason_and_not_the_others_whose_signs_it_has_no_room_for(
+    tmp_path: Path, ended: Ended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path, ended, TWO, silent_s=0.5):
+        monkeypatch.setattr(FolderBeats, "write", fail_for_want_of_room)
+        assert ended.within(10)
+    assert ended.reason == (
+        "no sign of life could be written for 0.5 s: .alive: No space left on device; free some "
+        "space and run the same command, what was finished stands"
+    )
+    # alone nobody waits for it: the loop ends the run, where it has something to write
+    alone = Ended()
+    with opened(tmp_path, alone, silent_s=0.2):
+        assert not alone.within(1.0)
+
+
+def fail_for_want_of_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), ".alive")
 
 
 def test_what_an_earlier_run_left_is_cleared(tmp_path: Path, ended: Ended) -> None:

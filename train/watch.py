@@ -27,6 +27,7 @@ from typing import Annotated, Self
 import msgspec
 from msgspec import Meta
 
+from loader.files import told
 from train.parallel.beats import Beats, FolderBeats, StoreBeats
 from train.parallel.mesh import World
 
@@ -81,6 +82,7 @@ class Watch:
         self._mine = Beat(rank=world.rank, host=socket.gethostname(), pid=os.getpid())
         self._longest_s: float | None = None
         self._micro_start_s = time.monotonic()
+        self._is_unwritten = False
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -134,10 +136,12 @@ class Watch:
         beats: dict[int, Beat] = {}
         progress_s = time.monotonic()
         interval_s = min(2.0, self._config.silent_s / 8)
-        heard_s = time.monotonic()
+        heard_s = written_s = time.monotonic()
         while not self._finished.wait(interval_s):
             now_s = time.monotonic()
-            self._beat()
+            unwritten = self._beat()
+            if unwritten is None:
+                written_s = now_s
             try:
                 current = [self._read(rank) for rank in range(self._num_ranks)]
                 heard_s = now_s
@@ -157,10 +161,21 @@ class Watch:
                 if before is None or beat.progress != before.progress:
                     progress_s = now_s
                 beats[rank] = beat
-            self._judge(now_s, seen_s, beats, progress_s)
+            if unwritten is None:
+                self._judge_silence(now_s, seen_s, beats)
+            else:
+                # the others can't either, and nobody is dead for that
+                seen_s = dict.fromkeys(seen_s, now_s)
+            if self._num_ranks > 1 and now_s - written_s > self._config.silent_s:
+                assert unwritten is not None
+                self._end(
+                    f"no sign of life could be written for {self._config.silent_s:g} s: "
+                    f"{told(unwritten)}"
+                )
+            self._judge_progress(now_s, beats, progress_s)
 
-    def _judge(
-        self, now_s: float, seen_s: dict[int, float], beats: dict[int, Beat], progress_s: float
+    def _judge_silence(
+        self, now_s: float, seen_s: dict[int, float], beats: dict[int, Beat]
     ) -> None:
         for rank, last_s in seen_s.items():
             if rank != self._mine.rank and now_s - last_s > self._config.silent_s:
@@ -169,6 +184,8 @@ class Watch:
                     f"a process has given no sign for {self._config.silent_s:g} s: it is dead or "
                     f"stopped. {last}"
                 )
+
+    def _judge_progress(self, now_s: float, beats: dict[int, Beat], progress_s: float) -> None:
         limit_s = START_S
         if self._longest_s is not None:
             limit_s = self._config.stuck_s + 3 * self._longest_s
@@ -178,13 +195,20 @@ class Watch:
             each = "; ".join(beats[rank].describe() for rank in sorted(beats))
             self._end(f"no process has got any further for {limit_s:.0f} s. {each}")
 
-    def _beat(self) -> None:
+    def _beat(self) -> OSError | None:
+        """Returns why it could not be written, on a full disk for example: the loop will meet that
+        too, but perhaps later than the others miss this process.
+        """
         self._mine.number += 1
         try:
             self._beats.write(self._mine.rank, msgspec.json.encode(self._mine))
         except OSError as error:
-            # a full disk: the loop will meet it too, and can say what it means
-            log.warning("the sign of life could not be written: %s", error)
+            if not self._is_unwritten:
+                log.warning("the sign of life could not be written: %s", told(error))
+            self._is_unwritten = True
+            return error
+        self._is_unwritten = False
+        return None
 
     def _read(self, rank: int) -> Beat | None:
         """Raises OSError where nobody can be heard."""
