@@ -8,6 +8,7 @@ run would round differently.
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -118,17 +119,7 @@ def attention_kernels(
     """The attention kernels of the run: the main process chooses, of `kernels` if they are given,
     and everyone takes what it chose. Raises ValueError on all of them for what can't run.
     """
-    found: Choice | ValueError | None = None
-    if world.is_main:
-        try:
-            found = _choose(config, world.device, shapes, kernels)
-        except ValueError as error:
-            found = error
-    found = mesh.broadcast(found, world)
-    if isinstance(found, ValueError):
-        raise found
-    assert found is not None
-    return found
+    return mesh.from_main(partial(_choose, config, world.device, shapes, kernels), world)
 
 
 def _choose(
