@@ -1,10 +1,12 @@
 """Samples in training: complete, of this LoRA, and the same however many ranks made them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 
 from loader.feed_config import FeedConfig
 from train import setup
@@ -84,6 +86,44 @@ def test_the_base_is_made_once_and_with_the_adapters_off(config: TrainConfig) ->
     assert [c.mean_difference_levels for c in first.clips] == [
         c.mean_difference_levels for c in again.clips
     ]
+
+
+def test_a_damaged_clip_of_the_base_is_named_and_made_again(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = built(config)
+    sampler = open_sampler(run)
+    assert sampler is not None
+    sampler.sample(0)
+    kept = sorted((Path(config.output) / "samples" / "base").glob("*.rgb.zst"))
+    before = [path.read_bytes() for path in kept]
+    kept[0].write_bytes(before[0][:-9])
+    kept[1].write_bytes(zstandard.compress(b"of another shape"))
+    sampler.sample(1)
+    assert [path.read_bytes() for path in kept] == before
+    assert all(f"{path} is damaged" in caplog.text for path in kept)
+
+
+def test_clips_of_another_base_model_are_not_taken_for_its_own(config: TrainConfig) -> None:
+    """Of a run that was started with other weights, and ended before its first checkpoint."""
+    run = built(config)
+    for each in (run, dataclasses.replace(run, base_weights="other")):
+        sampler = open_sampler(each)
+        assert sampler is not None
+        sampler.sample(0)
+    base = Path(config.output) / "samples" / "base"
+    assert len(list(base.glob("*.rgb.zst"))) == 2 * config.samples.num_clips
+
+
+def test_what_a_killed_run_has_left_is_no_part_of_an_event(config: TrainConfig) -> None:
+    left = Path(config.output) / "samples" / ".step-00000007"
+    left.mkdir(parents=True)
+    (left / "01-t2v-of-other-keys.mp4").touch()
+    sampler = open_sampler(built(config))
+    assert sampler is not None
+    event = sampler.sample(7)
+    names = {path.name for path in sampler.folder_of(7).iterdir()}
+    assert names == {"contact_sheet.png", "samples.json", *(clip.file for clip in event.clips)}
 
 
 def test_switched_off_adapters_come_back(config: TrainConfig) -> None:

@@ -44,6 +44,8 @@ def open_sampler(run: Run) -> Sampler | None:
         config=config.samples,
         output=config.output_dir,
         world=run.world,
+        # a run that has written no checkpoint yet may be started again with another one
+        base_identity=(run.base_weights, config.lora.base, config.model.dtype),
         uneven=run.uneven,
     )
 

@@ -9,10 +9,11 @@ The base model's clips are made once, with the adapters switched off, and kept u
 for the settings that they were made with. A step's folder appears by rename, whole.
 """
 
+import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -38,6 +39,8 @@ from train.model.wan import Wan
 from train.parallel import mesh
 from train.parallel.mesh import World
 from train.records import SAMPLES_FILE, SAMPLES_FOLDER, SHEET_FILE, SampledClip, SampleEvent
+
+log = logging.getLogger(__name__)
 
 
 class SamplesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,7 +108,9 @@ class Subject(NamedTuple):
 
 
 class Sampler:
-    """One per process. `layout` and `fps` are the model's, `laws` are the run's."""
+    """One per process. `layout` and `fps` are the model's, `laws` are the run's. base_identity:
+    what tells its base model from others, whose clips may lie in the same folder.
+    """
 
     def __init__(
         self,
@@ -122,6 +127,7 @@ class Sampler:
         config: SamplesConfig,
         output: Path,
         world: World,
+        base_identity: Sequence[str] = (),
         uneven: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._model, self._adapters, self._attention = model, adapters, attention
@@ -130,6 +136,7 @@ class Sampler:
         # around this rank's passes: others may make more (`Run.uneven`)
         self._uneven = uneven
         self._laws = laws
+        self._base_identity = base_identity
         self._folder = output / SAMPLES_FOLDER
 
     def folder_of(self, step: int) -> Path:
@@ -143,6 +150,10 @@ class Sampler:
         folder, whole = self._folder / f".step-{step:08d}", self.folder_of(step)
         # the processes that can write there share them out
         makers = self._world.output_ranks or range(self._world.size)
+        if self._world.is_main:
+            # of a run that was killed meanwhile, perhaps with other clips
+            shutil.rmtree(folder, ignore_errors=True)
+        mesh.barrier(self._world)
         if self._world.sees_output:
             folder.mkdir(parents=True, exist_ok=True)
         num_subjects = len(self._subjects)
@@ -207,9 +218,13 @@ class Sampler:
         stem = f"{subject.task}-{subject.key[:12]}-{self._settings_hash(subject)}"
         path, bucket = folder / f"{stem}.rgb.zst", subject.bucket
         shape = (bucket.num_frames, bucket.height_px, bucket.width_px, 3)
-        if path.exists():
+        try:
             data = zstandard.ZstdDecompressor().decompress(path.read_bytes())
             return np.frombuffer(data, np.uint8).reshape(shape)
+        except FileNotFoundError:
+            pass
+        except (zstandard.ZstdError, ValueError) as error:
+            log.warning("%s is damaged (%s), and made again", path, error)
         with self._adapters.switched_off():
             frames = self._frames(subject)
         write_atomic(folder / f"{stem}.mp4", encode_mp4(frames, self._fps))
@@ -219,7 +234,8 @@ class Sampler:
     def _settings_hash(self, subject: Subject) -> str:
         schedule = schedule_of(self._config, self._laws, subject.bucket)
         num_fields = len(schedule) if schedule.expert else 3
-        settings = (schedule[:num_fields], self._config.seed, str(subject.bucket), subject.prompt)
+        drawn = (schedule[:num_fields], self._config.seed, str(subject.bucket), subject.prompt)
+        settings = (*drawn, self._base_identity)
         return xxhash.xxh3_64_hexdigest(msgspec.json.encode(settings))
 
     def _name(self, number: int) -> str:
