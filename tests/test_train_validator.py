@@ -100,6 +100,7 @@ def test_slow_steady_progress_is_not_stopped(validated_run: TrainConfig, tmp_pat
     )
     status, validated = read_status(tmp_path), validations(tmp_path)
     assert status is not None and (status.state, status.step) == ("done", 5)
+    assert status.best_step == validated[-1].best_step != 0
     assert 0.999 < validated[-1].relative_loss < validated[0].relative_loss == 1.0
     assert all(record.num_without_gain == 0 for record in validated)
 

@@ -196,8 +196,9 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         progress.say(
             f"{done} steps done: {output / diffusers} (diffusers), {output / comfyui} (ComfyUI)"
         )
+        best_step = next(iter(evaluation.best_steps), None)
+        status.ends("done", "", best_step)
         if evaluation.stops:
-            best_step = evaluation.best_steps[0]
             reason = (
                 f"{config.early_stop.patience} validations without an improvement beyond its "
                 f"error; the best was step {best_step}, whose LoRA is in {output / BEST_FOLDER}"
