@@ -266,8 +266,13 @@ class Run:
         if newest is None:
             return "Start again with a lower optim.lr"
         step, expert = checkpoint.step_of(newest), self.config.model.expert
-        file = lora_files.step_file(step, run=self.name, expert=expert)
-        return f"Start a new output with a lower optim.lr, from lora.init = {newest / file}"
+        file = newest / lora_files.step_file(step, run=self.name, expert=expert)
+        if not file.exists():
+            # of the time when the output had another name
+            file = min(
+                newest.glob(lora_files.step_file(step, run="*", expert=expert)), default=file
+            )
+        return f"Start a new output with a lower optim.lr, from lora.init = {file}"
 
     def trace(self, feed: Feed, index: int) -> str:
         """What was not finite first on this process in global batch `index`, with its samples.
