@@ -125,7 +125,7 @@ def test_tokens_are_of_the_models_own_layout() -> None:
 
 def test_one_expert_samples_its_own_steps() -> None:
     def steps(expert: str) -> float:
-        raw = {"output": "", "num_steps": 1, "global_batch": 1, "data": {"datasets": [""]}}
+        raw = {"output": "o", "num_steps": 1, "global_batch": 1, "data": {"datasets": [""]}}
         model = {"path": "", "expert": expert}
         config = msgspec.convert(raw | {"model": model, "samples": {"num_steps": 40}}, TrainConfig)
         return sampled_steps(config, T2V_A14B)

@@ -30,7 +30,7 @@ BUCKET = Bucket(64, 48, 9)
 def config_of(model: Path | str = "", dataset: Path | str = "", **changes: Any) -> TrainConfig:
     """changes: of the tables model and data, by dotted key."""
     raw: dict[str, Any] = {
-        "output": "",
+        "output": "run",
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"datasets": [str(dataset)], "num_threads": 1},
         "lora": {"rank": 2},

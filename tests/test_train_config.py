@@ -32,6 +32,13 @@ def test_steps_or_epochs_are_given_and_never_both(tmp_path: Path, lines: str) ->
     assert load_toml(tmp_path / "run.toml", TrainConfig).num_epochs == 3
 
 
+def test_an_output_without_a_name_is_not_the_folder_that_one_is_in(tmp_path: Path) -> None:
+    """As `--set output=$OUTPUT` says where nobody has set it."""
+    (tmp_path / "run.toml").write_text("num_steps = 4\n" + MINIMAL)
+    with pytest.raises(ConfigError, match=r"with --set output=\): Expected `str` of length >= 1"):
+        load_toml(tmp_path / "run.toml", TrainConfig, ["output="])
+
+
 def label_of_first_sample(dataset: Path) -> str:
     store, manifest = read_dataset(str(dataset))
     shard = open_shard(store, "train", manifest.splits["train"][0])
