@@ -22,6 +22,7 @@ from train.lora import files
 from train.model.identity import weights_xxh3
 from train.optim import OptimConfig
 from train.records import METRICS_FILE, RecordError, read_status
+from train.sampling import SamplesConfig
 
 CONSTANT = OptimConfig(lr=1e-3)
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -116,6 +117,32 @@ def test_other_base_weights_of_the_same_shape_are_refused(
     train_here(
         run_config, interrupted, optim=CONSTANT, num_steps=3, **with_model(run_config, moved)
     )
+
+
+def test_what_a_run_can_not_start_from_is_told_before_the_model_is_loaded(
+    run_config: TrainConfig,
+    interrupted: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("train.setup.load_transformer", never)
+    other = break_weight(tiny_checkpoint, tmp_path / "other", "blocks.0.ffn.net.2.weight", 1.0)
+    samples = SamplesConfig(shape="96x64x9", prompts=str(tmp_path / "absent"))
+    for changes, said in (
+        ({"seed": 4}, "seed: 3 then, 4 now"),
+        ({"num_steps": 1}, "num_steps = 1: .*step-00000002 is 2 steps on already"),
+        (with_model(run_config, other), "other base weights"),
+        ({"samples": samples}, "samples.prompts = .*absent: not a file of tools.prompts"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train_here(run_config, interrupted, **{"optim": CONSTANT, "num_steps": 3} | changes)
+    init = msgspec.structs.replace(run_config.lora, init=str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="absent"):
+        train_here(run_config, tmp_path / "new", optim=CONSTANT, num_steps=3, lora=init)
 
 
 def test_a_checkpoint_of_an_older_version_is_gone_on_from(

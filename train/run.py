@@ -58,6 +58,34 @@ class Resumed(NamedTuple):
     is_evaluated: bool
 
 
+def check_goes_on(
+    config: TrainConfig, newest: Path, state: dict[str, Any], base_weights: str
+) -> None:
+    """Can a run go on from the checkpoint `newest`, whose state this is? base_weights: of the model
+    that it would train, empty: not known. Raises CheckpointError, and ValueError for a checkpoint
+    that is beyond `num_steps`.
+    """
+    checkpoint.check_config(
+        newest,
+        state["config"],
+        flat(config),
+        changeable=resumable_changes(config, is_validated=state.get("validation") is not None),
+        defaults=defaults(),
+    )
+    if state["step"] > config.num_steps:
+        raise ValueError(
+            f"num_steps = {config.num_steps}: {newest} is {state['step']} steps on already; ask "
+            f"for as many or more, or choose another output"
+        )
+    # older versions did not know theirs
+    before = state.get("base_weights", "")
+    if before and base_weights and before != base_weights:
+        raise checkpoint.CheckpointError(
+            f"{newest}: was trained on other base weights than those in {config.model.path}; set "
+            f"model.path back, or choose another output"
+        )
+
+
 @dataclass(frozen=True)
 class Run:
     """The parts of one training run on one process."""
@@ -104,25 +132,8 @@ class Run:
             return Resumed(num_done=0, validation=None, is_evaluated=False)
         # older versions had none, and a run without validation has none
         validation = state.get("validation")
-        checkpoint.check_config(
-            newest,
-            state["config"],
-            flat(self.config),
-            changeable=resumable_changes(self.config, is_validated=validation is not None),
-            defaults=defaults(),
-        )
+        check_goes_on(self.config, newest, state, self.base_weights)
         num_done: int = state["step"]
-        if num_done > self.config.num_steps:
-            raise ValueError(
-                f"num_steps = {self.config.num_steps}: {newest} is {num_done} steps on already; "
-                f"ask for as many or more, or choose another output"
-            )
-        base_weights = state.get("base_weights", "")
-        if base_weights and self.base_weights and base_weights != self.base_weights:
-            raise checkpoint.CheckpointError(
-                f"{newest}: was trained on other base weights than those in "
-                f"{self.config.model.path}; set model.path back, or choose another output"
-            )
         self.flat.vector.data.copy_(state["parameters"])
         self.adapters.refresh()
         if self.average:

@@ -64,7 +64,7 @@ from train.placement.plan import (
 from train.placement.sharded import CardShares
 from train.placement.streamed import HostWeights
 from train.placement.weights import MovedWeights
-from train.run import Run
+from train.run import Run, check_goes_on
 from train.step import MicroStep
 from train.subjects import check_samples
 from train.tally import Tally
@@ -164,8 +164,8 @@ def build(
         wan = model.config
     lora.check_targets(config.lora.targets, config.lora.rank, on_gpu=device.type == "cuda")
     check_samples(config.samples, config.data, kind, laws_of(config, kind), wan.text_dim)
-    # the file is on the main process's host alone
-    mesh.from_main(partial(_check_init, config, wan), world)
+    # the files are on the main process's host alone
+    mesh.from_main(partial(_check_start, config, wan, is_given=model is not None), world)
 
     # -- attention kernels, timed while the card is empty ------------------------------------
     check_heads(world.sequence_size, wan.num_attention_heads)
@@ -274,11 +274,20 @@ def build(
     )
 
 
-def _check_init(config: TrainConfig, wan: WanConfig) -> None:
-    """Is `lora.init`, where the run starts from it, a LoRA for this model? Raises LoRAError."""
-    if config.lora.init and checkpoint.latest(config.output_dir) is None:
-        wanted = wanted_of(wan, config.lora)
-        read_start(Path(config.lora.init), wanted, config.model.expert)
+def _check_start(config: TrainConfig, wan: WanConfig, is_given: bool) -> None:
+    """Can the run go on from its newest checkpoint, which no run of a model that is given does? Is
+    `lora.init`, where it starts from that, a LoRA for this model? Raises CheckpointError,
+    LoRAError, ValueError.
+    """
+    if checkpoint.latest(config.output_dir) is None:
+        if config.lora.init:
+            wanted = wanted_of(wan, config.lora)
+            read_start(Path(config.lora.init), wanted, config.model.expert)
+    elif not is_given:
+        newest = checkpoint.latest_intact(config.output_dir).folder
+        assert newest is not None
+        base_weights = weights_xxh3(Path(config.model.path), transformer_folder(config))
+        check_goes_on(config, newest, checkpoint.read_state(newest), base_weights)
 
 
 def _token_share(world: World, choice: Choice) -> TokenShare:
