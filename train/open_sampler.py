@@ -21,7 +21,11 @@ def open_sampler(run: Run) -> Sampler | None:
         return None
     model_dir = Path(config.model.path)
     subjects = _subjects(run)
-    missing = "" if subjects else "the datasets have no val split and samples.prompts is empty"
+    missing = ""
+    if subjects is None:
+        captions = config.samples.num_clips or config.samples.keys
+        why = "the datasets have no val split" if captions else "samples.num_clips = 0"
+        missing = f"{why} and samples.prompts is empty"
     if not (model_dir / "vae" / "config.json").exists():
         missing = f"{model_dir / 'vae'} is missing, and with it the decoder"
     if missing or subjects is None:
