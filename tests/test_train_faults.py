@@ -4,6 +4,7 @@ import logging
 import resource
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from train.model.identity import weights_xxh3
 from train.optim import OptimConfig
 from train.records import METRICS_FILE, RecordError, read_status
 from train.sampling import SamplesConfig
+from train.tracking import WandbConfig
 
 CONSTANT = OptimConfig(lr=1e-3)
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -130,6 +132,7 @@ def test_what_a_run_can_not_start_from_is_told_before_the_model_is_loaded(
         raise AssertionError("the model is loaded")
 
     monkeypatch.setattr("train.setup.load_transformer", never)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     other = break_weight(tiny_checkpoint, tmp_path / "other", "blocks.0.ffn.net.2.weight", 1.0)
     samples = SamplesConfig(shape="96x64x9", prompts=str(tmp_path / "absent"))
     for changes, said in (
@@ -137,6 +140,7 @@ def test_what_a_run_can_not_start_from_is_told_before_the_model_is_loaded(
         ({"num_steps": 1}, "num_steps = 1: .*step-00000002 is 2 steps on already"),
         (with_model(run_config, other), "other base weights"),
         ({"samples": samples}, "samples.prompts = .*absent: not a file of tools.prompts"),
+        ({"wandb": WandbConfig(project="p")}, "wandb.project = 'p': the package is missing"),
     ):
         with pytest.raises(ValueError, match=said):
             train_here(run_config, interrupted, **{"optim": CONSTANT, "num_steps": 3} | changes)

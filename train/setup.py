@@ -68,6 +68,7 @@ from train.run import Run, check_goes_on
 from train.step import MicroStep
 from train.subjects import check_samples
 from train.tally import Tally
+from train.tracking import check_tracker
 
 log = logging.getLogger(__name__)
 
@@ -279,6 +280,7 @@ def _check_start(config: TrainConfig, wan: WanConfig, is_given: bool) -> None:
     `lora.init`, where it starts from that, a LoRA for this model? Raises CheckpointError,
     LoRAError, ValueError.
     """
+    check_tracker(config.wandb)
     if checkpoint.latest(config.output_dir) is None:
         if config.lora.init:
             wanted = wanted_of(wan, config.lora)

@@ -52,6 +52,19 @@ class Tracker:
         self._run.finish()
 
 
+def check_tracker(config: WandbConfig) -> None:
+    """Raises ValueError where wandb is asked for and not installed."""
+    if not config.project:
+        return
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"wandb.project = {config.project!r}: the package is missing ({error}); pip install "
+            f'"newsreel[wandb]", or leave the line out'
+        ) from error
+
+
 def open_tracker(
     config: WandbConfig, output: Path, name: str, run_config: Mapping[str, object]
 ) -> Tracker | None:
@@ -60,13 +73,9 @@ def open_tracker(
     """
     if not config.project:
         return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"wandb.project = {config.project!r}: the package is missing ({error}); pip install "
-            f'"newsreel[wandb]", or leave the line out'
-        ) from error
+    check_tracker(config)
+    import wandb
+
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     # the same one when the run goes on
