@@ -51,6 +51,26 @@ def test_a_wish_is_told_once_and_the_stronger_one_wins(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    ("disposition", "wish"), [(signal.SIG_DFL, Wish.STOP), (signal.SIG_IGN, Wish.CHECKPOINT)]
+)
+def test_a_closed_terminal_stops_the_run_unless_nohup_keeps_that_away(
+    send: Callable[[int], None], disposition: signal.Handlers, wish: Wish
+) -> None:
+    before = signal.signal(signal.SIGHUP, disposition)
+    try:
+        with Signals() as signals:
+            if disposition == signal.SIG_DFL:
+                send(signal.SIGHUP)
+            else:
+                os.kill(os.getpid(), signal.SIGHUP)
+            # the next one has come: so has the one before it
+            send(signal.SIGUSR1)
+            assert signals.agreed(ALONE) == wish
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_signal_ends_at_once_but_not_the_same_one_passed_on_by_torchrun(
     send: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

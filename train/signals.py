@@ -1,9 +1,9 @@
 """What the operating system asks of a run, and when all processes act on it.
 
-SIGTERM and SIGINT: stop after a checkpoint. SIGUSR1: a checkpoint, then go on. A signal reaches one
-process at a time, and often all of them, so it is only noted; `agreed`, which every process calls
-between the same two micro-batches, tells all of them the same. A second SIGTERM or SIGINT ends the
-process at once.
+SIGTERM, SIGINT and SIGHUP: stop after a checkpoint. SIGUSR1: a checkpoint, then go on. A signal
+reaches one process at a time, and often all of them, so it is only noted; `agreed`, which every
+process calls between the same two micro-batches, tells all of them the same. A second signal to
+stop ends the process at once.
 
 A thread reads the signals from a pipe into which Python's C code writes them, because a handler in
 Python has to wait until the main thread is back from C, out of a collective for example.
@@ -25,6 +25,14 @@ from train.parallel.mesh import World
 # torchrun passes on what a terminal or a service manager has sent to the whole group already: what
 # comes within this time is the same signal
 REPEATED_S = 2.0
+
+
+def stopping() -> list[int]:
+    """The signals that ask to stop. SIGHUP comes when a terminal is closed or a connection breaks,
+    also from torchrun, which passes it on under nohup too; without torchrun nohup keeps it away.
+    """
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_ignored else [signal.SIGHUP])]
 
 
 class Wish(IntEnum):
@@ -92,7 +100,8 @@ class Signals:
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._stopping = stopping()
+        numbers = [*self._stopping, signal.SIGUSR1]
         # a handler must be there for the pipe to be written to; it has nothing to do
         self._old = {number: signal.signal(number, lambda *_: None) for number in numbers}
         self._thread = threading.Thread(target=self._read, args=(reader,), daemon=True)
@@ -121,7 +130,7 @@ class Signals:
     def _note(self, number: int) -> None:
         if number == signal.SIGUSR1:
             self._wish = max(self._wish, Wish.CHECKPOINT)
-        elif number in (signal.SIGTERM, signal.SIGINT):
+        elif number in self._stopping:
             now_s = time.monotonic()
             if self._stop_s is None:
                 self._stop_s, self._number, self._wish = now_s, number, Wish.STOP

@@ -15,7 +15,7 @@ import msgspec
 
 from train.parallel.mesh import PeerLostError, World
 from train.records import RecordError, RunStatus, State, read_status, write_status
-from train.signals import Stopped
+from train.signals import Stopped, stopping
 
 
 class Status:
@@ -131,8 +131,8 @@ def _tell_torchrun(reason: str) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Around a run. Before its loop, and after it, nothing needs to be saved: SIGTERM ends it as an
-    exception, SIGUSR1 does nothing. What comes after the block changes nothing any more.
+    """Around a run. Before its loop, and after it, nothing needs to be saved: a signal to stop ends
+    it as an exception, SIGUSR1 does nothing. What comes after the block changes nothing any more.
     """
 
     def end(number: int, frame: object) -> None:
@@ -141,11 +141,12 @@ def interruptible() -> Iterator[None]:
             return
         raise Stopped(f"{signal.Signals(number).name} before or after the steps", number)
 
+    numbers = stopping()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             signal.signal(number, signal.SIG_IGN)
