@@ -29,7 +29,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Means over the optimizer steps since the record before, unless a field says otherwise.
 
     The parts of a step: waiting for data, forward pass, backward pass, all-reduce, optimizer, and
-    other work (logging and checkpoints) since the step before, if there was one.
+    other work since the step before, if there was one (logging, checkpoints, validation, samples).
     """
 
     # number of finished steps
