@@ -122,7 +122,8 @@ def sole_writer(folder: Path, owner: str) -> Iterator[None]:
     Raises FolderInUseError, OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a+b") as file:
+    # without a buffer, which would fail once more where it is closed
+    with (folder / LOCK_FILE).open("a+b", buffering=0) as file:
         try:
             _lock(file)
         except BlockingIOError as error:
@@ -132,9 +133,9 @@ def sole_writer(folder: Path, owner: str) -> Iterator[None]:
                 f"{folder}: {other} writes here already; wait for it, stop it, or choose another "
                 f"output"
             ) from error
-        file.truncate(0)
-        file.write(owner.encode())
-        file.flush()
+        with naming(folder / LOCK_FILE):
+            file.truncate(0)
+            file.write(owner.encode())
         yield
 
 

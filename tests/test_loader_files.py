@@ -25,6 +25,8 @@ from loader.files import (
     write_atomic,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def test_a_file_replaces_the_one_before_and_leaves_nothing_else(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", b"old")
@@ -98,6 +100,24 @@ def test_a_folder_has_one_writer_and_a_killed_one_lets_go(tmp_path: Path) -> Non
     assert not has_writer(folder)
     with sole_writer(folder, "run 8"):
         assert has_writer(folder)
+
+
+def test_a_full_disk_at_the_lock_names_its_path(tmp_path: Path) -> None:
+    # in a process of its own, which may write to its pipe alone
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from loader.files import sole_writer, told\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "try:\n"
+        "    with sole_writer(Path(sys.argv[1]), 'a run'): pass\n"
+        "except OSError as error:\n"
+        "    print(told(error))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said == f"{tmp_path / LOCK_FILE}: File too large\n"
 
 
 def test_who_only_asks_whether_somebody_writes_keeps_nobody_from_writing(tmp_path: Path) -> None:
