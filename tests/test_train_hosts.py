@@ -4,6 +4,7 @@ each of them the first one of its host.
 
 import shutil
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
@@ -127,3 +128,6 @@ def test_what_is_written_to_the_store_is_read_by_others_until_the_store_is_gone(
     with pytest.raises(OSError, match=r"the store at 127.0.0.1 does not answer"):
         second.read(0)
     first.remove(0)
+    monkeypatch.setattr("train.parallel.beats._TIMEOUT", timedelta(milliseconds=100))
+    with pytest.raises(OSError, match=r"the store at 127.0.0.1 does not answer"):
+        StoreBeats()

@@ -60,12 +60,14 @@ class StoreBeats:
     """Keys of the store that the process group has met in, by a connection of its own."""
 
     def __init__(self) -> None:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=_TIMEOUT,
-        )
+        """Raises OSError where the store does not answer."""
+        with _store_errors():
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=_TIMEOUT,
+            )
         # the store stays when torchrun starts the processes again
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(  # type: ignore[attr-defined]
