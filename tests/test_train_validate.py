@@ -144,13 +144,22 @@ SPREAD = torch.linspace(-0.02, 0.02, 8, dtype=torch.float64)
 
 def run_of(means: list[float], warmup_steps: int = 0) -> early_stop.History:
     """The history of validations with these relative losses, each with noise that cancels out."""
-    history = early_stop.begin(torch.ones(8, dtype=torch.float64), TASKS, 0)
+    ones_W = torch.ones(8, dtype=torch.float64)
+    history, _ = early_stop.judge(None, ones_W, TASKS, step=0, warmup_steps=warmup_steps)
     for step, mean in enumerate(means, start=1):
         noise = SPREAD if step % 2 else SPREAD.flip(0)
         history, _ = early_stop.judge(
             history, mean + noise, TASKS, step=step, warmup_steps=warmup_steps
         )
     return history
+
+
+def test_the_first_validation_is_the_reference_and_counts_for_nothing() -> None:
+    """Also where it is not the one before the first step, because it was turned on later."""
+    first_W = 0.9 + SPREAD
+    history, difference = early_stop.judge(None, first_W, TASKS, step=100, warmup_steps=0)
+    assert (history.reference_step, history.num_without_gain, len(history.best)) == (100, 0, 1)
+    assert difference.mean == 0.0 and not difference.is_improvement
 
 
 def test_overfitting_is_stopped_and_the_best_step_named() -> None:
@@ -172,12 +181,13 @@ def test_validations_in_the_warm_up_are_not_counted() -> None:
 
 
 def test_an_unknown_error_decides_nothing() -> None:
-    history = early_stop.begin(torch.ones(1, dtype=torch.float64), ["t2v"], 0)
-    for step in (1, 2, 3, 4):
+    history = None
+    for step in (0, 1, 2, 3, 4):
         history, difference = early_stop.judge(
             history, torch.tensor([0.5], dtype=torch.float64), ["t2v"], step=step, warmup_steps=0
         )
         assert difference.standard_error == math.inf
+    assert history is not None
     assert history.num_without_gain == 0 and history.reference_step == 0
 
 

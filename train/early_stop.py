@@ -45,21 +45,25 @@ class History(NamedTuple):
         return self.best[0][1]
 
 
-def begin(relative_W: Tensor, tasks: Sequence[str], step: int) -> History:
+def _begin(relative_W: Tensor, tasks: Sequence[str], step: int) -> History:
     """The history after the first validation, which is the first reference."""
     best = ((headline(relative_W, tasks), step),)
     return History(relative_W, reference_step=step, num_without_gain=0, best=best)
 
 
 def judge(
-    history: History,
+    history: History | None,
     relative_W: Tensor,
     tasks: Sequence[str],
     *,
     step: int,
     warmup_steps: int,
 ) -> tuple[History, Difference]:
-    """The history with the validation of `step` in it, and how that differs from the reference."""
+    """The history with the validation of `step` in it, and how that differs from the reference;
+    history: None before the first one, which has only itself to differ from.
+    """
+    if history is None:
+        return _begin(relative_W, tasks, step), paired_difference(relative_W, relative_W, tasks)
     difference = paired_difference(relative_W, history.reference_W, tasks)
     best = tuple(sorted([*history.best, (headline(relative_W, tasks), step)])[:NUM_BEST])
     if difference.is_improvement:

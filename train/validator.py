@@ -113,9 +113,7 @@ class Validator:
         base = self._val.measure_base()
         losses = self._val.measure()
         relative_W = relative_losses(losses, base)
-        if self._history is None:
-            self._history = early_stop.begin(relative_W, losses.tasks, step)
-        reference_step = self._history.reference_step
+        reference_step = step if self._history is None else self._history.reference_step
         self._history, difference = early_stop.judge(
             self._history,
             relative_W,
