@@ -46,18 +46,19 @@ def wait_for_steps(process: subprocess.Popen[str], output: Path, number: int) ->
         time.sleep(0.01)
 
 
-def test_sigterm_to_torchrun_saves_the_last_step_within_its_thirty_seconds(
-    run_config: TrainConfig, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_torchrun_saves_the_last_step_within_its_thirty_seconds(
+    run_config: TrainConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
     process = torchrun(run_config, tmp_path, num_steps=5000, optim=OptimConfig(lr=1e-3))
     wait_for_steps(process, tmp_path, 3)
     begin_s = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 1 and time.monotonic() - begin_s < 30, said
     status, newest = read_status(tmp_path), checkpoint.latest(tmp_path)
     assert status is not None and status.state == "stopped" and newest is not None
-    assert status.reason == f"SIGTERM: stopped after step {status.step}, which is saved"
+    assert status.reason == f"{number.name}: stopped after step {status.step}, which is saved"
     assert checkpoint.step_of(newest) == status.step
 
 
