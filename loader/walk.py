@@ -6,7 +6,8 @@ There are no threads and no state here, nothing random, and no caption is droppe
 as which task and with which seed is for the caller to say.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from loader.dataset import open_datasets
 from loader.feed_config import FeedConfig
 from loader.manifest import DatasetError, Split
 from loader.order import once
+from loader.read import TooManyDamagedError
 from loader.sample import SampleMeta
 from loader.shape import Bucket
 from loader.shard import DamagedError
@@ -89,20 +91,36 @@ class Walk:
             return Choice(is_i2v=is_i2v, caption_dropped=drop_caption, seed=seed)
 
         where = [(place.shard, place.position)]
-        return self._maker.make(place.dataset, place.bucket, where, choose)
+        with self._no_other(place):
+            return self._maker.make(place.dataset, place.bucket, where, choose)
 
     def meta(self, place: WalkPlace) -> SampleMeta:
         """The sample's metadata alone. Raises TooManyDamagedError if it is damaged."""
-        return self._readers[place.dataset].read(place.shard, place.position, lambda _: ()).meta
+        with self._no_other(place):
+            return self._readers[place.dataset].read(place.shard, place.position, lambda _: ()).meta
 
     def members(self, place: WalkPlace, names: Collection[str]) -> dict[str, bytes]:
         """The sample's stored members of these names, those that it has. Raises
         TooManyDamagedError if one is damaged.
         """
-        sample = self._readers[place.dataset].read(
-            place.shard, place.position, lambda there: [name for name in there if name in names]
-        )
+        with self._no_other(place):
+            sample = self._readers[place.dataset].read(
+                place.shard, place.position, lambda there: [name for name in there if name in names]
+            )
         return {name: bytes(view) for name, view in sample.members.items() if name in names}
+
+    @contextmanager
+    def _no_other(self, place: WalkPlace) -> Iterator[None]:
+        """What the reader says of max_damaged, which has no meaning here, is said otherwise."""
+        try:
+            yield
+        except TooManyDamagedError as error:
+            damage = self._readers[place.dataset].damages[-1]
+            raise TooManyDamagedError(
+                f"{damage}; no other sample is taken in its place where samples are compared: run "
+                f"`shardgen verify` on {self.datasets[place.dataset].name} and restore it, or "
+                f"leave its label out by data.exclude"
+            ) from error
 
     def close(self) -> None:
         """Stop waiting for servers."""
