@@ -86,6 +86,31 @@ def test_what_a_killed_run_left_is_neither_found_nor_kept(tmp_path: Path) -> Non
     assert not unfinished.exists()
 
 
+def test_a_kill_between_the_old_one_and_the_new_one_of_a_step_costs_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 2)
+    newest, replace = save(tmp_path, 3), os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target == newest:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("train.checkpoint.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 3)
+    monkeypatch.undo()
+    assert checkpoint.steps(tmp_path) == [2]
+    checkpoint.bring_back(tmp_path)
+    assert checkpoint.latest_intact(tmp_path) == (newest, [])
+    # of one that was being deleted nothing comes back
+    half = newest.rename(newest.with_name(f".tmp-{newest.name}"))
+    (half / "step-3.safetensors").unlink()
+    checkpoint.bring_back(tmp_path)
+    assert checkpoint.steps(tmp_path) == [2]
+
+
 def test_a_bit_flipped_in_any_file_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
     before, newest = save(tmp_path, 2), save(tmp_path, 3)
     assert checkpoint.latest_intact(tmp_path) == (newest, [])

@@ -31,6 +31,8 @@ from loader.files import atomic_file, file_xxh3, naming, sync_folder, write_atom
 
 FOLDER, STATE_FILE, HASH_FILE = "checkpoints", "state.pt", "checkpoint.xxh3"
 _NAME = re.compile(r"step-(\d{8})")
+# before the name of what is to be deleted
+_ASIDE = ".tmp-"
 _HASH_LINE = re.compile(r"([0-9a-f]{32})  ([^/\n]+)")
 Positive = Annotated[int, Meta(ge=1)]
 
@@ -117,6 +119,17 @@ def save(output: Path, step: int, state: dict[str, Any], save_lora: Callable[[Pa
         raise
     sync_folder(folder)
     return target
+
+
+def bring_back(output: Path) -> None:
+    """Give those their names back that a killed run had put aside and neither replaced nor begun to
+    delete. Before a run looks for what it can go on from.
+    """
+    for aside in (output / FOLDER).glob(f"{_ASIDE}step-*"):
+        target = aside.with_name(aside.name.removeprefix(_ASIDE))
+        is_whole = (aside / HASH_FILE).exists() and find_damage(aside) is None
+        if is_whole and not target.exists():
+            aside.rename(target)
 
 
 def prune(output: Path, retention: Retention) -> None:
@@ -288,7 +301,7 @@ def _folder_of(output: Path, step: int) -> Path:
 
 def _aside(folder: Path) -> Path:
     # a kill while it is deleted must not leave half of a checkpoint
-    doomed = folder.with_name(f".tmp-{folder.name}")
+    doomed = folder.with_name(f"{_ASIDE}{folder.name}")
     folder.rename(doomed)
     return doomed
 

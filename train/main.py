@@ -52,6 +52,7 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
         me = f"a run (process {os.getpid()} on {socket.gethostname()})"
         stack.enter_context(sole_writer(output, me))
         watch.clear(output)
+        checkpoint.bring_back(output)
     world = with_output(world, output / watch.FOLDER)
     status = stack.enter_context(Status(output, world, config.num_steps))
 
