@@ -155,6 +155,21 @@ def test_what_validation_has_found_outlives_a_part_of_the_run_without_it(
     assert ours.best_step == min(validations(output), key=lambda each: each.relative_loss).step
 
 
+def test_a_run_that_goes_back_to_an_older_checkpoint_takes_best_back_with_it(
+    validated_run: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    on = msgspec.structs.replace(OFF, every=1)
+    train_here(validated_run, tmp_path, num_steps=2, validation=on)
+    assert [record.best_step for record in validations(tmp_path)] == [0, 1, 2]
+    state = checkpoint.folder_of(tmp_path, 2) / checkpoint.STATE_FILE
+    state.write_bytes(state.read_bytes()[:-1])
+    train_here(validated_run, tmp_path, num_steps=1, validation=on)
+    best = tmp_path / BEST_FOLDER / files.DIFFUSERS_FILE
+    kept = checkpoint.folder_of(tmp_path, 1) / files.step_file(1, run=tmp_path.name)
+    assert best.read_bytes() == kept.read_bytes() and files.steps_of(best) == 1
+    assert "was of a later step, now it is of the best one so far, 1" in caplog.text
+
+
 @pytest.mark.parametrize(("poisoned", "whose"), [(0, "the base model's"), (1, "the run's")])
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_window(
     validated_run: TrainConfig,

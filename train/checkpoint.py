@@ -107,7 +107,7 @@ def save(output: Path, step: int, state: dict[str, Any], save_lora: Callable[[Pa
         files = sorted(path for path in temporary.iterdir())
         lines = [f"{file_xxh3(path)}  {path.name}\n" for path in files]
         write_atomic(temporary / HASH_FILE, "".join(lines).encode())
-        target = _folder_of(output, step)
+        target = folder_of(output, step)
         # the one before its validation: deleted when the new one is there
         before = _aside(target) if target.exists() else None
         os.replace(temporary, target)
@@ -295,7 +295,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _folder_of(output: Path, step: int) -> Path:
+def folder_of(output: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, if it is there."""
     return output / FOLDER / f"step-{step:08d}"
 
 

@@ -4,9 +4,12 @@ Both take minutes. So a checkpoint is written before them, and a signal that ask
 process at once: the run that goes on makes first what is missing of them.
 """
 
+import logging
 from contextlib import ExitStack
 from typing import Any
 
+from loader.files import write_atomic
+from train import checkpoint
 from train.lora import files as lora_files
 from train.open_sampler import open_sampler
 from train.parallel.mesh import from_main
@@ -18,6 +21,7 @@ from train.status import Status
 from train.validator import Validator, best_steps_in, open_validator
 from train.watch import Watch
 
+log = logging.getLogger(__name__)
 BEST_FOLDER = "best"
 
 
@@ -38,6 +42,30 @@ class Evaluation:
         self._found_before = resumed.validation
         if self._validator and resumed.validation:
             self._validator.load_state_dict(resumed.validation)
+        if self._run.world.is_main:
+            self._mend_best()
+
+    def _mend_best(self) -> None:
+        """Of a run that has gone back to an older checkpoint best/ may hold a later step's LoRA."""
+        output, expert = self._run.config.output_dir, self._run.config.model.expert
+        paths = [output / BEST_FOLDER / name for name in lora_files.result_files(expert)]
+        held = {lora_files.steps_of(path) for path in paths}
+        # older versions did not say which step it is
+        if not self.best_steps or None in held or held == {self.best_steps[0]}:
+            return
+        best = self.best_steps[0]
+        folder = checkpoint.folder_of(output, best)
+        names = [
+            lora_files.step_file(best, run="*", expert=expert, comfyui=comfyui)
+            for comfyui in (False, True)
+        ]
+        found = [sorted(folder.glob(name)) for name in names]
+        if not all(found):
+            log.warning("%s is of a later step than the best one so far, %d", paths[0], best)
+            return
+        for path, sources in zip(paths, found, strict=True):
+            write_atomic(path, sources[0].read_bytes())
+        log.warning("%s was of a later step, now it is of the best one so far, %d", paths[0], best)
 
     def validates(self, step: int) -> bool:
         """Whether the run is validated after `step` finished steps; before the first one it is."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -33,6 +34,18 @@ def step_file(step: int, *, run: str = "", expert: str | None = None, comfyui: b
     parts = [run, f"{expert}_noise" if expert else "", f"step-{step:08d}"]
     stem = "-".join(part for part in parts if part)
     return f"{stem}{'-comfyui' if comfyui else ''}.safetensors"
+
+
+def steps_of(path: Path) -> int | None:
+    """After how many steps a file of `save_both` or `save_step` was written; None where it does not
+    say so, or can't be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            training = msgspec.json.decode((file.metadata() or {})[TRAINING_KEY])
+        return int(training["step"])
+    except (OSError, SafetensorError, KeyError, msgspec.DecodeError):
+        return None
 
 
 def result_files(expert: str | None = None) -> tuple[str, str]:
