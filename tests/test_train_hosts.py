@@ -4,8 +4,11 @@ each of them the first one of its host.
 
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,13 +27,16 @@ from train import checkpoint
 from train.config import TrainConfig
 from train.lora import files
 from train.parallel.beats import StoreBeats
+from train.parallel.meeting import meet
 from train.records import read_status
 from train.sampling import SamplesConfig
 from train.validate import ValidationConfig
 from train.watch import WatchConfig
 
 
-def start_hosts(config: TrainConfig, outputs: list[Path]) -> list[Rank]:
+def start_hosts(
+    config: TrainConfig, outputs: list[Path], init_is_everywhere: bool = False
+) -> list[Rank]:
     """One process on each host; the first one's output is the run's."""
     group, processes = Group(len(outputs)), list[Rank]()
     for rank, output in enumerate(outputs):
@@ -38,7 +44,7 @@ def start_hosts(config: TrainConfig, outputs: list[Path]) -> list[Rank]:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "test.toml"
         own = msgspec.structs.replace(config, output=str(output))
-        if rank and own.lora.init:
+        if rank and own.lora.init and not init_is_everywhere:
             # a file of the first host
             own = msgspec.structs.replace(
                 own, lora=msgspec.structs.replace(own.lora, init=str(folder / "nowhere"))
@@ -81,7 +87,7 @@ def test_a_lora_to_start_from_and_samples_need_one_host_only(
     assert len(list(folder.glob("*.mp4"))) == 2
     # gone on from, they are there for all hosts, also for the one that does not see them
     made = folder.stat().st_mtime_ns
-    finish(start_hosts(config, [first, second]))
+    finish(start_hosts(config, [first, second], init_is_everywhere=True))
     assert folder.stat().st_mtime_ns == made
     assert not second.exists()
 
@@ -115,13 +121,14 @@ def test_what_is_written_to_the_store_is_read_by_others_until_the_store_is_gone(
     )
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
-    first, second = StoreBeats(), StoreBeats()
+    first, second = StoreBeats("one"), StoreBeats("one")
     assert second.read(0) is None
     first.write(0, b"\x00\xff")
+    # nobody waits until it is written; on the same connection what comes next comes after it
+    assert first.read(0) == b"\x00\xff"
     assert second.read(0) == b"\x00\xff"
     # of processes that torchrun has started again
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert StoreBeats().read(0) is None
+    assert StoreBeats("two").read(0) is None
     first.remove(0)
     assert second.read(0) is None
     del server
@@ -130,4 +137,28 @@ def test_what_is_written_to_the_store_is_read_by_others_until_the_store_is_gone(
     first.remove(0)
     monkeypatch.setattr("train.parallel.beats._TIMEOUT", timedelta(milliseconds=100))
     with pytest.raises(OSError, match=r"the store at 127.0.0.1 does not answer"):
-        StoreBeats()
+        StoreBeats("one")
+
+
+def test_processes_that_are_started_again_never_meet_those_that_are_gone() -> None:
+    """The store stays, and the hosts don't start at the same time."""
+    server = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
+
+    def come(rank: int) -> Any:
+        store = dist.TCPStore("127.0.0.1", server.port)  # type: ignore[attr-defined]
+        return meet(store, rank, 3)
+
+    for start in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            # the one that makes up the name comes last
+            others = [pool.submit(come, rank) for rank in (1, 2)]
+            time.sleep(0.1)
+            assert not any(each.done() for each in others)
+            stores = [pool.submit(come, 0).result(), *(each.result() for each in others)]
+        assert not any(store.check(["found"]) for store in stores)
+        stores[start].set("found", "")
+        # answered on the same connection: now it is there for all
+        assert stores[start].get("found") == b""
+        assert all(store.check(["found"]) for store in stores)

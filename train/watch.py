@@ -28,7 +28,7 @@ import msgspec
 from msgspec import Meta
 
 from loader.files import told
-from train.parallel.beats import Beats, FolderBeats, StoreBeats
+from train.parallel.beats import open_beats
 from train.parallel.mesh import World
 
 log = logging.getLogger(__name__)
@@ -114,8 +114,7 @@ class Watch:
             self._mine.is_busy = False
 
     def __enter__(self) -> Self:
-        is_shared = self._world.output_ranks is None
-        self._beats: Beats = FolderBeats(self._folder) if is_shared else StoreBeats()
+        self._beats = open_beats(self._world, self._folder)
         self._beat()
         self._thread.start()
         return self

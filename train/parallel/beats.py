@@ -57,9 +57,11 @@ class FolderBeats:
 
 
 class StoreBeats:
-    """Keys of the store that the process group has met in, by a connection of its own."""
+    """Keys of the store that the process group has met in, by a connection of its own. `start`
+    tells these processes from those that torchrun has started before: the store stays.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, start: str) -> None:
         """Raises OSError where the store does not answer."""
         with _store_errors():
             store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -68,10 +70,8 @@ class StoreBeats:
                 is_master=False,
                 timeout=_TIMEOUT,
             )
-        # the store stays when torchrun starts the processes again
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(  # type: ignore[attr-defined]
-            f"newsreel/alive/{attempt}", store
+            f"newsreel/alive/{start}", store
         )
 
     def write(self, rank: int, words: bytes) -> None:
@@ -88,6 +88,14 @@ class StoreBeats:
         # at the end of a run the store may have gone first
         with suppress(OSError), _store_errors():
             self._store.delete_key(str(rank))
+
+
+def open_beats(world: World, folder: Path) -> Beats:
+    """Files in `folder`, if all processes see it. On all processes together. Raises OSError."""
+    if world.output_ranks is None:
+        return FolderBeats(folder)
+    # no number of starts, which torchrun's agents of several hosts don't count alike
+    return StoreBeats(mesh.broadcast(uuid.uuid4().hex, world))
 
 
 class _store_errors:

@@ -24,6 +24,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
+from train.parallel.meeting import meet, open_store
+
 T = TypeVar("T")
 
 
@@ -101,7 +103,7 @@ def run_program(main: Callable[[], None]) -> None:
 def process_group(sequence: int = 1) -> Iterator[World]:
     """Join the group that torchrun describes (NCCL on GPUs, gloo on CPUs); alone without
     torchrun. Every `sequence` processes of a host train each sample together. Raises ValueError if
-    a node has more processes than GPUs, or `sequence` can't be had.
+    a node has more processes than GPUs, or `sequence` can't be had, and PeerLostError.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     _check_groups(sequence, size)
@@ -117,11 +119,17 @@ def process_group(sequence: int = 1) -> Iterator[World]:
     if size == 1:
         yield world
         return
-    if world.device.type == "cuda":
+    with peers():
+        store = meet(open_store(rank), rank, size)
         # gloo for the numbers on the CPU: they must not wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device)
-    else:
-        dist.init_process_group("gloo")
+        on_gpu = world.device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            device_id=world.device if on_gpu else None,
+        )
     if sequence > 1:
         world = world._replace(sequence_group=_sequence_group(world))
     yield world
