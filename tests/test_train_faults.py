@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,24 +195,26 @@ def test_a_broken_line_of_metrics_is_named_with_what_to_do(
     assert status is not None and "line 2" in status.reason
 
 
-@pytest.fixture
-def full_disk() -> Iterator[int]:
-    """No file may grow beyond so many bytes: a write to it fails as on a full disk."""
-    limits, handler = (
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-    )
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    yield 20_000
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: a write to it fails as on a full disk. Not as a
+    fixture, which would last until pytest has written of the test, perhaps to a file.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_ends_the_run_with_the_path_and_keeps_the_last_good_checkpoint(
-    run_config: TrainConfig, interrupted: Path, full_disk: int
+    run_config: TrainConfig, interrupted: Path
 ) -> None:
     good = checkpoint.latest(interrupted)
-    with pytest.raises(OSError, match=r"File too large: .*state.pt"):
+    with full_disk(20_000), pytest.raises(OSError, match=r"File too large: .*state.pt"):
         train_here(run_config, interrupted, optim=CONSTANT, num_steps=3)
     assert checkpoint.latest_intact(interrupted) == (good, [])
     assert not list((interrupted / checkpoint.FOLDER).glob(".tmp-*"))
@@ -219,19 +222,15 @@ def test_a_full_disk_ends_the_run_with_the_path_and_keeps_the_last_good_checkpoi
     assert status is not None and "File too large" in status.reason
 
 
-def test_a_full_disk_at_the_start_names_its_path(
-    run_config: TrainConfig, tmp_path: Path, full_disk: int
-) -> None:
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit))
-    with pytest.raises(OSError, match=r"File too large: .*config.toml"):
+def test_a_full_disk_at_the_start_names_its_path(run_config: TrainConfig, tmp_path: Path) -> None:
+    with full_disk(300), pytest.raises(OSError, match=r"File too large: .*config.toml"):
         train_here(run_config, tmp_path / "run", optim=CONSTANT, num_steps=1)
 
 
 def test_a_full_disk_while_the_lora_is_saved_names_its_path(
-    run_config: TrainConfig, interrupted: Path, full_disk: int
+    run_config: TrainConfig, interrupted: Path
 ) -> None:
-    with pytest.raises(OSError, match=r"File too large: .*lora.safetensors"):
+    with full_disk(20_000), pytest.raises(OSError, match=r"File too large: .*lora.safetensors"):
         # nothing is left to train
         train_here(run_config, interrupted, optim=CONSTANT, num_steps=2)
 
