@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ExecutorError) as error:
         print(f"shardgen: {error}", file=sys.stderr)
         return CANNOT
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
 
 
 @contextmanager
@@ -72,6 +74,8 @@ def _ending_at_once() -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
+        if "ray" in sys.modules:
+            raise KeyboardInterrupt  # processes of a cluster of our own would outlive this one
         os._exit(INTERRUPTED)
 
     # elsewhere than in the main thread no handler can be set; one that ignores Ctrl-C is nohup's

@@ -4,10 +4,12 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -125,6 +127,29 @@ def test_ctrl_c_waits_for_nothing_that_is_at_work(
         signal.signal(signal.SIGINT, before)
     assert in_time and in_time[0].result()
     assert "interrupted; what was finished stands" in capsys.readouterr().err
+
+
+def test_ctrl_c_shuts_a_ray_cluster_down(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[object] = []
+
+    def interrupted_build(_: object) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            events.append("shut down")
+        return 0
+
+    monkeypatch.setattr("shardgen.cli.run_build", interrupted_build)
+    monkeypatch.setattr(os, "_exit", events.append)
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        shardgen(["build", str(tiny_recipe)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert events == ["shut down", 130]
 
 
 def test_help_says_what_the_exit_codes_mean(capsys: pytest.CaptureFixture[str]) -> None:
