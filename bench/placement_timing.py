@@ -129,6 +129,7 @@ def rows_of(case: str, found: dict[str, list[Timing]], base: str) -> list[dict[s
                 "s": statistics.median(seconds),
                 "min_s": min(seconds),
                 "max_s": max(seconds),
+                "seconds": seconds,
                 "ratio": statistics.median(ratios),
                 "peak_gib": max(timing.peak_gib for timing in timings),
                 "loss": timings[-1].loss,

@@ -141,6 +141,7 @@ def row_of(bench: Subjects, found: list[Timing], model_flops: float, floor_s: fl
         "s": median_s,
         "min_s": min(seconds),
         "max_s": max(seconds),
+        "seconds": seconds,
         "tokens_per_s": bench.shape.batch * bench.shape.num_tokens / median_s,
         "model_tflops": model_flops / median_s / 1e12,
         "of_floor": median_s / floor_s,

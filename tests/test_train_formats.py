@@ -273,6 +273,9 @@ def test_a_file_that_can_not_be_used_says_why(tiny_checkpoint: Path, tmp_path: P
     (tmp_path / PEFT_CONFIG).write_text('{"lora_alpha": "4"}')
     with pytest.raises(LoRAError, match=r"adapter_config\.json: Expected `float"):
         read_lora(tmp_path)
+    (tmp_path / PEFT_CONFIG).write_text('{"lora_alpha": 4, "alpha_pattern": {"to_(q": 2}}')
+    with pytest.raises(LoRAError, match=r"alpha_pattern 'to_\(q' is no regular expression"):
+        read_lora(tmp_path)
     (tmp_path / PEFT_CONFIG).unlink()
     with pytest.raises(LoRAError, match=r"alpha stands in .*adapter_config\.json, and that can't"):
         read_lora(tmp_path)

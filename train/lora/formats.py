@@ -174,6 +174,14 @@ def _settings(path: Path, metadata: dict[str, str], is_peft: bool) -> AdapterSet
         settings = msgspec.convert(given, AdapterSettings)
     except msgspec.MsgspecError as error:
         raise LoRAError(f"{path}: can't be used, {where}: {error}; give another file") from error
+    for pattern in settings.alpha_pattern:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise LoRAError(
+                f"{path}: can't be used, {where}: alpha_pattern {pattern!r} is no regular "
+                f"expression ({error}); give another file"
+            ) from error
     if settings.use_dora:
         raise LoRAError(f"{path}: is a DoRA by {where}; give a plain LoRA")
     return settings
