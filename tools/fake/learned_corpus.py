@@ -60,8 +60,8 @@ class Clip(NamedTuple):
     frames: Frames
 
 
-def clips() -> Iterator[Clip]:
-    """All clips."""
+def clips(num_val_known: int = NUM_VAL_KNOWN) -> Iterator[Clip]:
+    """All clips. num_val_known: windows in val of each move of a subject that the base knows."""
     for subject in SENTENCES:
         if subject == FILM:
             continue
@@ -71,7 +71,7 @@ def clips() -> Iterator[Clip]:
             if wanted and not window.excluded:
                 of_caption[window.caption] += 1
                 yield Clip(subject, window.caption, "train", window.frames)
-        yield from _unseen(subject, NUM_VAL_HELD_OUT if subject == HELD_OUT else NUM_VAL_KNOWN)
+        yield from _unseen(subject, NUM_VAL_HELD_OUT if subject == HELD_OUT else num_val_known)
     # the film's nine frames are shown for as long as the photographs' twelve
     numbers = np.arange(NUM_FRAMES) * 9 // NUM_FRAMES
     for window in film_windows(film_frames(), FILM_STRIDE):
@@ -149,11 +149,11 @@ def write_mp4(path: Path, frames: Frames) -> None:
         container.mux(stream.encode(None))
 
 
-def write_learned_corpus(root: Path) -> dict[str, int]:
-    """Returns the number of clips in each split."""
+def write_learned_corpus(root: Path, num_val_known: int = NUM_VAL_KNOWN) -> dict[str, int]:
+    """Returns the number of clips in each split. num_val_known: as `clips` takes it."""
     numbers = {split: numbers_of(split) for split in ("train", "val")}
     written = dict.fromkeys(numbers, 0)
-    for clip in clips():
+    for clip in clips(num_val_known):
         number = next(numbers[clip.split])
         folder = root / "video" / f"batch_{number % 100:04d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,8 +170,16 @@ def main() -> None:
         description="Write labelled clips of the learned model's subjects."
     )
     parser.add_argument("folder", type=Path)
-    root = parser.parse_args().folder
-    written = write_learned_corpus(root)
+    parser.add_argument(
+        "--num-val-known",
+        type=int,
+        default=NUM_VAL_KNOWN,
+        metavar="N",
+        help="windows in val of each move of a subject that the base knows (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    root = arguments.folder
+    written = write_learned_corpus(root, arguments.num_val_known)
     print(f"{root}: {written['train']} clips to train on, {written['val']} in val")
 
 
