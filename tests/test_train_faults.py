@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from trainer_runs import NUM_STEPS, records, train_here
 
 from loader.files import FolderInUseError, sole_writer
-from train import checkpoint
+from loader.shape import Bucket
+from train import checkpoint, setup
 from train.checkpoint import CheckpointError
 from train.config import TrainConfig
 from train.lora import files
 from train.model.identity import weights_xxh3
 from train.optim import OptimConfig
+from train.parallel.mesh import World
 from train.records import METRICS_FILE, RecordError, read_status
 from train.sampling import SamplesConfig
 from train.tracking import WandbConfig
@@ -148,6 +150,15 @@ def test_what_a_run_can_not_start_from_is_told_before_the_model_is_loaded(
     init = msgspec.structs.replace(run_config.lora, init=str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="absent"):
         train_here(run_config, tmp_path / "new", optim=CONSTANT, num_steps=3, lora=init)
+
+
+def test_what_builds_a_run_and_does_not_go_on_minds_no_checkpoint(
+    run_config: TrainConfig, interrupted: Path
+) -> None:
+    """As tools.doctor, tools.profile_step and bench.learn do, with settings of their own."""
+    other = msgspec.structs.replace(run_config, output=str(interrupted), global_batch=1, seed=4)
+    run = setup.build(other, World(0, 1, torch.device("cpu")), [Bucket(96, 64, 9)])
+    assert run.config.seed == 4
 
 
 def test_a_checkpoint_of_an_older_version_is_gone_on_from(

@@ -59,6 +59,7 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
     # -- build and resume --------------------------------------------------------------------
     feed = stack.enter_context(setup.open_feed(config, world))
     config = in_steps(config, feed.num_batches_per_epoch)
+    setup.check_goes_on(config, world)
     run = setup.build(config, world, feed.buckets, feed_bytes=setup.feed_bytes(config, feed))
     evaluation = Evaluation(run, stack)
     resumed = run.resume(feed)

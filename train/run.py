@@ -58,7 +58,7 @@ class Resumed(NamedTuple):
     is_evaluated: bool
 
 
-def check_goes_on(
+def check_state(
     config: TrainConfig, newest: Path, state: dict[str, Any], base_weights: str
 ) -> None:
     """Can a run go on from the checkpoint `newest`, whose state this is? base_weights: of the model
@@ -132,7 +132,7 @@ class Run:
             return Resumed(num_done=0, validation=None, is_evaluated=False)
         # older versions had none, and a run without validation has none
         validation = state.get("validation")
-        check_goes_on(self.config, newest, state, self.base_weights)
+        check_state(self.config, newest, state, self.base_weights)
         num_done: int = state["step"]
         self.flat.vector.data.copy_(state["parameters"])
         self.adapters.refresh()

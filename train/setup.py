@@ -64,7 +64,7 @@ from train.placement.plan import (
 from train.placement.sharded import CardShares
 from train.placement.streamed import HostWeights
 from train.placement.weights import MovedWeights
-from train.run import Run, check_goes_on
+from train.run import Run, check_state
 from train.step import MicroStep
 from train.subjects import check_samples
 from train.tally import Tally
@@ -165,8 +165,8 @@ def build(
         wan = model.config
     lora.check_targets(config.lora.targets, config.lora.rank, on_gpu=device.type == "cuda")
     check_samples(config.samples, config.data, kind, laws_of(config, kind), wan.text_dim)
-    # the files are on the main process's host alone
-    mesh.from_main(partial(_check_start, config, wan, is_given=model is not None), world)
+    # the file is on the main process's host alone
+    mesh.from_main(partial(_check_init, config, wan), world)
 
     # -- attention kernels, timed while the card is empty ------------------------------------
     check_heads(world.sequence_size, wan.num_attention_heads)
@@ -275,21 +275,29 @@ def build(
     )
 
 
-def _check_start(config: TrainConfig, wan: WanConfig, is_given: bool) -> None:
-    """Can the run go on from its newest checkpoint, which no run of a model that is given does? Is
-    `lora.init`, where it starts from that, a LoRA for this model? Raises CheckpointError,
-    LoRAError, ValueError.
+def check_goes_on(config: TrainConfig, world: World) -> None:
+    """Is wandb there, and can the run go on from its newest checkpoint, if it has one? Before
+    minutes go into the model. Not in `build`, which others use for a part of a run. Raises
+    CheckpointError, ValueError.
     """
+    # the checkpoint is on the main process's host alone
+    mesh.from_main(partial(_check_goes_on, config), world)
+
+
+def _check_goes_on(config: TrainConfig) -> None:
     check_tracker(config.wandb)
-    if checkpoint.latest(config.output_dir) is None:
-        if config.lora.init:
-            wanted = wanted_of(wan, config.lora)
-            read_start(Path(config.lora.init), wanted, config.model.expert)
-    elif not is_given:
-        newest = checkpoint.latest_intact(config.output_dir).folder
-        assert newest is not None
+    newest = checkpoint.latest_intact(config.output_dir).folder
+    if newest is not None:
+        config = resolve(config, base_kind(config, None))
         base_weights = weights_xxh3(Path(config.model.path), transformer_folder(config))
-        check_goes_on(config, newest, checkpoint.read_state(newest), base_weights)
+        check_state(config, newest, checkpoint.read_state(newest), base_weights)
+
+
+def _check_init(config: TrainConfig, wan: WanConfig) -> None:
+    """Is `lora.init`, where the run starts from that, a LoRA for this model? Raises LoRAError."""
+    if config.lora.init and checkpoint.latest(config.output_dir) is None:
+        wanted = wanted_of(wan, config.lora)
+        read_start(Path(config.lora.init), wanted, config.model.expert)
 
 
 def _token_share(world: World, choice: Choice) -> TokenShare:

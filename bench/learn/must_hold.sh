@@ -6,6 +6,8 @@
 # bar is missed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+# as in tools/demo.sh: two threads beside other work trained thirty times slower
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python="${PYTHON:-.venv/bin/python}" config=configs/evaluate/learned.toml missed=0
 # the demo's val split has 65 real windows of the taught subject, and ten of a known one: too few for a verdict
 corpus=runs/must_hold/corpus shards=runs/must_hold/shards
