@@ -65,11 +65,18 @@ def sources(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Sou
 
 
 @pytest.fixture(scope="module")
-def client(sources: Sources) -> Iterator[TestClient]:
+def visitor(sources: Sources) -> Iterator[TestClient]:
     app = create_app(sources, with_index=False)
     app.state.dashboard.indexers["tiny"].update()
     with TestClient(app, base_url="http://127.0.0.1") as client:
         yield client
+
+
+@pytest.fixture
+def client(visitor: TestClient) -> TestClient:
+    """Who has chosen no language yet."""
+    visitor.cookies.clear()
+    return visitor
 
 
 PAGES = [

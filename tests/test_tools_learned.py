@@ -209,6 +209,22 @@ def test_a_bar_that_is_missed_is_told_and_one_without_enough_clips_is_not_held()
     assert few[1] == "fewer than 64 clips; the figure by itself meets the bar"
 
 
+@pytest.mark.parametrize(("distance", "holds"), [(1990.0, True), (2010.0, False)])
+def test_of_what_the_base_knows_a_lora_may_not_lose_much_and_need_not_be_better(
+    distance: float, holds: bool
+) -> None:
+    category = CATEGORIES["rocket"]
+    known = Result(
+        variants=[Variant(name) for name in ("real", "base", "lora")],
+        metrics=[
+            Metric("latent_frechet", "base", category, 1000.0, n=65),
+            Metric("latent_frechet", "lora", category, distance, n=65),
+        ],
+        comparisons=[Comparison("latent_frechet", "lora", verdict="worse")],
+    )
+    assert [each.holds for each in verdicts(known)] == [holds]
+
+
 def test_what_too_few_clips_leave_open_is_neither_held_nor_missed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

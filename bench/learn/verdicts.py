@@ -33,7 +33,10 @@ def verdicts(result: Result, lora: str = "lora") -> Iterator[Verdict]:
     candidates = [v.name for v in result.variants if v.name not in (REAL, BASE)]
     if lora in candidates:
         yield from _of_subjects(result, said, lora)
+    has_taught = any(metric.category == TAUGHT for metric in result.metrics)
     for name in candidates:
+        if name == lora and not has_taught:
+            continue  # it need not be better at what the base knows
         # of one subject alone there is no retrieval
         ours = {m: said[m, name, ""] for m in (DISTANCE, RETRIEVAL) if (m, name, "") in said}
         text = ", ".join(f"{metric} {verdict}" for metric, verdict in ours.items())
