@@ -170,7 +170,7 @@ def report(
             save(path, result)
 
     smallest = min((case.bucket for case in cases), key=model.kind.layout.num_tokens)
-    limits = {dtype: HALF_LIMIT} | {torch.float32: CHECK_LIMIT}
+    limits = {dtype: HALF_LIMIT, torch.float32: CHECK_LIMIT}
     for each, limit in limits.items():
         error = gradient_error(model, smallest, each, check_layers, world)
         assert error < limit, f"the gradient of {world.sequence_size} ranks is off by {error}"

@@ -285,6 +285,23 @@ def test_the_readmes_map_names_every_module() -> None:
     assert not missing, f"add a word for {sorted(missing)} to README's map"
 
 
+def test_a_packages_own_map_names_all_its_modules() -> None:
+    """Of packages below the top ones, and of train."""
+    inits = [path for path in _sources(*PYTHON_FOLDERS) if path.name == "__init__.py"]
+    missing = set[str]()
+    for init in inits:
+        folder = init.parent
+        if folder.parent == ROOT and folder.name != "train":
+            continue
+        words = set(re.findall(r"\w+", init.read_text(encoding="utf-8")))
+        modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+        # device code and launchers stand beside the kernel that the map names
+        for module in modules - words:
+            if re.sub(r"_(triton|launch)$", "", module) not in words:
+                missing.add(f"{folder.name}/{module}")
+    assert not missing, f"add a word for {sorted(missing)} to their __init__.py"
+
+
 def test_no_module_shadows_the_standard_library() -> None:
     """`torchrun train/main.py` and stray scripts put their own folder first on sys.path."""
     shadows = [path for path in _sources(*PYTHON_FOLDERS) if path.stem in sys.stdlib_module_names]

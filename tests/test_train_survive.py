@@ -114,7 +114,7 @@ def test_after_the_death_of_a_rank_nothing_is_saved(
     # as torchrun does it: whether or not the other one has noticed
     processes[1].communicate()
     processes[0].send_signal(signal.SIGTERM)
-    said = processes[0].communicate()[1]
+    said = processes[0].communicate(timeout=60)[1]
     assert processes[0].returncode == 1
     assert "another process of this run is gone" in said and "Traceback" not in said
     assert checkpoint.latest(tmp_path) is None
@@ -129,7 +129,7 @@ def test_a_rank_that_was_stopped_ends_the_run_and_is_named(
     stop = {1: signal.SIGSTOP}
     processes = signal_after(run_config, tmp_path, 2, stop, watch=watch, **LONG)
     try:
-        said = processes[0].communicate()[1]
+        said = processes[0].communicate(timeout=60)[1]
     finally:
         processes[1].send_signal(signal.SIGKILL)
     assert processes[0].returncode == 1

@@ -8,6 +8,7 @@ cache       the cache's size limit
 parallel    threads, shared out by host
 deinterlace interlaced frames through bwdif
 structure   whether a file is as long as it says
+tracks      which of a file's streams is the film
 containers  a video file opened: frames in display order, with their times
 colour      what a frame's colours mean
 geometry    where stored pixels go on a bucket's canvas

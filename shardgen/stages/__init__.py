@@ -15,4 +15,5 @@ On each arrow a clip may end: unreadable, skipped, rejected, unavailable, duplic
     probe    media decoded once, and the rules that need them
     plan     duplicates settled, windows cut, shards fixed for ever
     encode   planned shards to an executor, results into the catalog
+    verdict  from a rule's verdict to what the catalog records
 """
