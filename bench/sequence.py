@@ -2,14 +2,15 @@
 
     torchrun --nproc-per-node 2 -m bench.sequence [--sequence 2] [--json FILE]
     torchrun --nproc-per-node 4 -m bench.sequence --sequence 2      two samples at a time
-    ... --model t2v-a14b --shapes 832x480x49=block
+    ... --model t2v-a14b --shapes 832x480x49=block [--sides one,sequence]
 
 also with NCCL_P2P_DISABLE=1. The trainer's step with random weights of the real size; each shape
 comes with its activation_memory, the same on all sides (a budget in GiB is divided by the ranks).
-What each side took is printed, and stands in the JSON file, before the next one is built. First, in
-the same call, the flat gradient of all ranks together is compared with that of one rank,
-in float32 and at reduced depth. The bytes that a rank sends are counted and compared with what
-tools.plan says.
+Sides are measured in the order of --sides: one GPU, all of them on shared samples ("sequence") or
+on samples of their own ("data"). What each took is printed, and stands in the JSON file, before the
+next one is built. First, in the same call, the flat gradient of all ranks together is compared
+with that of one rank, in float32 and at reduced depth. The bytes that a rank sends are counted and
+compared with what tools.plan says.
 """
 
 import argparse
@@ -41,6 +42,8 @@ from train.parallel.sequence import check_heads, check_sequence
 CHECK_LIMIT = 1e-5
 # in half precision two orders of summing differ by more; a wrong exchange by about 1
 HALF_LIMIT = 0.05
+# one GPU comes twice, because clocks change
+SIDES = ("one", "sequence", "data", "one")
 
 
 def gradient_error(
@@ -88,56 +91,56 @@ def compare(
     dtype: torch.dtype,
     world: World,
     rounds: int,
+    sides: Sequence[str],
     note: Callable[[dict[str, Any]], None],
 ) -> None:
-    """One GPU, all of them on shared samples, all of them on samples of their own, and one GPU
-    again, because clocks change. note(found): called after each side, and at the end.
-    """
-    one: list[Measured] = []
-    sides: dict[str, Measured] = {}
+    """Each of `sides` in turn. note(found): called after each, and at the end."""
+    worlds = {"one": alone(world), "sequence": world, "data": data_parallel(world)}
+    measured: dict[str, list[Measured]] = {}
     found: dict[str, Any] = {"activation_memory": case.activation_memory, "sides": []}
-    for name, of in (
-        ("one", alone(world)),
-        ("sequence", world),
-        ("data parallel", data_parallel(world)),
-        ("one", alone(world)),
-    ):
+    for side in sides:
         # who does not take part waits; memory is given back between sides
-        if name != "one" or world.is_main:
-            measured = measure(model, case, dtype, of, rounds)
-            one += [measured] if name == "one" else []
-            sides[name] = measured
-            found["sides"].append({"side": name, **measured._asdict()})
+        if side != "one" or world.is_main:
+            this = measure(model, case, dtype, worlds[side], rounds)
+            measured.setdefault(side, []).append(this)
+            found["sides"].append({"side": side, **this._asdict()})
             note(found)
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
         mesh.barrier(world)
-    size, layout = world.sequence_size, model.kind.layout
-    shape = Shape(1, layout.num_tokens(case.bucket) // size, MAX_TEXT_TOKENS, num_parts=size)
-    predicted, together = predicted_bytes(model, case, dtype, shape), sides["sequence"]
-    found |= {
-        "sent_bytes": together.sent_bytes,
-        "predicted_bytes": predicted,
-        "exchange_bytes_a_second": exchange_rate(model, case.bucket, dtype, world),
-    }
-    if world.is_main:
-        one_s = statistics.median([s for each in one for s in each.step_s])
-        sequence_s = statistics.median(together.step_s)
-        ddp_s = statistics.median(sides["data parallel"].step_s)
+    if "sequence" in measured:
+        size, layout = world.sequence_size, model.kind.layout
+        shape = Shape(1, layout.num_tokens(case.bucket) // size, MAX_TEXT_TOKENS, num_parts=size)
         found |= {
-            "one_s": [statistics.median(each.step_s) for each in one],
-            "sequence_s": sequence_s,
-            "data_parallel_s": ddp_s,
-            "n": rounds,
-            "attention": {name: each.attention for name, each in sides.items()},
-            # of one sample on the cards of a group
-            "speed_of_a_sample": one_s / sequence_s,
-            "samples_a_second_of_one": world.data_size * one_s / sequence_s,
-            "data_parallel_of_one": world.size * one_s / ddp_s,
-            "activation_gib": {name: each.activation_bytes / 2**30 for name, each in sides.items()},
+            "sent_bytes": measured["sequence"][0].sent_bytes,
+            "predicted_bytes": predicted_bytes(model, case, dtype, shape),
+            "exchange_bytes_a_second": exchange_rate(model, case.bucket, dtype, world),
         }
+    if world.is_main:
+        found |= {"n": rounds} | speeds(measured, world)
     note(found)
+
+
+def speeds(measured: dict[str, list[Measured]], world: World) -> dict[str, Any]:
+    """Medians by side, and against one GPU where that was measured."""
+    step_s = {
+        side: statistics.median([s for each in all_of for s in each.step_s])
+        for side, all_of in measured.items()
+    }
+    found: dict[str, Any] = {
+        "step_s": step_s,
+        "activation_gib": {
+            side: all_of[0].activation_bytes / 2**30 for side, all_of in measured.items()
+        },
+    }
+    if "one" in step_s and "sequence" in step_s:
+        # of one sample on the cards of a group; of samples a second on all cards
+        found["speed_of_a_sample"] = step_s["one"] / step_s["sequence"]
+        found["samples_a_second_of_one"] = world.data_size * found["speed_of_a_sample"]
+    if "one" in step_s and "data" in step_s:
+        found["data_parallel_of_one"] = world.size * step_s["one"] / step_s["data"]
+    return found
 
 
 def report(
@@ -148,10 +151,13 @@ def report(
     *,
     rounds: int,
     check_layers: int,
+    check_bucket: Bucket | None = None,
+    sides: Sequence[str] = SIDES,
     path: Path | None = None,
 ) -> dict[str, Any]:
-    """The main process says what it finds as it goes, and writes it to `path`. Raises
-    AssertionError where the gradients differ, before anything is timed.
+    """The main process says what it finds as it goes, and writes it to `path`. check_bucket: where
+    gradients are compared, by default the smallest of `cases`. Raises AssertionError where they
+    differ, before anything is timed.
     """
     card = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     result: dict[str, Any] = {
@@ -169,14 +175,15 @@ def report(
             print(f"{name}: {json.dumps(found)}", flush=True)
             save(path, result)
 
-    smallest = min((case.bucket for case in cases), key=model.kind.layout.num_tokens)
+    checked = check_bucket or min((case.bucket for case in cases), key=model.kind.layout.num_tokens)
     limits = {dtype: HALF_LIMIT, torch.float32: CHECK_LIMIT}
     for each, limit in limits.items():
-        error = gradient_error(model, smallest, each, check_layers, world)
+        error = gradient_error(model, checked, each, check_layers, world)
         assert error < limit, f"the gradient of {world.sequence_size} ranks is off by {error}"
         note(result["gradient_error"], str(each), error)
     for case in cases:
-        compare(model, case, dtype, world, rounds, partial(note, result, str(case.bucket)))
+        note_case = partial(note, result, str(case.bucket))
+        compare(model, case, dtype, world, rounds, sides, note_case)
     return result
 
 
@@ -209,25 +216,33 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--check-layers", type=int, default=2)
+    parser.add_argument("--check-shape", help="the smallest shape if not given")
+    parser.add_argument("--sides", default=",".join(SIDES), help="in this order")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model = MODELS[arguments.model]
+    model, sides = MODELS[arguments.model], arguments.sides.split(",")
+    if unknown := {*sides} - {*SIDES}:
+        parser.error(f"--sides: unknown: {', '.join(unknown)}; there are {', '.join(SIDES[:3])}")
+    check_bucket = None
     try:
         cases = parse_cases(model, arguments.shapes, arguments.sequence)
+        if arguments.check_shape:
+            ((check_bucket, _),) = parse_cases(model, arguments.check_shape, arguments.sequence)
     except ValueError as error:
         parser.error(str(error))
     check_start("bench.sequence", arguments.json)
     with mesh.process_group(arguments.sequence) as world:
         if world.sequence_size < 2:
             raise SystemExit("--sequence 1 has nothing to compare with: use 2 or more")
-        rounds, check_layers = arguments.rounds, arguments.check_layers
         report(
             model,
             cases,
             torch.bfloat16,
             world,
-            rounds=rounds,
-            check_layers=check_layers,
+            rounds=arguments.rounds,
+            check_layers=arguments.check_layers,
+            check_bucket=check_bucket,
+            sides=sides,
             path=arguments.json,
         )
 

@@ -20,7 +20,7 @@ from train.parallel.config import ParallelConfig
 from train.parallel.mesh import World
 from train.run import Run
 
-NUM_WARMUP, NUM_EXCHANGES = 2, 20
+NUM_WARMUP, NUM_EXCHANGES = 1, 20
 
 
 class Case(NamedTuple):

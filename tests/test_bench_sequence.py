@@ -20,7 +20,7 @@ from train.parallel import mesh
 
 MEMORIES = ("all", "block", "0.00004GiB")
 # the second process has no part in what one does
-SIDES = (["one", "sequence", "data parallel", "one"], ["sequence", "data parallel"])
+SIDES = (["one", "sequence", "data", "one"], ["sequence", "data"])
 
 
 def rank(environment: dict[str, str], path: Path) -> None:
