@@ -20,7 +20,7 @@ from train.parallel.config import ParallelConfig
 from train.parallel.mesh import World
 from train.run import Run
 
-NUM_WARMUP, NUM_EXCHANGES = 1, 20
+NUM_WARMUP, NUM_EXCHANGES = 2, 20
 
 
 class Case(NamedTuple):
@@ -117,6 +117,8 @@ def measure(model: Model, case: Case, dtype: torch.dtype, world: World, rounds: 
     with counted() as exchanged:
         step()
     if device.type == "cuda":
+        # what is queued still would count as the first timed step's
+        torch.cuda.synchronize(device)
         activation_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
     step_s = []
     for _ in range(rounds):
