@@ -134,6 +134,7 @@ class Run:
             self.rounds,
             self.plan.chunk_frames,
         )
+        self.checks["compiled"] = self.result["compiled"]["ours_against_it"] <= TOLERANCE
 
     def run_text(self) -> None:
         self.result["text"] = {}

@@ -92,6 +92,9 @@ def sum_gradients(run: Run, model: Model, bucket: Bucket, seed: int) -> None:
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:
+    """Of `work` alone: what was queued before it is waited for first."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     begin_s = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -117,8 +120,6 @@ def measure(model: Model, case: Case, dtype: torch.dtype, world: World, rounds: 
     with counted() as exchanged:
         step()
     if device.type == "cuda":
-        # what is queued still would count as the first timed step's
-        torch.cuda.synchronize(device)
         activation_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
     step_s = []
     for _ in range(rounds):

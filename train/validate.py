@@ -7,7 +7,8 @@ A training loss is mostly the luck of its timesteps. Here nothing is drawn anew:
 task (text to video, or image to video), is noised at the same four levels with noise from
 (seed, key, level) drawn on the CPU, runs alone and without any dropout. So the value depends on
 weights and data alone, whatever the number of ranks, and the losses of two checkpoints differ
-window by window, which is what makes a small difference measurable.
+window by window, which is what makes a small difference measurable. (On a GPU it depends on the
+attention kernel too, in the sixth digit, and runs with model.attention = "auto" may choose others.)
 
 The headline is the mean over tasks and noise levels of loss / loss of the base model: each level
 weighs the same, though the loss at high noise is many times that at low noise.
