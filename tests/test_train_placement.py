@@ -25,6 +25,7 @@ from train.placement import streamed
 from train.placement import weights as placement_weights
 from train.placement.plan import card_bytes
 from train.placement.ring import Ring, next_place
+from train.placement.streamed import HostWeights
 from train.run import Run
 
 
@@ -134,6 +135,20 @@ def test_a_slot_that_is_overwritten_or_read_too_early_gives_other_bits(
     with monkeypatch.context() as patch:
         patch.setattr(placement_weights, "CopyStream", NeverWaits)
         assert not same(numbers(build()), expected)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_weight_that_is_not_finite_is_named_wherever_it_is(trains: bool) -> None:
+    run, name = build(resident_blocks=1), "blocks.4.attn2.q.weight"
+    assert run.weights is not None and isinstance(run.weights._source, HostWeights)
+    place, matrix = run.weights._matrices[name]
+    matrix.view(run.weights._source._flat[place])[0, 0] = torch.nan
+    sample = sample_of(run, 0)
+    # at the end of a pass forward the first blocks' slots hold the last blocks' weights
+    with torch.set_grad_enabled(trains):
+        run.micro_step.forward(sample) if trains else run.micro_step.losses(sample)
+    found = run.find_non_finite(sample)
+    assert found == f"the weight {name} (float32) is not finite: check model.path"
 
 
 def fills(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[int]:

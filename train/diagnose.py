@@ -11,20 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from train.lora.adapters import LoRA
+from train.model.wan import Wan
 from train.optim import FlatParameters
+from train.placement.weights import MovedWeights
 from train.step import Inputs, MicroStep
 
 
 def find_non_finite(
-    inputs: Inputs, model: nn.Module, adapters: LoRA, flat: FlatParameters, micro_step: MicroStep
+    inputs: Inputs,
+    model: Wan,
+    adapters: LoRA,
+    flat: FlatParameters,
+    micro_step: MicroStep,
+    weights: MovedWeights | None = None,
 ) -> str | None:
     """What is not finite first, in the order in which a step computes it, or None: a batch, a
-    weight, the output of a module, the loss, a gradient. Overwrites the gradient.
+    weight, the output of a module, the loss, a gradient. Overwrites the gradient. weights: those
+    of the model that are not on the card, if it has such.
     """
     for name, value in inputs._asdict().items():
         if not _is_finite(value):
             return f"the batch's {name} holds NaN or infinity: run `shardgen verify` on the dataset"
-    for name, parameter in model.named_parameters():
+    # a slot of the ring has the weights of one block after another
+    parameters = weights.all_parameters(model) if weights else model.named_parameters()
+    for name, parameter in parameters:
         if not _is_finite(parameter):
             return f"the weight {name} ({_dtype(parameter)}) is not finite: check model.path"
     found = _find_output(inputs, model, micro_step)

@@ -302,7 +302,9 @@ class Run:
         """What is not finite first of what is computed from these; overwrites the gradient."""
         if self.weights is not None and self.weights.couples:
             return 'not looked for: with model.placement = "sharded" no process can pass alone'
-        return find_non_finite(inputs, self.model, self.adapters, self.flat, self.micro_step)
+        return find_non_finite(
+            inputs, self.model, self.adapters, self.flat, self.micro_step, self.weights
+        )
 
     def uneven(self) -> AbstractContextManager[None]:
         """Around forward passes without gradients of which ranks make different numbers, and

@@ -76,7 +76,7 @@ class MovedWeights:
     ):
         self.blocks, self._source = tuple(blocks), source
         size = max(source.slot_elements(place) for place in range(len(blocks)))
-        # zeros: what looks for NaN in the weights may come before the first pass
+        # zeros: the padding of rows is kept and copied with them
         slots = [
             torch.zeros(size, device=device, dtype=dtype)
             for _ in range(min(NUM_SLOTS, len(blocks)))
@@ -141,6 +141,17 @@ class MovedWeights:
             path, _, last = name.rpartition(".")
             moved = nn.Parameter(self.parameter(name), requires_grad=False)
             setattr(model.get_submodule(path), last, moved)
+
+    def all_parameters(self, model: Wan) -> Iterator[tuple[str, Tensor]]:
+        """The model's parameters by name, the moved ones while their slot holds them: a view of it
+        is right until the next one is asked for. After `start`.
+        """
+        for name, parameter in model.named_parameters():
+            if name in self._matrices:
+                place, _ = self._matrices[name]
+                with torch.no_grad():
+                    self._bring(place)
+            yield name, parameter
 
     # -- for each pass ------------------------------------------------------------------------
 
