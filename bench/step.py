@@ -43,6 +43,7 @@ from bench.our_step import ADAPTERS, MODELS, Adapters
 from bench.results import check_start, save
 from bench.step_check import Checks
 from bench.step_timing import (
+    CAP_GIB,
     DEFAULT_SUBJECTS,
     GRAPH_TOKENS,
     PROFILES,
@@ -50,12 +51,16 @@ from bench.step_timing import (
     Subjects,
     Timing,
 )
+from loader.shape import Bucket
 from tools.budget import CONTEXT_BYTES, GIB, budget
+from tools.cards import CARDS
 from tools.counts import step_of
 from tools.fake.step import random_batch
 from tools.table import table
 from train.activations.plan import ShapePlan, describe
+from train.config import TrainConfig
 from train.model.attention import describe as describe_kernels
+from train.model.wan import WanConfig
 
 # name -> (of ADAPTERS, whether image-to-video)
 CASES = {"t2v": ("r16", False), "i2v": ("r16", True), "r32": ("r32", False)}
@@ -193,15 +198,24 @@ def rows_table(rows: list[Row]) -> str:
     return table(header, cells, align="<<>>>>>>>>")
 
 
-def planned(bench: Subjects) -> str:
-    """What tools.plan says of our step on this card, to be held against the rows."""
-    card_name = torch.cuda.get_device_name(bench.device)
-    found = budget(bench.run.config, bench.config, {bench.bucket: 1.0}, num_gpus=1)
-    for one in found.cards:
+def planned(
+    config: TrainConfig, wan: WanConfig, bucket: Bucket, card_name: str, kernel: str, capped: bool
+) -> str:
+    """What tools.plan says of our step on this card, to be held against the rows. kernel: of
+    self-attention, as it was chosen here. capped: on a card that has CAP_GIB alone.
+    """
+    model = msgspec.structs.replace(config.model, attention=kernel)
+    config = msgspec.structs.replace(config, model=model)
+    cards = [card._replace(memory_gib=CAP_GIB) if capped else card for card in CARDS]
+    for one in budget(config, wan, {bucket: 1.0}, num_gpus=1, cards=cards).cards:
         if one.card.name.split("-")[0] in card_name and one.step_s is not None:
             peak_gib = (one.num_bytes - CONTEXT_BYTES) / GIB
-            return f"planned for {one.card.name}: {one.step_s.slow:.4f} s, {peak_gib:.1f} GiB"
-    return f"planned: no rates for {card_name}"
+            cap = f", {CAP_GIB} GiB of it" if capped else ""
+            return (
+                f"planned for {one.card.name}{cap}, {kernel} attention: {one.step_s.slow:.4f} s, "
+                f"{peak_gib:.1f} GiB"
+            )
+    return f"planned: no rates for {card_name} with {kernel} attention"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -291,7 +305,16 @@ def main() -> None:
             f"{bench.resident['ours'] / GIB:.2f} GiB",
             flush=True,
         )
-        print(planned(bench), flush=True)
+        num_tokens = bench.shape.num_tokens
+        plan = planned(
+            bench.run.config,
+            bench.config,
+            bench.bucket,
+            torch.cuda.get_device_name(bench.device),
+            bench.run.kernels.kernel_for(num_tokens, num_tokens),
+            bench.profile.capped,
+        )
+        print(plan, flush=True)
         for case in arguments.cases:
             if CASES[case][0] == adapters:
                 done, deadline_s = result["rows"], begin_s + arguments.budget_s

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bench.our_step import ADAPTERS, MODELS, add_gradients, our_config, our_run
+from bench.step import planned
 from loader.shape import Bucket
 from tools.fake.step import random_batch, random_transformer
 
@@ -32,3 +33,29 @@ def test_a_step_of_each_model_runs_with_its_own_inputs(name: str) -> None:
     batch = random_batch(BUCKET, CPU, is_i2v=[is_i2v], text_dim=16, kind=model.kind)
     loss = add_gradients(run, [batch])
     assert loss.isfinite() and run.flat.gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("placement", "capped", "kernel", "expected"),
+    [
+        # measured on 2026-11-28 under a cap of 32 GiB: 4.4555 s, 28.6 GiB
+        ("auto", True, "cudnn", "planned for H200, 32 GiB of it, cudnn attention: 4.51"),
+        ("resident", False, "flash4", "planned for H200, flash4 attention: 3.72"),
+        ("auto", False, "math", "planned: no rates for NVIDIA H200 with math attention"),
+    ],
+)
+def test_the_plan_beside_the_rows_is_of_the_same_kernel_and_memory(
+    placement: str, capped: bool, kernel: str, expected: str
+) -> None:
+    wan, kind = MODELS["t2v-a14b"]
+    config = our_config(
+        ADAPTERS["r16"],
+        torch.bfloat16,
+        "auto",
+        kind=kind,
+        placement=placement,
+        activation_memory="auto",
+        activation_offload=True,
+    )
+    found = planned(config, wan, kind.layout.parse("832x480x49"), "NVIDIA H200", kernel, capped)
+    assert found.startswith(expected)

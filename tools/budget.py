@@ -78,7 +78,11 @@ class Budget(NamedTuple):
 
 
 def budget(
-    config: TrainConfig, wan: WanConfig, shares: dict[Bucket, float], num_gpus: int
+    config: TrainConfig,
+    wan: WanConfig,
+    shares: dict[Bucket, float],
+    num_gpus: int,
+    cards: Sequence[Card] = CARDS,
 ) -> Budget:
     """What `config` takes on `num_gpus` of each card; `shares`: how often each shape comes. Raises
     ValueError where the trainer would refuse the batch.
@@ -95,12 +99,12 @@ def budget(
     num_groups = num_gpus // sequence
     shapes = micro_shapes(config, num_groups, shares, layout_of(wan))
     resident = resident_parts(config, wan)
-    cards = [
+    on_cards = [
         _on_card(card, kernels, config, wan, shares, shapes, sum(resident.values()), num_groups)
-        for card in CARDS
+        for card in cards
         for kernels in kernels_on(card, config, wan, list(shapes.values()))
     ]
-    return Budget(resident, cards)
+    return Budget(resident, on_cards)
 
 
 def _on_card(
