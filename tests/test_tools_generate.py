@@ -163,6 +163,7 @@ def test_contact_sheet_has_base_above_lora() -> None:
         ("--shift", "nan", "--shift nan: give a number above 0"),
         ("--guidance", "nan", "--guidance nan: give a number from 0 on"),
         ("--guidance", "inf", "--guidance inf: give a number from 0 on"),
+        ("--guidance-low", "3", "--guidance-low 3: Wan2.2-TI2V-5B is one transformer"),
         ("--prompt", "한 " * 600, r"prompt 1 has \d+ tokens, the model takes 512"),
         ("--negative-prompt", "한 " * 600, r"prompt 2 has \d+ tokens, the model takes 512"),
     ],

@@ -237,6 +237,11 @@ def options_of(arguments: argparse.Namespace, kind: ModelKind) -> Options:
     if arguments.image is not None and kind.i2v_share == 0.0:
         raise ValueError(f"{kind.name} does text to video alone: leave --image out")
     has_experts = kind.boundary is not None
+    if arguments.guidance_low is not None and not has_experts:
+        raise ValueError(
+            f"--guidance-low {arguments.guidance_low:g}: {kind.name} is one transformer, which "
+            f"takes --guidance; leave it out"
+        )
     num_steps = (40 if has_experts else 50) if arguments.steps is None else arguments.steps
     if num_steps < 1:
         raise ValueError(f"--steps {num_steps}: give at least 1")
