@@ -55,6 +55,18 @@ def test_first_latent_frame_is_bit_equal_to_the_encoding_of_frame_0(pair: Pair) 
     assert torch.equal(encoder.encode(video_BCTHW)[:, :, :1], encoder.encode(video_BCTHW[:, :, :1]))
 
 
+def test_a_first_frame_with_grey_after_it_has_the_clips_latent_frame_0_and_diffusers_others(
+    pair: Pair,
+) -> None:
+    """What I2V-A14B is given, bit for bit in float32."""
+    reference, encoder = pair
+    video_BCTHW = torch.rand((1, 3, 13, 32, 64), generator=torch.Generator().manual_seed(5)) * 2 - 1
+    given = encoder.encode(video_BCTHW[:, :, :1], chunk_frames=8, num_grey_frames=12)
+    assert torch.equal(given[:, :, 0], encoder.encode(video_BCTHW)[:, :, 0])
+    video_BCTHW[:, :, 1:] = 0
+    assert (given - reference_latent(reference, video_BCTHW)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("chunk_frames", [4, 8, 64])
 def test_chunk_size_does_not_change_the_latent(pair: Pair, chunk_frames: int) -> None:
     _, encoder = pair
