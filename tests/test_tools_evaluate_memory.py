@@ -20,7 +20,6 @@ from loader.mp4 import encode_mp4
 from tools.evaluate.clips import (
     BASE,
     CATEGORIES_FILE,
-    FPS,
     REAL,
     REFERENCE_FILE,
     Kept,
@@ -78,7 +77,7 @@ def write_evaluation(
     chosen = EvaluationSet(prompts, num_seeds, 0, 2, 5.0, 5.0, "float32", [], hash="of the test")
     write_set(config.folder, chosen)
     frames = [random.integers(0, 256, (16, *size_px, 3), dtype=np.uint8) for _ in range(8)]
-    mp4s = [encode_mp4(each, FPS) for each in frames]
+    mp4s = [encode_mp4(each, 24.0) for each in frames]
     for name in (REAL, BASE, "lora"):
         write_variant(config.folder, Variant(name))
         for number, clip in enumerate(clips_of(chosen, name)):

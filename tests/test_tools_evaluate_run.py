@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import msgspec
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from loader.config import dump_toml, load_toml
 from loader.feed_config import FeedConfig
+from loader.shape import WAN21
 from loader.walk import Walk
 from tools.applied import NotAppliedError
 from tools.evaluate.__main__ import config_of_run
@@ -94,6 +96,24 @@ def test_every_clip_is_there_and_names_stay_inside_the_folder(
     for name in ("/etc/passwd", "../x.png"):
         with pytest.raises(ValueError, match="inside its folder"):
             write_result(config.folder, msgspec.structs.replace(result, pictures=[name]))
+
+
+def test_clips_run_at_the_models_own_frame_rate(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    write_synthetic_dataset(tmp_path / "data", {"64x64x5": 1}, split="val", layout=WAN21)
+    config = EvaluateConfig(
+        output=str(tmp_path / "evaluation"),
+        model=str(tiny_model("wan2.1-t2v")),
+        datasets=[str(tmp_path / "data")],
+        set=SetConfig(num_prompts=1, num_seeds=1, num_decoded=1),
+        sampling=SamplingConfig(num_steps=1, guidance=1.0, dtype="float32"),
+    )
+    generate(config, WORLD)
+    for variant in ("real", "base"):
+        (path,) = (config.folder / variant).glob("*.mp4")
+        with av.open(path) as clip:
+            assert clip.streams.video[0].average_rate == 16
 
 
 def test_all_variants_have_the_same_noise_and_the_lora_is_in_effect(config: EvaluateConfig) -> None:

@@ -28,7 +28,6 @@ from tools.evaluate.result import Variant
 REAL, BASE = "real", "base"
 VARIANT_FILE, SCORES = "variant.json", "scores"
 REFERENCE_FILE, CATEGORIES_FILE = "reference.features.npy", "reference.categories.json"
-FPS = 24.0
 Frames = np.ndarray[Any, Any]  # uint8 RGB [F, H, W, 3]
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from loader.feed_config import FeedConfig
 from loader.files import write_atomic
+from loader.models import read_kind
 from loader.mp4 import encode_mp4
 from loader.sample import JPG, MP4
 from loader.walk import Walk
@@ -27,7 +28,6 @@ from tools.applied import NotAppliedError
 from tools.evaluate.clips import (
     BASE,
     CATEGORIES_FILE,
-    FPS,
     REAL,
     REFERENCE_FILE,
     VARIANT_FILE,
@@ -95,9 +95,9 @@ def _write_real(
             members = windows.members(clip.prompt.key, (MP4, JPG))
             frames, kept = real_frames(decoded, members)
             write_atomic(config.folder / clip.kept, msgspec.json.encode(kept))
-            _save(config.folder, clip, latent_CThw, frames)
+            _save(config, clip, latent_CThw, frames)
         else:
-            _save(config.folder, clip, latent_CThw, None)
+            _save(config, clip, latent_CThw, None)
     if world.is_main:
         features_path, categories_path = (
             config.folder / name for name in (REFERENCE_FILE, CATEGORIES_FILE)
@@ -175,7 +175,7 @@ def _write_variant(
     for clip in _progress(missing, name, world):
         latent_CThw = _denoised(chosen, windows, model, attention, clip)
         frames = decoder.decode(latent_CThw) if clip.prompt.decoded else None
-        _save(config.folder, clip, latent_CThw, frames)
+        _save(config, clip, latent_CThw, frames)
 
 
 def attach_file(model: Wan, path: Path | None, num_tensors: int) -> None:
@@ -245,7 +245,7 @@ def _denoised(
     )
 
 
-def _save(folder: Path, clip: Clip, latent_CThw: Tensor, frames: Frames | None) -> None:
+def _save(config: EvaluateConfig, clip: Clip, latent_CThw: Tensor, frames: Frames | None) -> None:
     """The latent last: it stands for the whole clip. Raises ValueError for NaN."""
     if not bool(torch.isfinite(latent_CThw).all()):
         raise ValueError(
@@ -253,8 +253,9 @@ def _save(folder: Path, clip: Clip, latent_CThw: Tensor, frames: Frames | None) 
             f'try sampling.dtype = "bfloat16" or "float32"'
         )
     if frames is not None:
-        write_atomic(folder / clip.mp4, encode_mp4(frames, FPS))
-    write_npy(folder / clip.latent, latent_CThw.half().cpu().numpy())
+        fps = read_kind(Path(config.model)).fps
+        write_atomic(config.folder / clip.mp4, encode_mp4(frames, fps))
+    write_npy(config.folder / clip.latent, latent_CThw.half().cpu().numpy())
 
 
 def _missing(folder: Path, clips: Sequence[Clip]) -> list[Clip]:
