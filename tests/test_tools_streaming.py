@@ -6,12 +6,13 @@ import pytest
 from loader.feed_config import FeedConfig
 from loader.shape import WAN21, Bucket
 from tools import budget, plan
+from tools.cards import CARDS
 from tools.evaluation import sampled_steps
 from tools.streaming import Moved, hidden_from_tokens, with_copies
 from train.config import TrainConfig
 from train.lora.config import LoRAConfig
 from train.model.config import ModelConfig
-from train.model.wan import T2V_A14B
+from train.model.wan import T2V_A14B, TI2V_5B
 
 CLIP, IMAGE = Bucket(832, 480, 49), Bucket(832, 480, 1)
 
@@ -55,6 +56,25 @@ def test_a_card_of_32_gib_trains_a14b_with_its_weights_in_the_hosts_memory() -> 
     assert streamed.step_s.fast == pytest.approx(4 * compute_s)
     assert streamed.step_s.fast < resident.step_s.fast
     assert streamed.plans[CLIP].saved != resident.plans[CLIP].saved
+
+
+@pytest.mark.parametrize("memory_gib", [12, 16])
+def test_ti2v_5b_trains_on_a_small_card_with_its_weights_in_the_hosts_memory(
+    memory_gib: int,
+) -> None:
+    small = CARDS[0]._replace(memory_gib=memory_gib)
+
+    def on_small(placement: str) -> budget.CardBudget:
+        raw = {"output": "o", "num_steps": 1, "global_batch": 1, "data": {"datasets": [""]}}
+        raw |= {"activation_memory": "auto", "activation_offload": True}
+        config = msgspec.convert(raw | {"model": {"path": "", "placement": placement}}, TrainConfig)
+        bucket = Bucket(1280, 704, 49)
+        return budget.budget(config, TI2V_5B, {bucket: 1.0}, num_gpus=1, cards=[small]).cards[0]
+
+    auto = on_small("auto")
+    assert auto.fits and auto.moved.num_blocks == 30
+    assert auto.moved.host_bytes / budget.GIB == pytest.approx(9.2, abs=0.1)
+    assert on_small("resident").fits == (memory_gib == 16)
 
 
 def test_images_are_too_short_to_hide_the_copies_and_several_at_a_time_are_not() -> None:
