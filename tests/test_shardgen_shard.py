@@ -2,6 +2,7 @@
 never by chance.
 """
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,11 @@ from loader.sample import (
 from loader.shape import WAN22, Bucket
 from loader.vae.encoder import load_vae_encoder
 from shardgen.catalog.rows import LostWindow
+from shardgen.encode import shard
 from shardgen.encode.decoding import EncodeError
+from shardgen.encode.encoders import Encoders, load_encoders
 from shardgen.encode.shard import encode_shard
+from shardgen.encode.unit import EncodeSpec
 from shardgen.encode.worker import encode_unit
 from shardgen.media.decode import decode_window
 
@@ -98,6 +102,26 @@ def test_bytes_follow_the_plan_alone(
             encode_shard(job_for(windows[:2], clips, number=7), spec)
         infos.append(encode_shard(job_for(windows, clips), spec, decode_threads=threads).info)
     assert infos[0] == infos[1]
+
+
+def test_the_time_on_a_shard_is_without_the_start_of_the_models(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    clips: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the first shard of every worker counts the reading of gigabytes as an idle device."""
+
+    def slow_start(spec: EncodeSpec) -> Encoders:
+        time.sleep(0.5)
+        return load_encoders(spec)
+
+    monkeypatch.setattr(shard, "load_encoders", slow_start)
+    windows = [window(next(iter(clips)), "100", 0)]
+    begin_s = time.perf_counter()
+    times = encode_shard(job_for(windows, clips), spec_for(tiny_checkpoint, tmp_path)).times
+    assert times.wall_s <= time.perf_counter() - begin_s - 0.5
+    assert 0 < times.vae_s + times.text_s < times.wall_s
 
 
 def test_a_window_that_its_medium_cannot_give_is_left_out_by_name(

@@ -17,6 +17,7 @@ copy DIR with links followed (`cp -rL`, `rsync -L`).
 
 import argparse
 import os
+import sys
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ from loader.sample import (
     sample_key,
 )
 from loader.shape import WAN22, Bucket, LatentLayout
-from shardgen.encode.text import TextEncoder
+from shardgen.encode.text import EncodedText, TextEncoder
 from shardgen.encode.write import write_shard
 from shardgen.rules.prompt import prompt_clean
 from tools.device import add_device
@@ -233,9 +234,7 @@ def write_index(
     }
     manifest = make_manifest(recipe, {split: shards}, layout=layout)
     if shards:
-        write_atomic(
-            output / EMPTY_PROMPT_FILE, encode_tensor(encoder.encode([""], 1).texts[""].rows)
-        )
+        write_atomic(output / EMPTY_PROMPT_FILE, encode_tensor(_encode([""], encoder)[""].rows))
         write_atomic(output / MANIFEST_FILE, encode_manifest(manifest))
     return manifest, refused
 
@@ -245,11 +244,30 @@ def _with_text(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     for start in range(0, len(samples), 64):  # a shard's texts together may fill the memory
         some = samples[start : start + 64]
-        texts = encoder.encode([found.meta.prompt for found in some], 16).texts
+        texts = _encode([found.meta.prompt for found in some], encoder)
         for found in some:
             rows = texts[found.meta.prompt].rows
             meta = msgspec.structs.replace(found.meta, text=TensorInfo("float16", rows.shape))
             yield meta.key, {JSON: encode_meta(meta), TEXT: encode_tensor(rows)}
+
+
+def _encode(prompts: Sequence[str], encoder: TextEncoder) -> dict[str, EncodedText]:
+    """Those on which float16 saturates in float32, which is said."""
+    texts, saturated = encoder.encode(prompts, 16)
+    if saturated:
+        print(
+            f"tools.index: float16 overflows on {len(saturated)} prompts, which are encoded in "
+            f"float32: {saturated[0][:80]!r}, ...",
+            file=sys.stderr,
+        )
+        # a card may hold one of the two
+        exact, place = encoder.in_float32(), encoder.model.device
+        encoder.model.to("cpu")
+        exact.model.to(place)
+        texts |= exact.encode(saturated, 16).texts
+        exact.model.to("cpu")
+        encoder.model.to(place)
+    return texts
 
 
 def main() -> None:

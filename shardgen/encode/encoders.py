@@ -60,7 +60,6 @@ class Encoders:
         transformers.utils.logging.disable_progress_bar()
         self.vae = load_vae_encoder(Path(spec.model), "cpu", self.dtype)
         self.text = TextEncoder(Path(spec.model), self.device, self.dtype)
-        self._exact_text: TextEncoder | None = None
         if self.device.type == "cuda":
             self._check_vae()
 
@@ -172,12 +171,10 @@ class Encoders:
         with self.on_device(self.text.model):
             texts, saturated = self.text.encode(prompts, batch_size)
         if saturated:
-            # Read from disk on demand and kept from then on: the float16 weights are rounded.
-            if self._exact_text is None:
-                self._exact_text = TextEncoder(Path(self.spec.model), self.device, torch.float32)
-            with self.on_device(self._exact_text.model):
-                exact = self._exact_text.encode(saturated, batch_size).texts
-            texts |= {prompt: text._replace(in_float32=True) for prompt, text in exact.items()}
+            exact = self.text.in_float32()
+            with self.on_device(exact.model):
+                others = exact.encode(saturated, batch_size).texts
+            texts |= {prompt: text._replace(in_float32=True) for prompt, text in others.items()}
         return texts
 
 

@@ -105,8 +105,9 @@ def encode_shard(
 
     Raises EncodeError, DeviceError, TextError, VAEError or OSError; then nothing is in place.
     """
-    begin_s = time.perf_counter()
     plan, encoders = job.plan, load_encoders(spec)
+    # of the shard, not of the first one's wait for the models
+    begin_s = time.perf_counter()
     bucket = Bucket.parse(plan.bucket)
     lost: list[LostWindow] = []
     flags: list[WindowFlag] = []

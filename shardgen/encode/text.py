@@ -93,22 +93,31 @@ class TextEncoder:
                     f"{model_dir / name}: no such folder; the model must be in diffusers layout, "
                     f"as Wan-AI/Wan2.2-TI2V-5B-Diffusers is"
                 )
-        self.device = torch.device(device)
+        self.device, self._model_dir = torch.device(device), model_dir
+        self._exact: TextEncoder | None = None
         self.tokenizer = AutoTokenizer.from_pretrained(
             model_dir / "tokenizer", local_files_only=True
         )
-        # transformers keeps the second feed-forward matrix in float32 whatever is asked: float16
-        # would overflow there
+        # of a float16 model transformers keeps the second feed-forward matrix in float32: it would
+        # overflow there
         self.model = UMT5EncoderModel.from_pretrained(
             model_dir / "text_encoder", dtype=dtype, local_files_only=True
         )
         self.model.eval().requires_grad_(False)
         self._watch = SaturationWatch(self.model) if dtype == torch.float16 else None
 
+    def in_float32(self) -> "TextEncoder":
+        """The same model for prompts on which this one saturates: read from disk on demand, because
+        float16 weights are rounded, and kept from then on. It waits on the CPU too.
+        """
+        if self._exact is None:
+            self._exact = TextEncoder(self._model_dir, self.device, torch.float32)
+        return self._exact
+
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], batch_size: int) -> Encoded:
-        """Encode each different prompt once. Raises TextError where the result is not finite
-        though no layer of the model has saturated.
+        """Encode each different prompt once. Raises TextError where a result leaves the range of
+        float16, which shards hold, though no layer of the model has saturated.
         """
         # Uncut, to know what truncation takes and to put prompts of equal length together.
         whole = {prompt: self.tokenizer(prompt).input_ids for prompt in dict.fromkeys(prompts)}
@@ -137,8 +146,9 @@ class TextEncoder:
                 num_tokens = int(mask_S.sum())
                 if not np.isfinite(rows_SD[:num_tokens]).all():
                     raise TextError(
-                        f"the text encoder overflowed on the prompt {prompt[:80]!r}; set "
-                        f'encode.dtype = "bfloat16", or leave the prompt\'s label out'
+                        f"the text of the prompt {prompt[:80]!r} is not finite in float16, in "
+                        f"which shards hold it, whatever encode.dtype is: leave the prompt's label "
+                        f"out, or download the model again if this is so of every prompt"
                     )
                 encoded.texts[prompt] = EncodedText(
                     rows_SD[:num_tokens].copy(), len(whole[prompt]) > num_tokens

@@ -50,7 +50,7 @@ class ShardTimes(msgspec.Struct, frozen=True, kw_only=True):
     parts overlap.
     """
 
-    wall_s: float
+    wall_s: float  # without the start of the models
     waiting_s: float  # for decoded frames, with nothing else to do
     vae_s: float  # of the device; on a CPU, of the worker
     text_s: float
