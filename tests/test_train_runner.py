@@ -10,11 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils.checkpoint import checkpoint
 
 from train.activations import plan, runner
 from train.activations.offload import HostInputs
+from train.activations.saved import contexts
 from train.activations.sizes import Shape, output_bytes
 from train.lora import adapters as lora
 from train.model.attention import OPERATIONS, choose_attention, run_kernel
@@ -160,13 +164,55 @@ def test_an_operation_is_saved_by_its_tag_whatever_its_bias_or_order() -> None:
     operations = []
     for saved in (frozenset[str](), frozenset({"first"}), frozenset({"first", "second"})):
         with Count() as count:
-            out = checkpoint(
-                function, x, use_reentrant=False, context_fn=partial(runner.contexts, saved)
-            )
+            out = checkpoint(function, x, use_reentrant=False, context_fn=partial(contexts, saved))
             out.sum().backward()
         operations.append(count.operations[torch.ops.aten.mm.default])
     # two forward, two backward, and two, one or none recomputed
     assert operations == [6, 5, 4]
+
+
+def test_only_tags_of_which_something_is_saved_pass_through_python() -> None:
+    """A mode around the whole block took more time than all else that the host does in a step."""
+    active: list[bool] = []
+
+    def note() -> None:
+        active.append(bool(_get_current_dispatch_mode_stack()))
+
+    def function(x: Tensor) -> Tensor:
+        note()
+        with tagged("first"):
+            note()
+            x = x.sin()
+        with tagged("second"):
+            note()
+            x = F.linear(x, torch.eye(4))
+        note()
+        return x.sin()
+
+    x = torch.randn(4, 4, requires_grad=True)
+    saved = frozenset({"second"})
+    checkpoint(
+        function, x, use_reentrant=False, context_fn=partial(contexts, saved)
+    ).sum().backward()
+    # forward, and again to the last tensor that the backward pass needs
+    assert active == 2 * [False, False, True, False]
+
+
+def test_what_is_saved_and_then_changed_is_not_taken_for_the_output() -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        with tagged("first"):
+            y = F.linear(x.sin(), torch.eye(4))
+        z = y.exp()
+        with torch.no_grad():
+            y.mul_(2)
+        return z.sin()
+
+    saved = frozenset({"first"})
+    out = checkpoint(function, x, use_reentrant=False, context_fn=partial(contexts, saved))
+    with pytest.raises(AssertionError, match="its output was changed"):
+        out.sum().backward()
 
 
 def test_blocks_before_the_first_adapter_run_once_and_save_nothing(tiny_checkpoint: Path) -> None:
@@ -207,9 +253,7 @@ def test_the_output_of_attention_from_gemms_is_saved_like_any_other() -> None:
     counts, found = [], []
     for saved in (frozenset[str](), frozenset({"attn1"})):
         with Count() as count:
-            out = checkpoint(
-                function, use_reentrant=False, context_fn=partial(runner.contexts, saved)
-            )
+            out = checkpoint(function, use_reentrant=False, context_fn=partial(contexts, saved))
             found.append(torch.autograd.grad(out.sum(), (q, k, v)))
         counts.append(count.operations[forward])
     assert counts == [2, 1]

@@ -27,13 +27,13 @@ from train.parallel.sequence import check_heads, check_sequence
 from train.watch import WatchConfig
 
 QKV = lora.TARGETS[:3]
+PLACED = [Case((True,), placement=where) for where in ("resident", "streamed", "sharded")]
 CASES = [
     Case(),
     # attention and exchanges are saved in some blocks
     Case((False, True), "0.00005GiB", activation_offload=True),
     Case((True,), "all", targets=QKV, blocks="1-2"),
-    Case((True,), placement="streamed"),
-    Case((True,), placement="sharded"),
+    *PLACED,
     Case(kind=T2V_A14B),
     Case((True,), kind=I2V_A14B),
 ]
@@ -52,7 +52,12 @@ def check(found: Sequence[tuple[Found, Found]]) -> None:
 
 
 def test_two_ranks_of_a_sample_give_the_gradient_and_the_steps_of_one(tmp_path: Path) -> None:
-    check(together(2, CASES, tmp_path))
+    found = together(2, CASES, tmp_path)
+    check(found)
+    of_case = dict(zip(CASES, found, strict=True))
+    (_, resident), *moved = (of_case[case] for case in PLACED)
+    for _, several in moved:
+        assert all(map(torch.equal, several, resident))
 
 
 @pytest.mark.soak

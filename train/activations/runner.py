@@ -1,33 +1,22 @@
-"""Run blocks by an activation plan: torch.utils.checkpoint with a policy that saves the outputs
-of the planned operations, and hooks that offload the blocks' inputs.
+"""Run blocks by an activation plan: torch.utils.checkpoint, the planned operations whose outputs
+are saved, and hooks that offload the blocks' inputs.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from train.activations.offload import HostInputs
 from train.activations.plan import ShapePlan
+from train.activations.saved import contexts
 from train.activations.sizes import Shape
-from train.model.attention import OPERATIONS as ATTENTION_OPERATIONS
-from train.model.tag import current_tag
 from train.model.wan import Block, BlockInputs, RunBlock, Wan
-from train.parallel.sequence import EXCHANGES
 
 _FLOAT32_BYTES = 4
-# what a tag may name: other operations inside of it, as views, cost nothing
-SAVEABLE_OPERATIONS = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default} | (
-    ATTENTION_OPERATIONS
-)
 
 
 def block_runner(
@@ -110,19 +99,3 @@ def _host_inputs(
         [num_elements * size for size in element_bytes],
         model.scale_shift_table.device,
     )
-
-
-def contexts(saved: frozenset[str]) -> Any:
-    """The context managers of one checkpoint call: its forward pass and its recomputation."""
-
-    def policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-        # exchanges are inside of what is tagged as attention
-        if operation in EXCHANGES:
-            is_saved = EXCHANGES[operation] in saved
-        else:
-            is_saved = operation in SAVEABLE_OPERATIONS and current_tag() in saved
-        if is_saved:
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)

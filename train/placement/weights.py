@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from train.activations.offload import CopyStream
 from train.lora.adapters import LoRA, LoRAProjections
@@ -176,7 +175,7 @@ class MovedWeights:
         if place == 0 and self._is_uneven:
             self._source.any_passes(True)
         self._bring(place)
-        with _disable_current_modes(), torch.no_grad():
+        with torch.no_grad():
             for each in adapters:
                 each.write_columns()
 
@@ -185,8 +184,7 @@ class MovedWeights:
         trains = torch.is_grad_enabled()
         then = next_place(place, self._last, len(self.blocks), self._first_trained, trains)
         self._last = place
-        # the checkpoint counts a block's operations, which these are not
-        with _disable_current_modes(), torch.no_grad():
+        with torch.no_grad():
             self.ring.use(place, then)
 
     @contextmanager
