@@ -146,10 +146,13 @@ def test_slower_attention_takes_longer_by_what_it_is_slower() -> None:
 
 
 def test_the_roofline_of_attention_from_gemms_is_near_what_was_measured() -> None:
-    """On an H200 at 11,440 tokens: 27.1 ms, of which the roofline explains 22.6."""
+    """On an H200 at 11,440 tokens, with the shift of logits: 28.25 ms, of which the roofline
+    explains 22.6; at 27,280 tokens it was 161.85.
+    """
     num_flops = 14 * 11_440**2 * 3072
     measured = CARDS[-1].slow.attention_flops["gemm"]
-    assert num_flops / measured == pytest.approx(27.1e-3)
+    assert num_flops / measured == pytest.approx(28.25e-3)
+    assert 14 * 27_280**2 * 3072 / measured == pytest.approx(161.85e-3, rel=0.02)
     assert num_flops / gemm_attention_flops(725e12, 3.9e12) == pytest.approx(22.6e-3, rel=1e-2)
 
 

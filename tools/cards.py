@@ -57,7 +57,8 @@ def gemm_attention_flops(gemm_flops: float, copy_bytes: float) -> float:
     For each score the seven GEMMs do 2 * 128 operations each, and each writes or reads the score,
     2 bytes: the slower of both counts. The row-wise kernels between them move it seven times more:
     softmax reads twice and writes once, its gradient reads two and writes two. What the shift of
-    logits takes (train/kernels/attention_shift.py) isn't counted: two of the GEMMs are 136 wide.
+    logits takes (train/kernels/attention_shift.py) isn't counted here (two of the GEMMs are 136
+    wide), but the H200's share of the roofline was measured with it.
     """
     flops, score_bytes = 2 * 128, 2
     copy_s = score_bytes / copy_bytes
@@ -75,8 +76,8 @@ _FUSED = {
     "flash": 488 / 989 * 10.7 / 18.1,
     "efficient": 131 / 989,
 }
-# 27.1 ms at 11,440 tokens, 14 L^2 dim operations: bench/records/2026-11-26_attention_h200.md
-_H200_GEMM_ATTENTION = 14 * 11_440**2 * 3072 / 27.1e-3
+# 28.25 ms at 11,440 tokens, 14 L^2 dim operations: bench/records/2026-11-27_attention_h200.md
+_H200_GEMM_ATTENTION = 14 * 11_440**2 * 3072 / 28.25e-3
 _OF_ROOFLINE = _H200_GEMM_ATTENTION / gemm_attention_flops(_H200_FLOPS, _H200_BYTES)
 
 
