@@ -144,6 +144,21 @@ def test_deterministic_takes_the_fixed_table_and_times_nothing(
     assert not timed and {row.kernel for row in found.rows} == {"flash"}
 
 
+def test_what_a_deterministic_run_took_untimed_is_timed_once_it_need_not_be_deterministic(
+    config: TrainConfig, timed: list[str]
+) -> None:
+    with setup.open_feed(config, ALONE) as feed:
+        try:
+            run = setup.build(changed(config, deterministic=True), ALONE, feed.buckets)
+        finally:
+            torch.use_deterministic_algorithms(False)  # for the whole process
+        assert kernels(run) == ["flash", "flash"] and not timed
+        _, feed_state = next(feed)
+        run.save_checkpoint(1, feed_state, validation=None, best_steps=[])
+        again = setup.build(config, ALONE, feed.buckets)
+    assert kernels(again) == ["flash", "gemm"] and len(timed) == 2 * 4
+
+
 def test_what_the_main_process_can_not_choose_is_an_error_of_every_process(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

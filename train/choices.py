@@ -132,13 +132,14 @@ def _choose(
     saved = None
     if name == "auto" and not config.deterministic:
         saved = _saved_choice(config)
-    # one kernel needs no timing, and then there are no rows
-    if saved is not None and saved.rows:
+    # one kernel needs no timing, and then there are no rows; those of a run that was deterministic
+    # have no times
+    if saved is not None and saved.rows and all(row.times_ms for row in saved.rows):
         if still_holds(saved, device, dtype, shapes):
             return saved
         log.warning(
             "attention: the kernels of the checkpoint were chosen on %s for %d pairs of lengths; "
-            "this card or these lengths are others, so they are timed again",
+            "this card, its kernels or these lengths are others, so they are timed again",
             saved.card,
             len(saved.rows),
         )
