@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from train.activations import offload
-from train.activations.offload import CopyStream, HostInputs
+from train.activations.offload import CopyStream, HostInputs, check_host_memory
+from train.activations.plan import ShapePlan
+from train.parallel.mesh import World
 
 CPU = torch.device("cpu")
 
@@ -105,3 +107,21 @@ def test_memory_that_cannot_be_pinned_is_named(monkeypatch: pytest.MonkeyPatch) 
         ValueError, match=r"activation_offload: 5\.0 GiB .* can't be pinned .*set it to false"
     ):
         HostInputs(6, [2**30], CPU)
+
+
+def test_a_process_that_offloads_nothing_waits_for_those_that_do_and_counts_what_they_pin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cards of a run may have room for more or less."""
+    world = World(data_rank=0, data_size=2, device=torch.device("cuda"))
+    nothing, others_bytes, waited = [ShapePlan(None, 1.0)], [2**20], list[World]()
+    monkeypatch.setattr("train.parallel.mesh.maximum", lambda number, _: max(number, *others_bytes))
+    monkeypatch.setattr("train.parallel.mesh.barrier", waited.append)
+    check_host_memory(nothing, world)
+    assert waited == [world]
+    others_bytes[0] = 2**60
+    with pytest.raises(ValueError, match=r"activation_offload: 1 process\(es\) pin"):
+        check_host_memory(nothing, world)
+    others_bytes[0] = 0
+    check_host_memory(nothing, world)
+    assert waited == [world]

@@ -17,10 +17,8 @@ from pathlib import Path
 import torch
 
 from loader.feed import Feed
-from loader.host_memory import available_bytes
 from loader.identity import check_identity, folder_xxh3
 from loader.models import ModelKind
-from loader.registered import check_available, processes_here
 from loader.shape import Bucket
 from loader.vae.encoder import load_vae_encoder
 from train import checkpoint, optim
@@ -31,6 +29,7 @@ from train.activations.budget import (
     raw_bytes,
     room_bytes,
 )
+from train.activations.offload import check_host_memory
 from train.activations.runner import block_runner
 from train.average import Average
 from train.base import base_kind, laws_of, resolve, transformer_folder
@@ -239,11 +238,7 @@ def build(
         planned_bytes = -float(mesh.maximum(-int(planned_bytes), world))
     plans = plan_activations(planned_bytes, weights is not None).plans
 
-    host_bytes = max(plan.host_bytes for plan in plans.values())
-    if host_bytes and device.type == "cuda":
-        check_available(host_bytes, processes_here(), available_bytes())
-        # nobody takes any before everybody has looked
-        mesh.barrier(world)
+    check_host_memory(plans.values(), world)
 
     micro_step = MicroStep(
         model,

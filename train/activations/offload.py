@@ -13,13 +13,31 @@ memory out again at once.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from loader.registered import RegisteredMemory
+from loader.host_memory import available_bytes
+from loader.registered import RegisteredMemory, check_available, processes_here
+from train.activations.plan import ShapePlan
+from train.parallel import mesh
+from train.parallel.mesh import World
+
+
+def check_host_memory(plans: Iterable[ShapePlan], world: World) -> None:
+    """Has this host what all of its processes pin? Nobody takes any before everybody has looked.
+    All processes call it. Raises ValueError.
+    """
+    if world.device.type != "cuda":
+        return
+    # by the card with the least room: where another one has room for all, it offloads nothing, and
+    # would not come to the barrier
+    host_bytes = mesh.maximum(int(max(plan.host_bytes for plan in plans)), world)
+    if host_bytes:
+        check_available(host_bytes, processes_here(), available_bytes())
+        mesh.barrier(world)
 
 
 class CopyStream:
