@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from placed_runs import BUCKET, TINY, build, numbers, same, sample_of
+from placed_runs import BUCKET, CPU, TINY, build, numbers, same, sample_of
 from torch import Tensor
 from trainer_runs import finish, start
 
+from tools.fake.step import random_transformer
 from train.activations.offload import CopyStream
 from train.config import TrainConfig
 from train.lora import adapters as lora
@@ -253,10 +254,17 @@ def test_a_host_without_the_memory_is_refused(
 def test_auto_keeps_as_many_blocks_as_fit_beside_the_activations(activation_memory: str) -> None:
     wan = msgspec.structs.replace(TINY, num_layers=9)
     card = card_bytes(wan, 9, lora.TARGETS, 4, torch.float32)
+    held_bytes = sum(
+        each.nbytes for each in random_transformer(wan, CPU, torch.float32).parameters()
+    )
 
     def moved(room_bytes: float) -> Run:
+        """On a card with so much room for everything; the model that is given has its place."""
         return build(
-            "auto", wan=wan, activation_memory=activation_memory, free_bytes=lambda _: room_bytes
+            "auto",
+            wan=wan,
+            activation_memory=activation_memory,
+            free_bytes=lambda _: room_bytes - held_bytes,
         )
 
     everything = moved(2.0**40)

@@ -105,12 +105,7 @@ def check_datasets(config: TrainConfig, world: World, feed: Feed, kind: ModelKin
     """Are the datasets of this model? Rank 0 logs what can't be compared. Raises DatasetError."""
     vae_xxh3 = folder_xxh3(Path(config.model.path) / "vae")
     for dataset in feed.datasets:
-        not_compared = check_identity(
-            dataset.name,
-            dataset.manifest,
-            model=kind,
-            vae_xxh3=vae_xxh3,
-        )
+        not_compared = check_identity(dataset.name, dataset.manifest, model=kind, vae_xxh3=vae_xxh3)
         if world.is_main:
             for line in not_compared:
                 log.warning(line)
@@ -193,8 +188,10 @@ def build(
         )
         return ActivationPlans(plans, peak_bytes(plans, graph_tokens))
 
+    # the weights of a model that was given have taken their room already
+    held_bytes = 0 if model is None else sum(each.nbytes for each in model.parameters())
     weights = _moved_weights(
-        config, world, wan, blocks, plan_activations, lambda: free_bytes(device)
+        config, world, wan, blocks, plan_activations, lambda: free_bytes(device) + held_bytes
     )
 
     # -- the frozen base and its adapters ----------------------------------------------------
