@@ -84,6 +84,24 @@ def open_datasets(data: FeedConfig, split: Split) -> list[Dataset]:
     return datasets
 
 
+def stored_latents(data: FeedConfig) -> FeedConfig:
+    """What validation and samples read of a run's datasets, however training makes its latents and
+    first frames: those that are stored, of the datasets that store any. Raises DatasetError.
+    """
+    excludes = data.exclude or [""] * len(data.datasets)
+    kept = [
+        (name, exclude)
+        for name, exclude in zip(data.datasets, excludes, strict=True)
+        if not media_shards(read_dataset(name)[1])
+    ]
+    return msgspec.structs.replace(
+        data,
+        datasets=[name for name, _ in kept],
+        exclude=[exclude for _, exclude in kept],
+        condition="latent",
+    )
+
+
 def check_files(
     name: str,
     store: Store,

@@ -12,10 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from trainer_runs import train_here
 
-from loader.manifest import read_manifest
+from loader.feed_config import FeedConfig
+from loader.manifest import MANIFEST_FILE, encode_manifest, make_manifest, read_manifest
 from loader.shape import WAN21
+from tools.fake.batch import write_synthetic_dataset
 from tools.index import main
+from train.config import TrainConfig
+from train.model.config import ModelConfig
+from train.records import VALIDATION_FILE, ValidationRecord, read_records
+from train.sampling import SamplesConfig
+from train.validate import ValidationConfig
 
 
 @pytest.fixture
@@ -67,3 +75,37 @@ def test_what_can_be_seen_to_fail_is_said_before_a_model_is_loaded(
     (tmp_path / "manifest.json").touch()
     with pytest.raises(SystemExit, match="is a dataset already"):
         index(monkeypatch, tar, tmp_path, tiny_model("t2v-a14b"))
+
+
+@pytest.mark.parametrize("with_shards", [False, True])
+def test_a_run_on_an_index_validates_and_samples_what_stored_latents_there_are(
+    with_shards: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tar: Path,
+    tmp_path: Path,
+    tiny_model: Callable[[str], Path],
+) -> None:
+    model, folders = tiny_model("t2v-a14b"), [str(tmp_path / "indexed")]
+    index(monkeypatch, tar, tmp_path / "indexed", model)
+    if with_shards:
+        shards = tmp_path / "shards"
+        train = write_synthetic_dataset(shards, {"64x48x1": 2}, layout=WAN21)
+        val = write_synthetic_dataset(shards, {"64x48x1": 2}, layout=WAN21, split="val", seed=1)
+        manifest = make_manifest({}, train.splits | val.splits, layout=WAN21)
+        (shards / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
+        folders.append(str(shards))
+    config = TrainConfig(
+        output="",
+        model=ModelConfig(path=str(model), expert="high", dtype="float32"),
+        data=FeedConfig(datasets=folders, condition="raw", i2v_share=0.0, num_threads=1),
+        num_steps=1,
+        global_batch=1,
+        validation=ValidationConfig(every=1, num_windows=1, num_train_windows=1),
+        samples=SamplesConfig(every=1, num_clips=1, num_steps=2),
+    )
+    train_here(config, tmp_path / "run")
+    records = read_records(tmp_path / "run" / VALIDATION_FILE, ValidationRecord)
+    sampled = sorted(path.name for path in (tmp_path / "run").glob("samples/step-*"))
+    assert [record.step for record in records] == ([0, 1] if with_shards else [])
+    assert sampled == ["step-00000000", "step-00000001"][: 2 * with_shards]
+    assert all(record.gap is not None for record in records)

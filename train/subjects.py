@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import msgspec
 import torch
-from msgspec.structs import replace
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loader.dataset import stored_latents
 from loader.feed_config import FeedConfig
 from loader.models import ModelKind
 from loader.shape import LatentLayout
@@ -68,9 +68,8 @@ def _refuse_other_shapes(config: SamplesConfig, kind: ModelKind, laws: NoiseLaws
 
 
 def open_val(data: FeedConfig, kind: ModelKind, device: torch.device | str) -> Walk:
-    """The val split as samples read it: stored latents, however training gets its first frames."""
-    latents = replace(data, condition="latent")
-    return Walk(latents, "val", device, reads_given=bool(kind.condition))
+    """The val split as samples read it."""
+    return Walk(stored_latents(data), "val", device, reads_given=bool(kind.condition))
 
 
 def subjects_of_split(

@@ -15,8 +15,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from msgspec.structs import replace
 
+from loader.dataset import stored_latents
 from loader.walk import Walk
 from train import early_stop
 from train.early_stop import History
@@ -234,8 +234,8 @@ def open_validator(run: Run) -> Validator | None:
 
 
 def _open_split(run: Run, split: Any, num_windows: int, device: torch.device) -> _Split | None:
-    # stored latents, also where training makes its first frames anew: equal for every run
-    data, reads_given = replace(run.config.data, condition="latent"), bool(run.kind.condition)
+    # also where training makes its first frames anew: equal for every run
+    data, reads_given = stored_latents(run.config.data), bool(run.kind.condition)
     walk = Walk(data, split, device, reads_given=reads_given)
     if not walk.places:
         walk.close()
