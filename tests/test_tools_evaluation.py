@@ -2,9 +2,12 @@
 clips on a card.
 """
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
+from loader.config import load_toml
 from loader.feed_config import FeedConfig
 from loader.shape import Bucket
 from tools import plan
@@ -15,12 +18,14 @@ from train.activations.plan import ShapePlan
 from train.config import TrainConfig
 from train.lora.config import SELF_AND_CROSS_QKV
 from train.model.config import ModelConfig
-from train.model.wan import TI2V_5B
+from train.model.wan import I2V_A14B, T2V_A14B, TI2V_5B, WAN21_1_3B, WanConfig
 from train.sampling import SamplesConfig
 from train.validate import ValidationConfig
 
 LARGE = Bucket(1280, 704, 49)
+MEDIUM, SMALL = Bucket(832, 480, 49), Bucket(832, 480, 9)
 QKV = list(SELF_AND_CROSS_QKV)
+TRAIN_CONFIGS = Path(__file__).resolve().parents[1] / "configs/train"
 CONFIG = TrainConfig(
     output="",
     model=ModelConfig(path="", dtype="float16"),
@@ -58,6 +63,32 @@ def test_the_default_validation_takes_two_to_three_per_cent_at_batch_8() -> None
     for card in ("V100", "H100", "H200"):
         _, cost = on_card(CONFIG, card)
         assert 0.021 <= cost.validation_share <= 0.027, card
+
+
+@pytest.mark.parametrize(
+    ("name", "wan", "bucket", "card", "num_gpus"),
+    [
+        ("ti2v5b_v100", TI2V_5B, LARGE, "V100", 2),
+        ("ti2v5b_v100_rank16", TI2V_5B, LARGE, "V100", 2),
+        ("ti2v5b_v100_rank64", TI2V_5B, LARGE, "V100", 2),
+        ("ti2v5b_v100_832x480x9", TI2V_5B, SMALL, "V100", 2),
+        ("ti2v5b_hopper", TI2V_5B, LARGE, "H", 1),
+        ("t2v_a14b_high", T2V_A14B, MEDIUM, "V100", 1),
+        ("t2v_a14b_low", T2V_A14B, MEDIUM, "V100", 1),
+        ("i2v_a14b_high", I2V_A14B, MEDIUM, "V100", 1),
+        ("i2v_a14b_low", I2V_A14B, MEDIUM, "V100", 1),
+        ("wan21_t2v_1_3b", WAN21_1_3B, MEDIUM, "V100", 2),
+    ],
+)
+def test_validation_and_samples_of_a_shipped_run_stay_within_three_per_cent(
+    name: str, wan: WanConfig, bucket: Bucket, card: str, num_gpus: int
+) -> None:
+    config = load_toml(TRAIN_CONFIGS / f"{name}.toml", TrainConfig)
+    planned = budget(config, wan, {bucket: 1.0}, num_gpus=num_gpus).cards
+    on_these = [one for one in planned if one.card.name.startswith(card)]
+    costs = [evaluation(config, wan, {bucket: 1.0}, num_gpus, one) for one in on_these]
+    shares = [cost.validation_share + cost.samples_share for cost in costs if cost]
+    assert shares and max(shares) <= 0.03
 
 
 def test_longer_intervals_and_fewer_windows_take_less_in_proportion() -> None:
