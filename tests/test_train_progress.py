@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -133,6 +134,13 @@ def test_the_line_for_people_says_what_was_measured_and_nothing_else() -> None:
         "2h 00m left, 2 steps skipped"
     )
     assert status_line(StepRecord(step=1), 10) == "step 1/10, loss not finite"
+
+
+def test_a_validation_before_a_step_is_no_part_of_the_time_left() -> None:
+    usual = StepRecord(step=501, loss=0.25, s_per_step=30.0)
+    after = msgspec.structs.replace(usual, s_per_step=630.0, other_s=600.0)
+    assert status_line(after, 1000) == status_line(usual, 1000)
+    assert "30 s/step" in status_line(after, 1000) and "4h 09m left" in status_line(after, 1000)
 
 
 @pytest.mark.parametrize(

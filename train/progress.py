@@ -113,9 +113,11 @@ def status_line(record: StepRecord, num_steps: int, validation: float | None = N
     if validation is not None:
         parts.append(f"validation {validation:.4f} of the base")
     if record.s_per_step is not None:
-        parts.append(f"{record.s_per_step:.3g} s/step")
+        # a validation of minutes, once in 500 steps, says nothing of the steps to come
+        step_s = record.s_per_step - (record.other_s or 0.0)
+        parts.append(f"{step_s:.3g} s/step")
         parts.append(f"data wait {record.data_wait_share or 0.0:.1%}")
-        parts.append(f"{duration((num_steps - record.step) * record.s_per_step)} left")
+        parts.append(f"{duration((num_steps - record.step) * step_s)} left")
     if record.num_skipped:
         parts.append(f"{record.num_skipped} steps skipped")
     return ", ".join(parts)
