@@ -4,15 +4,20 @@ import errno
 import os
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from trainer_runs import train_here
 
 from train import watch
+from train.config import TrainConfig
 from train.parallel.beats import FolderBeats
 from train.parallel.mesh import World
+from train.sampling import SamplesConfig
+from train.validate import ValidationConfig
 from train.watch import Beat, Watch, WatchConfig
 
 TWO = World(data_rank=0, data_size=2, device=torch.device("cpu"))
@@ -122,3 +127,28 @@ def test_what_an_earlier_run_left_is_cleared(tmp_path: Path, ended: Ended) -> No
     (tmp_path / watch.FOLDER / "rank-00009").touch()
     watch.clear(tmp_path)
     assert not (tmp_path / watch.FOLDER).exists()
+
+
+def test_each_pass_of_validation_and_samples_is_progress(
+    validated_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All passes together may take hours, more than anything is given that shows none."""
+    marks: Counter[str] = Counter()
+    mark = Watch.mark
+
+    def counted(self: Watch, phase: str) -> None:
+        marks[phase] += 1
+        mark(self, phase)
+
+    monkeypatch.setattr(Watch, "mark", counted)
+    train_here(
+        validated_run,
+        tmp_path,
+        num_steps=1,
+        validation=ValidationConfig(every=1, num_windows=3, num_train_windows=2),
+        samples=SamplesConfig(every=1, num_clips=2, num_steps=5, shape="64x64x1"),
+    )
+    # at steps 0 and 1, and first of the base: four levels of a val window, two of a train window;
+    # once more as each begins
+    assert marks["validates"] == 3 * (3 * 4 + 2 * 2) + 2
+    assert marks["makes samples"] == 3 * (2 * 5) + 2

@@ -9,6 +9,7 @@ Shapes: C latent channels, T/h/w latent frames, rows and columns, S text rows, D
 F/H/W frames and pixels. One clip at a time: a pair of passes fills a card at these lengths.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,7 @@ def denoise(
     first_frame_C1hw: Tensor | None = None,
     given_CThw: Tensor | None = None,
     start_CThw: Tensor | None = None,
+    gets_on: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """One latent, float32 [C, T, h, w], normalised.
 
@@ -85,7 +87,8 @@ def denoise(
     most 512, any float dtype. noise_CThw: standard normal, float32. first_frame_C1hw: image to
     video of TI2V-5B; latent frame 0 is this one before every pass and in the result, its tokens get
     t = 0. given_CThw: image to video of A14B, KEY.condition.zst. start_CThw: the clip's latent that
-    the low-noise expert starts from. Raises ValueError if no step is left for the expert.
+    the low-noise expert starts from. gets_on: called before each step. Raises ValueError if no step
+    is left for the expert.
     """
     device = noise_CThw.device
     scheduler, first, end = schedule_steps(schedule)
@@ -107,6 +110,7 @@ def denoise(
         scheduler.set_begin_index(first)
     with torch.no_grad():
         for step in range(first, end):
+            gets_on()
             t = scheduler.timesteps[step]
             if first_1C1hw is not None:
                 x_1CThw = torch.cat([first_1C1hw, x_1CThw[:, :, 1:]], dim=2)

@@ -6,6 +6,7 @@ process at once: the run that goes on makes first what is missing of them.
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from loader.files import write_atomic
@@ -125,7 +126,8 @@ class Evaluation:
                 self._validate(step, feed_state, progress, watch)
             if self._sampler and self.samples(step):
                 with watch.busy("makes samples"), self._run.exported():
-                    event = self._sampler.sample(step)
+                    gets_on = partial(watch.mark, "makes samples")
+                    event = self._sampler.sample(step, gets_on)
                 if progress:
                     progress.show_samples(event, self._sampler.folder_of(step))
 
@@ -135,7 +137,7 @@ class Evaluation:
         assert self._validator is not None
         with watch.busy("validates"):
             with self._run.exported():
-                record = self._validator.validate(step)
+                record = self._validator.validate(step, partial(watch.mark, "validates"))
                 if progress:
                     progress.write_validation(record)
                     if record.best_step == step:

@@ -142,9 +142,9 @@ class Sampler:
     def folder_of(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
 
-    def sample(self, step: int) -> SampleEvent:
+    def sample(self, step: int, gets_on: Callable[[], None] = lambda: None) -> SampleEvent:
         """Make this rank's clips and, on the main rank, the sheet and samples.json; all ranks
-        return the same event.
+        return the same event. gets_on: called on the way, before each step of each clip.
         """
         begin_s = time.perf_counter()
         folder, whole = self._folder / f".step-{step:08d}", self.folder_of(step)
@@ -167,8 +167,8 @@ class Sampler:
                     if makers[number % len(makers)] != self._world.rank:
                         continue
                     subject, name = self._subjects[number], self._name(number)
-                    base = self._base(subject)
-                    tuned = self._frames(subject)
+                    base = self._base(subject, gets_on)
+                    tuned = self._frames(subject, gets_on)
                     mark = f"\n{_MARKS[self._laws.expert]}" if self._laws.expert else ""
                     names = (f"{number + 1}\nbase{mark}", f"{number + 1}\nstep {step}{mark}")
                     rows = list(zip(names, (base, tuned), strict=True))
@@ -188,7 +188,7 @@ class Sampler:
         mesh.barrier(self._world)
         return event
 
-    def _frames(self, subject: Subject) -> Frames:
+    def _frames(self, subject: Subject, gets_on: Callable[[], None]) -> Frames:
         shape = self._layout.latent_shape(subject.bucket)
         # on the CPU, so that the clip is the same on every machine, up to rounding
         generator = torch.Generator().manual_seed(sample_seed(self._config.seed, 0, subject.key))
@@ -202,6 +202,7 @@ class Sampler:
             first_frame_C1hw=subject.first_frame_C1hw,
             given_CThw=subject.given_CThw,
             start_CThw=subject.start_CThw,
+            gets_on=gets_on,
         )
         if not bool(latent_CThw.isfinite().all()):
             raise ValueError(
@@ -211,7 +212,7 @@ class Sampler:
             )
         return self._decoder.decode(latent_CThw)
 
-    def _base(self, subject: Subject) -> Frames:
+    def _base(self, subject: Subject, gets_on: Callable[[], None]) -> Frames:
         """The base model's clip, made once: raw frames for comparing, an MP4 for looking."""
         folder = self._folder / "base"
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +227,7 @@ class Sampler:
         except (zstandard.ZstdError, ValueError) as error:
             log.warning("%s is damaged (%s), and made again", path, error)
         with self._adapters.switched_off():
-            frames = self._frames(subject)
+            frames = self._frames(subject, gets_on)
         write_atomic(folder / f"{stem}.mp4", encode_mp4(frames, self._fps))
         write_atomic(path, zstandard.ZstdCompressor(write_checksum=True).compress(frames.tobytes()))
         return frames

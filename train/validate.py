@@ -82,13 +82,14 @@ def measure(
     world: World,
     levels: slice = ALL_LEVELS,
     uneven: Callable[[], AbstractContextManager[None]] = nullcontext,
+    gets_on: Callable[[], None] = lambda: None,
 ) -> Losses:
     """Losses of `windows`, shared out to the ranks and gathered on all of them.
 
     loss(inputs): the model's, without gradients and without dropout. `windows` are of `walk`. laws:
     the run's own, of an expert its part alone.
     levels: of LEVELS_U; the PSNR of a level that is not measured is 0. uneven: surrounds the
-    passes, of which ranks make different numbers (`Run.uneven`).
+    passes, of which ranks make different numbers (`Run.uneven`). gets_on: called after each pass.
     """
     tasks = [_task(window, i2v_share, seed) for window in windows]
     num_columns = len(LEVELS_U) + NUM_PSNR_LEVELS
@@ -102,6 +103,7 @@ def measure(
                 sigma, inputs = inputs_at(level, batch, window.key, laws, seed)
                 with torch.no_grad():
                     value = loss(inputs).double()
+                gets_on()
                 table[row, level] = value
                 if level < NUM_PSNR_LEVELS:
                     # x0 = x_s - s v, so its error is s times the velocity's

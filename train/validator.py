@@ -10,6 +10,7 @@ decides later validations (the base's losses, the reference, the best steps) is 
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from statistics import fmean
 from typing import Any
@@ -38,6 +39,8 @@ from train.validate import (
 from train.windows import Window, choose_windows
 
 log = logging.getLogger(__name__)
+# called after each pass, of which a slow card takes an hour for all windows of a large model
+GetsOn = Callable[[], None]
 
 
 class _Split:
@@ -50,7 +53,7 @@ class _Split:
         self._run = run
         self.base: Losses | None = None
 
-    def measure(self, switched_off: bool = False) -> Losses:
+    def measure(self, gets_on: GetsOn, switched_off: bool = False) -> Losses:
         run, config = self._run, self._run.config
         was_training = run.model.training
         run.model.eval()  # no dropout
@@ -66,6 +69,7 @@ class _Split:
                     world=run.world,
                     levels=self.levels,
                     uneven=run.uneven,
+                    gets_on=gets_on,
                 )
         finally:
             run.model.train(was_training)
@@ -93,10 +97,10 @@ class _Split:
             f"(model.dtype {config.model.dtype}). {found}. Try another model.dtype, or {advice}"
         )
 
-    def measure_base(self) -> Losses:
+    def measure_base(self, gets_on: GetsOn) -> Losses:
         """Before anything else that is measured, and once."""
         if self.base is None:
-            self.base = self.measure(switched_off=True)
+            self.base = self.measure(gets_on, switched_off=True)
         return self.base
 
 
@@ -105,13 +109,13 @@ class Validator:
         self._run, self._val, self._train = run, val, train
         self._history: History | None = None
 
-    def validate(self, step: int) -> ValidationRecord:
+    def validate(self, step: int, gets_on: GetsOn = lambda: None) -> ValidationRecord:
         """Measure, compare with the reference, and move it if this step is better. Raises
         ValueError for a loss that is not finite.
         """
         begin_s = time.perf_counter()
-        base = self._val.measure_base()
-        losses = self._val.measure()
+        base = self._val.measure_base(gets_on)
+        losses = self._val.measure(gets_on)
         relative_W = relative_losses(losses, base)
         reference_step = step if self._history is None else self._history.reference_step
         self._history, difference = early_stop.judge(
@@ -121,7 +125,7 @@ class Validator:
             step=step,
             warmup_steps=self._run.config.optim.warmup_steps,
         )
-        train_loss, gap = self._compare_with_training(losses, base)
+        train_loss, gap = self._compare_with_training(losses, base, gets_on)
         error = difference.standard_error
         return ValidationRecord(
             step=step,
@@ -185,15 +189,15 @@ class Validator:
             self._train.walk.close()
 
     def _compare_with_training(
-        self, losses: Losses, base: Losses
+        self, losses: Losses, base: Losses, gets_on: GetsOn
     ) -> tuple[float | None, float | None]:
         """(relative loss of the train windows, how much higher the val windows' is), both at
         TRAIN_LEVELS.
         """
         if self._train is None:
             return None, None
-        base_of_train = self._train.measure_base()
-        train_loss = fmean(by_level(self._train.measure(), base_of_train))
+        base_of_train = self._train.measure_base(gets_on)
+        train_loss = fmean(by_level(self._train.measure(gets_on), base_of_train))
         return train_loss, fmean(by_level(losses, base)[TRAIN_LEVELS]) - train_loss
 
 

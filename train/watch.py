@@ -8,8 +8,8 @@ process has got any further for `stuck_s` plus three times the longest micro-bat
 thread, because the main thread may wait inside a collective; files, or the agent's store, because
 they outlive who wrote them.
 
-Validation, samples and checkpoints count as progress: the main thread calls `mark` on its way
-through them, or does one long thing inside `busy`.
+Validation, samples and checkpoints count as progress: all of them are done inside `busy`, and the
+main thread calls `mark` on its way through the first two, which may take hours on a slow card.
 """
 
 import logging
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 FOLDER = ".alive"
 # until the first micro-batch is done: kernels are compiled, shapes are captured
 START_S = 900.0
-# for one long thing, such as a checkpoint on a slow disk
+# for one long thing, such as a checkpoint on a slow disk, or one step of a clip
 BUSY_S = 1800.0
 
 
