@@ -87,6 +87,23 @@ def test_a_second_signal_ends_at_once_but_not_the_same_one_passed_on_by_torchrun
         assert ended == [128 + signal.SIGINT]
 
 
+def test_a_second_signal_is_told_before_the_process_ends(
+    send: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+    ended: list[int] = []
+    clock = [100.0]
+    monkeypatch.setattr("train.signals.os._exit", ended.append)
+    monkeypatch.setattr("train.signals.time.monotonic", lambda: clock[0])
+    with Signals(lambda reason, number: told.append((reason, number))):
+        send(signal.SIGTERM)
+        clock[0] += REPEATED_S + 1
+        send(signal.SIGINT)
+    (reason, number), code = told[0], ended[0]
+    assert reason.startswith("SIGINT: ended at once by a second signal") and number == signal.SIGINT
+    assert code == 128 + signal.SIGINT
+
+
 def test_where_nothing_needs_to_be_saved_it_ends_at_once_also_for_an_earlier_signal(
     send: Callable[[int], None],
 ) -> None:

@@ -88,7 +88,7 @@ def train(config: TrainConfig, world: mesh.World, stack: ExitStack) -> None:
             progress.say(line)
     status.num_steps = config.num_steps
     status.running(first_step)
-    signals = stack.enter_context(Signals())
+    signals = stack.enter_context(Signals(status.stopped_at_once))
     evaluate = partial(
         evaluation.evaluate, progress=progress, signals=signals, status=status, watch=watched
     )

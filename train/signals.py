@@ -25,6 +25,8 @@ from train.parallel.mesh import World
 # torchrun passes on what a terminal or a service manager has sent to the whole group already: what
 # comes within this time is the same signal
 REPEATED_S = 2.0
+# for the last words of a process that a second signal ends
+EXIT_S = 1.0
 
 
 def stopping() -> list[int]:
@@ -56,8 +58,12 @@ class Stopped(BaseException):
 class Signals:
     """Used as a context manager around the loop, in the main thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, end_now: Callable[[str, int], None] | None = None) -> None:
+        """end_now(reason, number): called by a thread when a second signal comes, to say so; the
+        process ends after it, and after a second in any case.
+        """
         self._lock, self._wish = threading.Lock(), Wish.NONE
+        self._end_now = end_now
         self._stop_s: float | None = None
         # of the signal that asked to stop, if this process got one
         self._number = int(signal.SIGTERM)
@@ -136,4 +142,18 @@ class Signals:
                 self._stop_s, self._number, self._wish = now_s, number, Wish.STOP
                 self._end_if_asked()
             elif now_s - self._stop_s > REPEATED_S:
-                os._exit(128 + number)
+                self._exit(number)
+
+    def _exit(self, number: int) -> None:
+        if self._end_now is not None:
+            # a disk that hangs is no reason to stay
+            late = threading.Timer(EXIT_S, os._exit, (128 + number,))
+            late.daemon = True
+            late.start()
+            name = signal.Signals(number).name
+            self._end_now(
+                f"{name}: ended at once by a second signal; what came after the last checkpoint is "
+                f"lost",
+                number,
+            )
+        os._exit(128 + number)

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -27,6 +28,9 @@ from torch import Tensor
 from train.parallel.meeting import meet, open_store
 
 T = TypeVar("T")
+# for a process that others wait for in a collective. What hangs is train/watch.py's to end: an odd
+# clip of samples takes one process an hour on a slow card, NCCL's own limit is ten minutes
+WAIT = timedelta(days=1)
 
 
 class PeerLostError(Exception):
@@ -129,6 +133,7 @@ def process_group(sequence: int = 1) -> Iterator[World]:
             rank=rank,
             world_size=size,
             device_id=world.device if on_gpu else None,
+            timeout=WAIT,
         )
     if sequence > 1:
         world = world._replace(sequence_group=_sequence_group(world))
