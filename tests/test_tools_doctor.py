@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from loader.feed_config import FeedConfig
-from tools.doctor import host, run, step
+from tools.doctor import cards, host, run, step
 from tools.doctor.__main__ import HOST_CHECKS, main
 from tools.doctor.finding import Finding, guarded
 from tools.doctor.room import run_bytes
@@ -200,6 +201,21 @@ def test_the_room_of_a_run_grows_with_its_rank_and_its_validations(
     (finding,) = run.disk(high)
     assert finding.status == "warning" and "10 GiB free, the run takes 4" in finding.text
     assert 'checkpoint.lora_dtype = "bfloat16"' in finding.advice
+
+
+def test_cards_that_never_answer_each_other_are_a_failure_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_command = cards._run
+    hangs = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(cards, "_run", lambda _, environment: run_command(hangs, environment))
+    monkeypatch.setattr(cards, "REDUCE_S", 0.2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with_p2p, without = cards.all_reduce()
+    assert (with_p2p.status, without.status) == ("failure", "failure")
+    assert with_p2p.text == "Error: no answer in 0.2 s"
+    assert with_p2p.advice == "export NCCL_P2P_DISABLE=1" != without.advice
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from tools.doctor.finding import Finding
 
 COPY_BYTES = 256 * 2**20
 REDUCE_BYTES = 128 * 2**20
+REDUCE_S = 120.0
 SLOW_COPY_GB_S = 6.0  # half of PCIe 3.0 x16: both cards behind one switch
 NO_GPU = "no GPU is visible to torch"
 
@@ -146,9 +147,7 @@ def all_reduce() -> Iterator[Finding]:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(count), program.name]
             environment = {**os.environ, "NCCL_P2P_DISABLE": disabled}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=120
-            )
+            done = _run(command, environment)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "Error" in line]
             advice = "export NCCL_P2P_DISABLE=1" if disabled == "0" else "NCCL_DEBUG=INFO says why"
@@ -159,6 +158,22 @@ def all_reduce() -> Iterator[Finding]:
             rate = 2 * (count - 1) / count * REDUCE_BYTES / seconds / 1e9
             text = f"128 MiB in {seconds * 1000:.1f} ms, {rate:.1f} GB/s, the sum is right"
             yield Finding(name, "ok", text)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """What it said; copies between cards that the board does not carry can hang for ever."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    try:
+        stdout, stderr = process.communicate(timeout=REDUCE_S)
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+    except subprocess.TimeoutExpired:
+        # torchrun ends its processes itself, within 30 s
+        process.terminate()
+        process.communicate()
+        return subprocess.CompletedProcess(
+            command, returncode=1, stdout="", stderr=f"Error: no answer in {REDUCE_S:g} s"
+        )
 
 
 def video_engines() -> Iterator[Finding]:
