@@ -23,6 +23,7 @@ from loader.files import told
 from loader.manifest import read_manifest
 from shardgen.build import CATALOG_FILE, CONFIG_FILE, STAGES, build
 from shardgen.config import ShardgenConfig, rules_of, take_apart
+from shardgen.encode.config import encoded_by
 from shardgen.encode.executors import ExecutorError
 from shardgen.encode.write import TAR
 from shardgen.report.figures import Check
@@ -106,7 +107,8 @@ def run_build(options: argparse.Namespace) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    shards = [info for infos in read_manifest(options.dataset).splits.values() for info in infos]
+    manifest = read_manifest(options.dataset)
+    shards = [info for infos in manifest.splits.values() for info in infos]
     num_faults = 0
     with tqdm(desc="verify", total=len(shards), unit=" shards", dynamic_ncols=True) as bar:
         for fault in verify_dataset(options.dataset, options.workers, bar.update):
@@ -118,6 +120,8 @@ def run_verify(options: argparse.Namespace) -> int:
         f"{options.dataset}: {len(shards)} shards, {num_samples} samples, {size}: "
         f"{num_faults or 'no'} faults"
     )
+    if encoder := encoded_by(manifest.recipe):
+        print(f"encoded by: {encoder}")
     return FAULTS if num_faults else OK
 
 

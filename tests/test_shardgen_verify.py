@@ -9,7 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from loader.manifest import Manifest, ShardInfo, decode_index, encode_manifest, read_manifest
+from loader.manifest import (
+    Manifest,
+    ShardInfo,
+    decode_index,
+    encode_manifest,
+    read_manifest,
+    recipe_id,
+)
 from loader.sample import SampleMeta, decode_meta, encode_meta
 from shardgen.cli import main as shardgen
 from shardgen.encode.write import write_shard
@@ -40,6 +47,26 @@ def test_a_whole_dataset_has_no_faults(
 ) -> None:
     assert shardgen(["verify", str(tiny_dataset), "--workers", "1"]) == 0
     assert "no faults" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("encoder", "told"),
+    [
+        ({}, "VAE encoder 1 (layer by layer), cpu, float32"),
+        # a dataset from before the encoder had a version
+        ({"device": "cuda", "dtype": "float16"}, "VAE encoder 1 (layer by layer), cuda, float16"),
+        ({"device": "cuda", "encoder": 2}, "VAE encoder 2 (fused), cuda, float32"),
+    ],
+)
+def test_a_dataset_of_any_encoder_is_valid_and_says_which_wrote_it(
+    dataset: Path, encoder: dict[str, object], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read_manifest(dataset)
+    recipe = manifest.recipe | {"encode": manifest.recipe["encode"] | encoder}
+    old = msgspec.structs.replace(manifest, recipe=recipe, recipe_id=recipe_id(recipe))
+    (dataset / "manifest.json").write_bytes(encode_manifest(old))
+    assert shardgen(["verify", str(dataset), "--workers", "1"]) == 0
+    assert f"encoded by: {told}" in capsys.readouterr().out
 
 
 def test_any_flipped_bit_is_found_and_traced_to_its_member(dataset: Path) -> None:

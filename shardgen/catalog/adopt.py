@@ -61,10 +61,11 @@ def forgets_plan(database: Database, recipe_id: str) -> bool:
     ).fetchone()
     if written:
         raise CatalogError(
-            f"{database.path}: its shards were written under recipe {old}, the configuration "
-            f"gives {recipe_id}, and a shard never changes: take the configuration back to the "
-            f"one echoed beside the catalog, or choose another output folder, with fetch.reuse = "
-            f'"{database.path.parent}" to keep its downloads and probes'
+            f"{database.path}: its shards were written under recipe {old}, the configuration and "
+            f"the versions installed here give {recipe_id}, and a shard never changes: take the "
+            f"configuration back to the one echoed beside the catalog, and newsreel and its "
+            f"packages to the versions of then, or choose another output folder, with "
+            f'fetch.reuse = "{database.path.parent}" to keep its downloads and probes'
         )
     return True
 

@@ -10,7 +10,7 @@ from msgspec import Meta
 PositiveInt = Annotated[int, Meta(ge=1)]
 # Which encoder writes the latents on a GPU: 2 is loader/vae/fused.py. Recipes that name none were
 # encoded layer by layer, as a CPU still does.
-CUDA_ENCODER = 2
+CUDA_ENCODER, LAYER_ENCODER = 2, 1
 
 
 class EncodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,6 +49,18 @@ def encode_recipe(encode: EncodeConfig) -> dict[str, Any]:
         return plain | {"encoder": CUDA_ENCODER}
     del plain["vae_memory_gib"]
     return plain
+
+
+def encoded_by(recipe: dict[str, Any]) -> str:
+    """What made the latents of a dataset, from the recipe in its manifest; empty for an index of
+    foreign tars, which has none.
+    """
+    encode = recipe.get("encode")
+    if not encode:
+        return ""
+    version = encode.get("encoder", LAYER_ENCODER)
+    how = "layer by layer" if version == LAYER_ENCODER else "fused"
+    return f"VAE encoder {version} ({how}), {encode['device']}, {encode['dtype']}"
 
 
 class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
