@@ -28,9 +28,10 @@ from torch import Tensor
 from train.parallel.meeting import meet, open_store
 
 T = TypeVar("T")
-# for a process that others wait for in a collective. What hangs is train/watch.py's to end: an odd
-# clip of samples takes one process an hour on a slow card, NCCL's own limit is ten minutes
-WAIT = timedelta(days=1)
+# How long processes wait for another one in a collective. An odd clip of samples takes one of them
+# hours on a slow card, and NCCL's own limit is ten minutes. In the loop what hangs is ended long
+# before by train/watch.py.
+WAIT = timedelta(hours=4)
 
 
 class PeerLostError(Exception):
