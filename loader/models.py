@@ -18,6 +18,7 @@ Expert = Literal["high", "low"]
 ConfigT = TypeVar("ConfigT")
 # of the manifest's `condition`: the VAE's latent of the first frame, and of grey frames after it
 FIRST_FRAME_AND_GREY = "first_frame_and_grey"
+INDEX = "model_index.json"
 TRANSFORMER_OF: dict[Expert | None, str] = {
     None: "transformer",
     "high": "transformer",
@@ -143,6 +144,12 @@ def read_kind(model_dir: Path) -> ModelKind:
         path = second
     channels = _read(path, _Channels)
     boundary = _boundary(model_dir)
+    # A14B with one of its experts looks like Wan2.1 but for the boundary
+    if channels.out_channels == WAN21.channels and not (model_dir / INDEX).exists():
+        raise ModelError(
+            f"{model_dir / INDEX}: missing, and without it a model of two experts can't be told "
+            f"from Wan2.1; download it too"
+        )
     kind = kind_of(channels.in_channels, channels.out_channels, has_experts=boundary is not None)
     if kind is None:
         known = ", ".join(f"{each.name} {each.in_channels}/{each.out_channels}" for each in KINDS)
@@ -155,8 +162,15 @@ def read_kind(model_dir: Path) -> ModelKind:
     return kind if boundary is None else kind._replace(boundary=boundary)
 
 
+def has_experts(model_dir: Path) -> bool:
+    """Is it a model of two transformers, of which one may be missing? Raises ModelError for a
+    model_index.json that can't be read.
+    """
+    return (model_dir / "transformer_2").is_dir() or _boundary(model_dir) is not None
+
+
 def _boundary(model_dir: Path) -> float | None:
-    path = model_dir / "model_index.json"
+    path = model_dir / INDEX
     has_second = (model_dir / "transformer_2").is_dir()
     boundary = _read(path, _ModelIndex).boundary_ratio if path.exists() else None
     if has_second and boundary is None:

@@ -56,6 +56,16 @@ def test_two_experts_without_a_boundary_are_not_taken_for_one_transformer(tmp_pa
         read_kind(write(tmp_path, T2V_A14B, index=False))
 
 
+@pytest.mark.parametrize("kind", [T2V_A14B, I2V_A14B, WAN21_T2V], ids=lambda kind: kind.name)
+def test_one_expert_without_its_index_is_not_taken_for_wan21(
+    kind: ModelKind, tmp_path: Path
+) -> None:
+    folder = write(tmp_path, kind._replace(boundary=None), index=False)
+    with pytest.raises(ModelError, match=r"model_index.json: missing, .* download it too"):
+        read_kind(folder)
+    assert read_kind(write(tmp_path / "5b", TI2V_5B, index=False)) == TI2V_5B
+
+
 def test_other_channels_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"36/16 with one transformer.*Wan2.2-I2V-A14B 36/16"):
         read_kind(write(tmp_path / "i2v", I2V_A14B._replace(boundary=None)))

@@ -97,10 +97,13 @@ def test_what_is_missing_is_fetched_of_the_model_whose_other_expert_is_there(
 ) -> None:
     model = Path(shutil.copytree(tiny_model("i2v-a14b"), tmp_path / "model"))
     shutil.rmtree(model / "transformer")
+    (model / "model_index.json").unlink()
     table = msgspec.convert({"path": str(model), "expert": "high"}, ModelConfig)
     changed = msgspec.structs.replace(config(model, tmp_path, tmp_path), model=table)
     findings = {f.name: f for f in run.model_files(changed)}
     assert "Wan-AI/Wan2.2-I2V-A14B-Diffusers" in findings["model transformer"].advice
+    assert findings["model index"].status == "failure"
+    assert "Wan2.2-I2V-A14B-Diffusers model_index.json" in findings["model index"].advice
 
 
 def test_a_sharded_folder_is_held_to_its_own_index(tmp_path: Path) -> None:

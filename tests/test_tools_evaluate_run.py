@@ -307,6 +307,10 @@ def test_names_and_hashes_are_checked_before_any_time_is_spent(
     fvd = msgspec.structs.replace(config.fvd, sha256="0" * 64)
     with pytest.raises(ValueError, match=r"its own fvd\.name"):
         check(msgspec.structs.replace(config, fvd=fvd))
-    (tmp_path / "transformer_2").mkdir()
-    with pytest.raises(ValueError, match="two experts"):
-        check(msgspec.structs.replace(config, model=str(tmp_path)))
+    # one of the two is enough to train on
+    (tmp_path / "low" / "transformer_2").mkdir(parents=True)
+    (tmp_path / "high" / "transformer").mkdir(parents=True)
+    (tmp_path / "high" / "model_index.json").write_text('{"boundary_ratio": 0.875}')
+    for expert in ("high", "low"):
+        with pytest.raises(ValueError, match="two experts"):
+            check(msgspec.structs.replace(config, model=str(tmp_path / expert)))

@@ -16,7 +16,7 @@ from loader.manifest import (
     decode_index,
     read_manifest,
 )
-from loader.models import TRANSFORMER_OF
+from loader.models import INDEX, TRANSFORMER_OF
 from tools.doctor.finding import Finding
 from tools.doctor.room import run_bytes
 from train.config import TrainConfig
@@ -91,6 +91,15 @@ def model_files(config: TrainConfig) -> Iterator[Finding]:
     expert, trained = config.model.expert, TRANSFORMER_OF[config.model.expert]
     hub_id = _hub_id(folder, has_experts=expert is not None)
     others = {"transformer", "transformer_2"} - {trained} if expert else set()
+    index = folder / INDEX
+    if not index.exists():
+        # of TI2V-5B training can do without it
+        yield Finding(
+            "model index",
+            "warning" if hub_id == HUB_IDS[48] else "failure",
+            f"{index} is missing; it says whether there are two experts, and clips need it",
+            f"hf download {hub_id} {INDEX} --local-dir {folder}",
+        )
     parts = {trained: "training", **dict.fromkeys(others, "clips with both experts"), **PARTS}
     for part, purpose in parts.items():
         missing = missing_files(folder / part)

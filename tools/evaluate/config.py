@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from loader.models import has_experts
+
 Positive = Annotated[int, Meta(ge=1)]
 
 # i3d_torchscript.pt, the original TF-Hub graph: 51,235,320 bytes
@@ -92,7 +94,7 @@ class EvaluateConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 def check(config: EvaluateConfig) -> None:
     """What can be known before any time is spent. Raises ValueError."""
-    if (Path(config.model) / "transformer_2").is_dir():
+    if has_experts(Path(config.model)):
         raise ValueError(
             f"{config.model}: a model of two experts can't be evaluated yet; tools.generate draws "
             f"with both, --lora-high and --lora-low"
