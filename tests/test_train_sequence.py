@@ -83,15 +83,18 @@ def test_every_plan_gives_the_gradient_and_the_steps_of_one_rank(
     check(together(num_ranks, cases, tmp_path))
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_run_goes_on_from_one_rank_to_two_and_back(
-    run_config: TrainConfig, one_rank: Path, tmp_path: Path
+    run_config: TrainConfig, one_rank: Path, tmp_path: Path, num_ranks: int
 ) -> None:
-    """From step 4 to 5 on two ranks that share each sample, from there to the end on one."""
+    """From step 4 to 5 on two ranks that share each sample, or on two groups of two, and from there
+    to the end on one rank.
+    """
     shutil.copytree(one_rank, tmp_path, dirs_exist_ok=True)
     for step in (5, 6):
         shutil.rmtree(tmp_path / checkpoint.FOLDER / f"step-{step:08d}")
     split = ParallelConfig(sequence=2)
-    finish(start(run_config, tmp_path, 2, parallel=split))
+    finish(start(run_config, tmp_path, num_ranks, parallel=split))
     loss = records(tmp_path)[-1].loss
     assert loss == pytest.approx(records(one_rank)[-1].loss, rel=1e-4)
     ours, theirs = (load_file(folder / files.DIFFUSERS_FILE) for folder in (tmp_path, one_rank))
