@@ -106,6 +106,18 @@ def test_what_is_missing_is_fetched_of_the_model_whose_other_expert_is_there(
     assert "Wan2.2-I2V-A14B-Diffusers model_index.json" in findings["model index"].advice
 
 
+@pytest.mark.parametrize(("num_layers", "size"), [(30, "1.3B"), (40, "14B")])
+def test_what_is_missing_of_wan21_is_fetched_of_its_own_size(
+    num_layers: int, size: str, tmp_path: Path
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    text = json.dumps({"in_channels": 16, "num_layers": num_layers})
+    (tmp_path / "transformer" / "config.json").write_text(text)
+    findings = {f.name: f for f in run.model_files(config(tmp_path, tmp_path, tmp_path))}
+    for name in ("model transformer", "model vae", "model index"):
+        assert f"Wan-AI/Wan2.1-T2V-{size}-Diffusers" in findings[name].advice
+
+
 def test_a_sharded_folder_is_held_to_its_own_index(tmp_path: Path) -> None:
     folder = tmp_path / "transformer"
     folder.mkdir()

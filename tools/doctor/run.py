@@ -35,7 +35,8 @@ HUB_IDS = {
     36: "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
     16: "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
 }
-WAN21_ID = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+# by their number of blocks
+WAN21_IDS = {30: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 40: "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
 
 
 def datasets(config: TrainConfig) -> Iterator[Finding]:
@@ -124,7 +125,7 @@ def _hub_id(folder: Path, has_experts: bool) -> str:
     except (OSError, ValueError):
         return default
     if config.get("in_channels") == 16 and not has_experts:
-        return WAN21_ID
+        return WAN21_IDS.get(config.get("num_layers"), WAN21_IDS[30])
     return HUB_IDS.get(config.get("in_channels"), default)
 
 
