@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from trainer_runs import ROOT, Group
+
+from train.parallel import mesh
 
 # What a process does last in its group. The first optimizer imports torch._dynamo.
 LAST = {
@@ -130,3 +133,21 @@ def test_a_process_of_several_never_gets_to_the_interpreters_end(
 def test_whoever_waits_for_a_lost_process_hears_of_it(folder: Path) -> None:
     left, lost = said(folder, "a loss")
     assert lost.code == 7 and left.out.startswith("lost lost lost "), left.err
+
+
+def test_processes_wait_for_an_odd_clip_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL's own limit, ten minutes, is less than a clip of a long shape takes on a V100."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(mesh, "open_store", lambda rank: None)
+    monkeypatch.setattr(mesh, "meet", lambda store, rank, size: None)
+    monkeypatch.setattr(
+        "torch.distributed.init_process_group", lambda _, **named: asked.update(named)
+    )
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    with mesh.process_group():
+        assert asked["timeout"] >= timedelta(hours=1)
