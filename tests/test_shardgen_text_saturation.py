@@ -19,6 +19,7 @@ from loader.manifest import decode_index
 from loader.sample import JSON, TEXT, decode_meta, decode_tensor, split_member_name
 from shardgen.encode.encoders import load_encoders
 from shardgen.encode.text import TextEncoder, TextError
+from tools import prompts
 from tools.index import write_index
 
 PROMPTS = ["a fish market at dawn", "노란 장화를 신은 상인이 얼음 위에 생선을 놓는다."]
@@ -124,6 +125,19 @@ def test_an_index_of_foreign_tars_has_saturated_prompts_in_float32_and_says_so(
     rows = decode_tensor(stored[TEXT], decode_meta(stored[JSON]).text)
     exact = TextEncoder(model, "cpu", torch.float32).encode(PROMPTS[:1], 1).texts
     assert np.array_equal(rows, exact[PROMPTS[0]].rows)
+
+
+def test_prompts_for_samples_are_encoded_in_float32_where_they_saturate_and_say_so(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = deep_checkpoint(tiny_checkpoint, tmp_path / "model", scale=2e3)
+    one_prompt_overflows(model)
+    rows = prompts.encode(PROMPTS, model, "cpu", torch.float16)
+    assert "float16 overflows on 1 texts" in capsys.readouterr().err
+    exact = TextEncoder(model, "cpu", torch.float32).encode(PROMPTS, 1).texts
+    assert np.array_equal(rows[PROMPTS[1]], exact[PROMPTS[1]].rows)
+    assert not np.array_equal(rows[PROMPTS[0]], exact[PROMPTS[0]].rows)
+    assert relative_l2(rows[PROMPTS[0]], exact[PROMPTS[0]].rows) < 1e-2
 
 
 def test_a_text_that_float16_can_not_hold_is_told_with_advice_that_helps(

@@ -102,6 +102,10 @@ def encode(
         left = encoded.saturated
         if not left:
             break
+        print(
+            f"prompts: float16 overflows on {len(left)} texts, which are encoded in float32",
+            file=sys.stderr,
+        )
     return rows
 
 
