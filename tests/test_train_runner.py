@@ -1,5 +1,6 @@
 """What is saved is a matter of bytes and time only: the gradients are the same bit for bit."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -169,6 +170,33 @@ def test_an_operation_is_saved_by_its_tag_whatever_its_bias_or_order() -> None:
         operations.append(count.operations[torch.ops.aten.mm.default])
     # two forward, two backward, and two, one or none recomputed
     assert operations == [6, 5, 4]
+
+
+def test_what_is_saved_is_found_by_the_thread_that_recomputes() -> None:
+    """On a GPU autograd has one of its own."""
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8)
+
+    def function(x: Tensor) -> Tensor:
+        with tagged("first"):
+            y = F.linear(x.sin(), weight)
+        return F.linear(y.exp(), weight)
+
+    context_fn = partial(contexts, frozenset({"first"}))
+    loss = checkpoint(function, x, use_reentrant=False, context_fn=context_fn).sum()
+    counts = []
+
+    def backward() -> None:
+        with Count() as count:
+            loss.backward()
+        counts.append(count.operations[torch.ops.aten.mm.default])
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    # of both gradients; the second GEMM's output nobody asks for
+    assert counts == [2]
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    assert x.grad is not None and torch.equal(x.grad, expected)
 
 
 def test_only_tags_of_which_something_is_saved_pass_through_python() -> None:
