@@ -32,6 +32,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     properties = SimpleNamespace(total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: CARD)
+    # torch built for CUDA looks at the cards for it
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: pytest.fail("free memory was asked"))
     return properties
