@@ -1,11 +1,10 @@
 """Save the outputs of the planned operations of a block in its forward pass, and put them in the
 place of the operations when it is recomputed.
 
-torch's create_selective_checkpoint_contexts has the same result by a mode around the whole block,
-which each of its operations passes through in Python, views and allocations too: a step of 30
-blocks with next to no arithmetic took 0.57 s of a CPU so and takes 0.34 s. A GPU that shares a
-sample with others is done in less. So here a mode is entered only inside of the tags
-(train/model/tag.py) of which something is saved.
+torch's create_selective_checkpoint_contexts gives the same result by a dispatch mode around the
+whole block. Each operation in it then goes through Python, views and allocations too, and where a
+GPU's part of a step is short, it waits for the host. So here a mode is entered only inside the tags
+(train/model/tag.py) whose outputs are saved; figures in bench/records/2026-11-28_host_time.md.
 """
 
 from collections import defaultdict, deque
